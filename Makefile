@@ -1,0 +1,58 @@
+# The targets that people and CI call; see `make help`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-all check clean
+
+# The interpreter that makes .venv; Python 3.11 or newer.
+PYTHON ?= python3
+# A package index to take torch from, and nothing else; empty means pip's own. Plain Linux torch
+# brings several GB of CUDA libraries: on a machine without a GPU, name PyTorch's index of CPU builds.
+TORCH_INDEX_URL ?=
+# Processes that run tests at the same time.
+TEST_WORKERS ?= 2
+
+# An active virtual environment is used as it is; otherwise one is made here.
+VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),$(CURDIR)/.venv)
+export PATH := $(VENV)/bin:$(PATH)
+# One checkout at a time is installed in an environment: the stamp names the one that is.
+STAMPS := $(VENV)/.cosmos_posttrain_setup
+STAMP := $(STAMPS)-$(firstword $(shell echo "$(CURDIR)" | cksum))
+
+PYTEST := python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile
+
+help:  ## This list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: $(STAMP)  ## Installs everything into .venv (or the active environment), once
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) scripts/install_plan.py check-python
+	if [ ! -x "$(VENV)/bin/python" ]; then $(PYTHON) -m venv "$(VENV)"; fi
+	if [ -n "$(TORCH_INDEX_URL)" ]; then
+	    "$(VENV)/bin/python" -m pip install --index-url "$(TORCH_INDEX_URL)" --constraint constraints.txt torch
+	fi
+	"$(VENV)/bin/python" -m pip install --constraint constraints.txt --editable '.[dev,samples]'
+	rm -f "$(STAMPS)"-*
+	touch "$@"
+
+quickstart: setup  ## The whole job in miniature on the CPU: ends in a video, a loss curve, a report
+	@bash recipes/quickstart.sh
+
+# One thread a process: results do not depend on the machine, and workers do not fight for cores.
+test: setup  ## The default tests: offline, on the CPU
+	@OMP_NUM_THREADS=1 $(PYTEST)
+
+test-all: setup  ## Also the slow ones, and those for a GPU and the network where they can run
+	@OMP_NUM_THREADS=1 $(PYTEST) -m "slow or not slow"
+
+check: setup  ## Lint, format and types
+	@ruff check .
+	ruff format --check .
+	mypy
+
+clean:  ## Removes caches and build products (not .venv, not results)
+	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache ./*.egg-info
+	find . -path ./.venv -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf

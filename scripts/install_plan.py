@@ -1,0 +1,121 @@
+"""What ``scripts/install.sh`` installs: lists made from pyproject.toml and from what is there.
+
+Flows in: pyproject.toml, constraints.txt, the packages of this interpreter. Flows out, on stdout:
+
+    protected              ``name==version`` of each installed package of the GPU stack
+    constraints            the pins of constraints.txt for packages that are not installed yet, and
+                           the installed versions of the protected ones
+    requirements           the dependencies (and those of EXTRAS) but torch and megatron-core
+    requirements NAME ...  the dependencies with these names alone
+    has NAME               exit code 0 if that package is installed
+    check-python           exit code 2, with a sentence, if this Python is too old
+
+Standard library only: it runs before anything else is there.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Built against each other in NVIDIA's images. numpy is here because torch and apex are compiled
+# against the image's one.
+PROTECTED = re.compile(
+    r"(torch|torchvision|torchaudio|torchao|torch-tensorrt|pytorch-triton|triton"
+    r"|transformer-engine.*|apex|flash-attn.*|numpy|nvidia-.*|cuda-.*|cudnn.*)"
+)
+INSTALLED_ALONE = ("torch", "megatron-core")
+
+
+def canonical(name: str) -> str:
+    """``Transformer_Engine`` -> ``transformer-engine``."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def name_of(requirement: str) -> str:
+    """The package's name in ``name[extra]>=1; marker``."""
+    match = re.match(r"[A-Za-z0-9._-]+", requirement.strip())
+    assert match, requirement
+    return canonical(match.group())
+
+
+def installed() -> dict[str, str]:
+    """Versions of the packages that this interpreter finds, by canonical name."""
+    return {
+        canonical(distribution.metadata["Name"]): distribution.version
+        for distribution in importlib.metadata.distributions()
+        if distribution.metadata["Name"]
+    }
+
+
+def protected() -> list[str]:
+    """``name==version`` of each installed package that must stay as it is."""
+    return sorted(
+        f"{name}=={version}" for name, version in installed().items() if PROTECTED.fullmatch(name)
+    )
+
+
+def constraints() -> list[str]:
+    """Pins for what is missing, and the installed versions of what must not change."""
+    present = installed()
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    missing = [
+        pin for pin in pins if pin and not pin.startswith("#") and name_of(pin) not in present
+    ]
+    return missing + protected()
+
+
+def requirements(names: list[str]) -> list[str]:
+    """Dependencies of the package and of EXTRAS: those called ``names``, or all but two."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines: list[str] = list(project["dependencies"])
+    for extra in filter(None, re.split(r"[,\s]+", os.environ.get("EXTRAS", ""))):
+        if extra not in project["optional-dependencies"]:
+            sys.exit(
+                f"install: no extra {extra!r} in pyproject.toml; EXTRAS may name "
+                f"{', '.join(sorted(project['optional-dependencies']))}."
+            )
+        lines += project["optional-dependencies"][extra]
+    if names:
+        return [line for line in lines if name_of(line) in names]
+    return [line for line in lines if name_of(line) not in INSTALLED_ALONE]
+
+
+def check_python() -> int:
+    """Exit code 2, with a sentence, if this Python is too old for the package."""
+    if sys.version_info >= (3, 11):  # noqa: UP036 (older ones run this file too)
+        return 0
+    print(
+        f"error: {sys.executable} is Python {sys.version_info[0]}.{sys.version_info[1]}, but "
+        "cosmos_posttrain needs 3.11 or newer; set PYTHON to a newer interpreter, such as "
+        "PYTHON=python3.11.",
+        file=sys.stderr,
+    )
+    return 2
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one of the commands in the module's docstring."""
+    command, names = arguments[0], arguments[1:]
+    if command == "check-python":
+        return check_python()
+    if command == "has":
+        return 0 if all(canonical(name) in installed() for name in names) else 1
+    lists = {
+        "protected": protected,
+        "constraints": constraints,
+        "requirements": lambda: requirements(names),
+    }
+    print("\n".join(lists[command]()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

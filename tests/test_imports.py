@@ -1,0 +1,141 @@
+"""The order of the rooms: imports go one way, megatron stays where it belongs, scripts are thin."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY_DIR = Path(__file__).resolve().parents[1]
+PACKAGE = "cosmos_posttrain"
+PACKAGE_DIR = REPOSITORY_DIR / PACKAGE
+
+# A room imports itself and the rooms of earlier groups; within a group, rooms may use each other.
+ROOMS = (
+    ("errors", "geometry", "config", "cli", "hub"),
+    ("distributed",),
+    ("video",),
+    ("tokenizer",),
+    ("data",),
+    ("models",),
+    ("checkpoint",),
+    ("inference",),
+    ("training",),
+    ("evaluation",),
+    ("api", "plan", "doctor", "download", "nemo", "serve"),
+)
+ORDER = {room: position for position, group in enumerate(ROOMS) for room in group}
+
+MEGATRON_ROOMS = {"models", "checkpoint", "distributed", "training", "inference"}
+MEGATRON_FILES = {"data/indexed.py"}
+
+MAX_SCRIPT_LINES = 80
+MAX_MODULE_LINES = 500
+
+
+def imported_names(source: str) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every absolute import, also those inside functions."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield node.lineno, "." * node.level + (node.module or "")
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+
+
+def room_of(path: Path) -> str:
+    """``cosmos_posttrain/data/indexed.py`` -> ``data``; the package's own __init__ -> ``""``."""
+    first = path.relative_to(PACKAGE_DIR).parts[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+def problems_of(source: str, room: str, file: str, scripts: set[str]) -> list[str]:
+    """What one module imports against the rules, as ``file:line: sentence``."""
+    problems = []
+    for line, name in imported_names(source):
+        root, _, rest = name.partition(".")
+        target = rest.split(".")[0]
+        if name.startswith("."):
+            problems.append(f"{file}:{line}: relative import {name}")
+        elif root in scripts:
+            problems.append(f"{file}:{line}: imports the script {root}")
+        elif root == "megatron" and room not in MEGATRON_ROOMS and file not in MEGATRON_FILES:
+            problems.append(f"{file}:{line}: imports {name} outside the rooms for megatron")
+        elif root == PACKAGE and room and ORDER.get(target, -1) > ORDER[room]:
+            problems.append(f"{file}:{line}: {room} imports {target}, which comes after it")
+    return sorted(set(problems))
+
+
+def root_scripts() -> list[Path]:
+    return sorted(REPOSITORY_DIR.glob("*.py"))
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE_DIR.rglob("*.py"))
+
+
+def test_every_room_has_a_place() -> None:
+    rooms = {room_of(path) for path in modules()} - {""}
+    assert rooms - set(ORDER) == set(), "name the new rooms in ROOMS"
+
+
+def test_imports_go_one_way() -> None:
+    scripts = {path.stem for path in root_scripts()}
+    problems = [
+        problem
+        for path in modules()
+        for problem in problems_of(
+            path.read_text(), room_of(path), path.relative_to(PACKAGE_DIR).as_posix(), scripts
+        )
+    ]
+    assert problems == []
+
+
+@pytest.mark.parametrize(
+    ("source", "room", "file"),
+    [
+        ("from cosmos_posttrain.training import loop", "data", "data/prepare.py"),
+        ("def f():\n    import cosmos_posttrain.models.rope", "video", "video/decode.py"),
+        ("from cosmos_posttrain import inference", "models", "models/builder.py"),
+        ("from megatron.core import parallel_state", "data", "data/prepare.py"),
+        ("import megatron.core", "evaluation", "evaluation/loss.py"),
+        ("import infer", "inference", "inference/run.py"),
+        ("from .rope import angles", "models", "models/builder.py"),
+    ],
+)
+def test_a_broken_rule_is_found(source: str, room: str, file: str) -> None:
+    assert len(problems_of(source, room, file, {"infer"})) >= 1
+
+
+@pytest.mark.parametrize(
+    ("source", "room", "file"),
+    [
+        ("from cosmos_posttrain.video.decode import read", "data", "data/prepare.py"),
+        ("from megatron.core.datasets import indexed_dataset", "data", "data/indexed.py"),
+        ("from cosmos_posttrain.models import rope\nimport megatron.core", "training", "t.py"),
+        ("from cosmos_posttrain.errors import UserError", "geometry", "geometry.py"),
+    ],
+)
+def test_an_allowed_import_passes(source: str, room: str, file: str) -> None:
+    assert problems_of(source, room, file, {"infer"}) == []
+
+
+@pytest.mark.parametrize("path", root_scripts(), ids=lambda path: path.name)
+def test_root_scripts_are_thin(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_SCRIPT_LINES
+
+
+@pytest.mark.parametrize("path", root_scripts(), ids=lambda path: path.name)
+def test_root_scripts_guard_their_main(path: Path) -> None:
+    # Saving checkpoints starts worker processes that import the script again.
+    assert 'if __name__ == "__main__":' in path.read_text()
+
+
+def test_modules_hold_one_idea() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in modules()}
+    assert {str(path): n for path, n in lengths.items() if n > MAX_MODULE_LINES} == {}
