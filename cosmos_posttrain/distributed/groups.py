@@ -1,0 +1,152 @@
+"""Process groups: one call sets up torch.distributed and Megatron's parallel state.
+
+Flows in: parallel sizes and the launcher's environment (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``).
+Flows out: initialised process groups. In a plain Python process a world of one is set up once, an
+existing process group is reused, and everything is torn down when the interpreter exits.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+from cosmos_posttrain.distributed.cpu_device import cpu_device
+from cosmos_posttrain.errors import ConfigError
+
+# The slowest thing that ranks wait for is rank 0 checking or writing a large file.
+_TIMEOUT = timedelta(minutes=60)
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """Sizes of the parallel groups; what is left of the world is data parallelism."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that hold one copy of the model (context-parallel ranks counted in)."""
+        return self.tensor * self.pipeline * self.context
+
+
+def world_size() -> int:
+    """Processes in this job, before or after the process groups exist."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Rank of this process, before or after the process groups exist."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))
+
+
+def device() -> torch.device:
+    """The device of this process: its GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def check_world(parallelism: Parallelism) -> None:
+    """Refuses parallel sizes that the launched processes cannot hold.
+
+    Raises:
+        ConfigError: names the numbers and the torchrun command that would fit.
+    """
+    for name in ("tensor", "pipeline", "context"):
+        if getattr(parallelism, name) < 1:
+            raise ConfigError(f"the {name} parallel size must be at least 1.")
+    needed, present = parallelism.model_size, world_size()
+    if present % needed:
+        raise ConfigError(
+            f"tensor x pipeline x context parallel size {parallelism.tensor} x "
+            f"{parallelism.pipeline} x {parallelism.context} needs a multiple of {needed} "
+            f"processes, but {present} {'was' if present == 1 else 'were'} started; start with "
+            f"torchrun --nproc-per-node={needed}, or choose smaller sizes."
+        )
+
+
+def _initialize_torch() -> None:
+    if torch.distributed.is_initialized():
+        return
+    on_gpu = torch.cuda.is_available()
+    # Megatron overlaps communication and computation by the order in which it queues them.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if on_gpu:
+        torch.cuda.set_device(device())
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
+        torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
+    else:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    atexit.register(shutdown)
+
+
+def _matches(parallelism: Parallelism) -> bool:
+    return (
+        parallel_state.get_tensor_model_parallel_world_size() == parallelism.tensor
+        and parallel_state.get_pipeline_model_parallel_world_size() == parallelism.pipeline
+        and parallel_state.get_context_parallel_world_size() == parallelism.context
+    )
+
+
+def initialize(parallelism: Parallelism, seed: int = 1234) -> None:
+    """Sets up the process groups (again, if they exist with other sizes) and the seeds.
+
+    Raises:
+        ConfigError: the sizes do not fit the number of processes.
+    """
+    check_world(parallelism)
+    _initialize_torch()
+    with cpu_device():
+        if parallel_state.model_parallel_is_initialized() and not _matches(parallelism):
+            parallel_state.destroy_model_parallel()
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=parallelism.tensor,
+                pipeline_model_parallel_size=parallelism.pipeline,
+                context_parallel_size=parallelism.context,
+                create_gloo_process_groups=torch.cuda.is_available(),
+            )
+    set_seed(seed)
+
+
+def set_seed(seed: int) -> None:
+    """Seeds Python, NumPy, torch and, on a GPU, Megatron's per-group CUDA generators.
+
+    Pipeline stages get different seeds, so that their fresh layers differ.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def shutdown() -> None:
+    """Tears the process groups down; safe to call twice."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.barrier()
