@@ -1,0 +1,153 @@
+"""Builds a Megatron model from a ``ModelConfig``.
+
+Flows in: the model's numbers, a layer spec, and the process groups that exist. Flows out: this
+rank's part of a ``CosmosGPTModel`` on this rank's device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import silu
+
+from cosmos_posttrain.distributed import groups
+from cosmos_posttrain.distributed.cpu_device import cpu_device
+from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.rope import RotaryEmbedding3D
+from cosmos_posttrain.models.specs import block_spec
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class CosmosGPTModel(GPTModel):
+    """Megatron's GPT model with the Cosmos 3D RoPE and a vocabulary of any size."""
+
+    def __init__(self, model_config: ModelConfig, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
+        self.model_config = model_config
+        self.rotary_pos_emb = RotaryEmbedding3D(model_config)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross-entropy (B, S) in nats; rows that only pad the vocabulary take no part."""
+        surplus = self.model_config.padded_vocab_size - self.model_config.vocab_size
+        if surplus:
+            size = parallel_state.get_tensor_model_parallel_world_size()
+            first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+            column = first + torch.arange(logits.shape[-1], device=logits.device)
+            assert logits.shape[-1] * size == self.model_config.padded_vocab_size
+            logits = logits.masked_fill(column >= self.model_config.vocab_size, float("-inf"))
+        return super().compute_language_model_loss(labels, logits)
+
+
+def transformer_config(
+    model: ModelConfig, *, dtype: torch.dtype, sequence_parallel: bool = False, **overrides: Any
+) -> TransformerConfig:
+    """Megatron's config of this model under the process groups that exist.
+
+    Args:
+        model: the model's numbers.
+        dtype: dtype of parameters and activations.
+        sequence_parallel: split activations between the tensor-parallel layers along the sequence.
+        **overrides: any other field of Megatron's ``TransformerConfig`` (recomputation, say).
+    """
+    on_gpu = torch.cuda.is_available()
+    values: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "kv_channels": model.kv_channels,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "normalization": "RMSNorm",
+        "qk_layernorm": True,
+        "gated_linear_unit": True,
+        "activation_func": silu,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "sequence_parallel": sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        # On the CPU every rank draws the whole weight and keeps its part: the initial weights do
+        # not depend on the tensor parallel size.
+        "use_cpu_initialization": not on_gpu,
+        "bias_dropout_fusion": on_gpu,
+        "bias_activation_fusion": on_gpu,
+        "apply_rope_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "cross_entropy_loss_fusion": on_gpu,
+        "batch_p2p_comm": on_gpu,
+    }
+    return TransformerConfig(**(values | overrides))
+
+
+@contextlib.contextmanager
+def _float32_rotary_table(model: CosmosGPTModel) -> Iterator[None]:
+    """Keeps the rotary table out of a cast of the whole module."""
+    table = model.rotary_pos_emb.table
+    yield
+    model.rotary_pos_emb.table = table.to(next(model.parameters()).device)
+
+
+def build_model(
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    layer_spec: str = "torch",
+    sequence_parallel: bool = False,
+    seed: int = 1234,
+    **overrides: Any,
+) -> CosmosGPTModel:
+    """Builds this rank's part of the model, with seeded fresh weights.
+
+    Args:
+        model: the model's numbers.
+        dtype: dtype of the parameters; None means the model's own on a GPU and float32 on the CPU.
+        layer_spec: ``torch`` or ``te``.
+        sequence_parallel: see ``transformer_config``.
+        seed: of the fresh weights.
+        **overrides: fields of Megatron's ``TransformerConfig``.
+
+    Raises:
+        ConfigError: parallel sizes that do not divide the model.
+    """
+    model.check_tensor_parallel(parallel_state.get_tensor_model_parallel_world_size())
+    model.check_pipeline_parallel(parallel_state.get_pipeline_model_parallel_world_size())
+    if dtype is None:
+        dtype = DTYPES[model.params_dtype] if torch.cuda.is_available() else torch.float32
+    config = transformer_config(
+        model, dtype=dtype, sequence_parallel=sequence_parallel, **overrides
+    )
+    groups.set_seed(seed)
+    with cpu_device():
+        module = CosmosGPTModel(
+            model,
+            config=config,
+            transformer_layer_spec=block_spec(
+                layer_spec, model.num_layers // config.pipeline_model_parallel_size
+            ),
+            vocab_size=model.padded_vocab_size,
+            max_sequence_length=model.seq_length,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            parallel_output=True,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="rope",
+        )
+    with _float32_rotary_table(module):
+        module.to(device=groups.device(), dtype=dtype)
+    return module
