@@ -1,0 +1,116 @@
+"""Megatron distributed checkpoints (torch_dist): saved at any layout, loaded at any other.
+
+Flows in: a model on this rank, optionally its optimizer. Flows out: a ``weights`` folder with
+NeMo's key names (prefix ``module.``), written to a temporary name and renamed when every rank is
+done; or the same model with the folder's weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from cosmos_posttrain.distributed.cpu_device import cpu_device
+from cosmos_posttrain.errors import CheckpointError
+from cosmos_posttrain.models.builder import CosmosGPTModel
+
+# NeMo wraps its models once, so all its keys start with this.
+PREFIX = "module."
+
+
+class ShardedOptimizer(Protocol):
+    """What this module needs of Megatron's optimizers."""
+
+    def sharded_state_dict(self, model_state: dict, is_loading: bool, metadata: dict) -> Any: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+def _metadata() -> dict[str, Any]:
+    """How states are laid out on disk: whole tensors, so that any layout can read them."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _model_state(model: CosmosGPTModel) -> dict[str, Any]:
+    state = model.sharded_state_dict(prefix=PREFIX, metadata=_metadata())
+    # Transformer Engine's extra states come and go with its version and hold nothing we need.
+    return {key: value for key, value in state.items() if "_extra_state" not in key}
+
+
+def save(folder: Path, model: CosmosGPTModel, optimizer: ShardedOptimizer | None = None) -> None:
+    """Writes the model (and optimizer) into an existing empty folder; every rank takes part."""
+    with cpu_device():
+        state = _model_state(model)
+        if optimizer is not None:
+            state["optimizer"] = optimizer.sharded_state_dict(
+                state, is_loading=False, metadata=_metadata()
+            )
+        dist_checkpointing.save(state, str(folder), validate_access_integrity=False)
+
+
+def is_dist_checkpoint(folder: Path) -> bool:
+    """True where the folder holds a Megatron torch_dist checkpoint."""
+    return (folder / "metadata.json").is_file() and any(folder.glob("*.distcp"))
+
+
+def load(folder: Path, model: CosmosGPTModel, optimizer: ShardedOptimizer | None = None) -> None:
+    """Reads the weights (and the optimizer's state) into a built model, at its own layout.
+
+    Raises:
+        CheckpointError: the folder is damaged, or does not fit the model.
+    """
+    if not is_dist_checkpoint(folder):
+        raise CheckpointError(f"{folder} holds no Megatron torch_dist checkpoint; check the path.")
+    with cpu_device():
+        wanted = _model_state(model)
+        if optimizer is not None:
+            wanted["optimizer"] = optimizer.sharded_state_dict(
+                wanted, is_loading=True, metadata=_metadata()
+            )
+        try:
+            state = dist_checkpointing.load(
+                wanted,
+                str(folder),
+                validate_access_integrity=False,
+                strict=StrictHandling.RAISE_UNEXPECTED,
+            )
+        except (CheckpointingException, OSError, EOFError, RuntimeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise CheckpointError(f"{folder} cannot be loaded into this model: {reason}") from error
+        loaded_optimizer = state.pop("optimizer", None)
+        weights = {key.removeprefix(PREFIX): value for key, value in state.items()}
+        result = model.load_state_dict(weights, strict=False)
+        missing = [key for key in result.missing_keys if "_extra_state" not in key]
+        if missing or result.unexpected_keys:
+            raise CheckpointError(
+                f"{folder} does not fit the model: missing {missing}, unexpected "
+                f"{list(result.unexpected_keys)}."
+            )
+        if optimizer is not None:
+            optimizer.load_state_dict(loaded_optimizer)
+
+
+def quiet_megatron_logging() -> None:
+    """Keeps Megatron's and torch's notes about checkpoint internals out of the progress lines."""
+    for name in ("megatron.core", "torch.distributed.checkpoint"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def dtype_of(folder: Path) -> torch.dtype:
+    """The dtype of the embedding in a checkpoint, from its metadata alone."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    metadata = FileSystemReader(str(folder)).read_metadata()
+    entry = metadata.state_dict_metadata[f"{PREFIX}embedding.word_embeddings.weight"]
+    dtype: torch.dtype = entry.properties.dtype  # type: ignore[union-attr]
+    return dtype
