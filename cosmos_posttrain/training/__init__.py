@@ -1,0 +1,1 @@
+"""Training: the loop, its optimizer, validation and logging; tokenizer training."""

@@ -1,0 +1,158 @@
+"""The run folder: what a run writes, where, and how it is found again.
+
+    LOG_DIR/default/config.yaml                              resolved config
+    LOG_DIR/default/metrics.jsonl                            one JSON object per step
+    LOG_DIR/default/tb_logs/                                 TensorBoard
+    LOG_DIR/default/checkpoints/epoch=E-step=S/weights       Megatron torch_dist
+    LOG_DIR/default/checkpoints/epoch=E-step=S/context       model, data, state, config
+
+A checkpoint is written under a hidden name and renamed when all ranks are done, so a killed run
+leaves either a whole checkpoint or none.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cosmos_posttrain.checkpoint import context, dist
+from cosmos_posttrain.config import save_yaml
+from cosmos_posttrain.distributed import groups
+from cosmos_posttrain.errors import ConfigError, OutputFolderError
+from cosmos_posttrain.models.builder import CosmosGPTModel
+from cosmos_posttrain.training.config import TrainConfig
+from cosmos_posttrain.training.optimizer import CheckpointableOptimizer
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: completed optimizer steps, and clips consumed by them."""
+
+    completed_steps: int = 0
+    consumed_samples: int = 0
+
+    def epoch(self, num_clips: int) -> int:
+        """Passes over the training clips completed before the last step's last clip."""
+        return max(self.consumed_samples - 1, 0) // num_clips
+
+
+class RunFolder:
+    """Reads and writes one run folder.
+
+    Args:
+        log_dir: the folder.
+        data: what the run trains on: ``contract``, ``dataset`` (a fingerprint) and the split.
+    """
+
+    def __init__(self, log_dir: str | Path, data: dict[str, Any]) -> None:
+        self.log_dir = Path(log_dir)
+        self.run = self.log_dir / "default"
+        self.data = data
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object per step."""
+        return self.run / "metrics.jsonl"
+
+    def newest(self) -> Path | None:
+        """The checkpoint to resume from; None for a new run.
+
+        Raises:
+            OutputFolderError: the folder holds something else than a run.
+            ConfigError: the run was trained on other data.
+        """
+        if self.log_dir.exists() and not self.log_dir.is_dir():
+            raise OutputFolderError(f"--log_dir {self.log_dir} is a file; name a folder.")
+        known = self.run.is_dir() and any(
+            (self.run / name).exists() for name in ("config.yaml", "checkpoints")
+        )
+        if self.log_dir.is_dir() and any(self.log_dir.iterdir()) and not known:
+            raise OutputFolderError(
+                f"--log_dir {self.log_dir} holds something else than a run of this script; name "
+                "an empty or new folder."
+            )
+        checkpoints = context.list_checkpoints(self.log_dir)
+        if not checkpoints:
+            return None
+        self._check_same_data(checkpoints[-1])
+        return checkpoints[-1]
+
+    def _check_same_data(self, checkpoint: Path) -> None:
+        before = context.read_data(checkpoint) or {}
+        different = [key for key in self.data if before.get(key) != self.data[key]]
+        if different:
+            raise ConfigError(
+                f"the run in {self.log_dir} was trained on other data (its "
+                f"{' and '.join(different)} differ); give the same --data_path, --split_string "
+                "and --seed, or a new --log_dir to start a run from one of its checkpoints."
+            )
+
+    def start(self, config: TrainConfig, resumed: Progress) -> None:
+        """Makes the folder, saves the config and drops what lies past the restored step."""
+        if groups.rank() == 0:
+            (self.run / "checkpoints").mkdir(parents=True, exist_ok=True)
+            for leftover in (self.run / "checkpoints").glob(".*.tmp"):
+                shutil.rmtree(leftover)
+            save_yaml(config, self.run / "config.yaml")
+            self._drop_metrics_from(resumed.completed_steps)
+        groups.barrier()
+
+    def _drop_metrics_from(self, step: int) -> None:
+        if not self.metrics_path.is_file():
+            return
+        kept = []
+        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] < step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                continue  # a line that a killed run left half-written
+        temporary = self.metrics_path.with_name(".metrics.jsonl.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self.metrics_path)
+
+    def save(
+        self,
+        config: TrainConfig,
+        model: CosmosGPTModel,
+        optimizer: CheckpointableOptimizer,
+        progress: Progress,
+        num_clips: int,
+    ) -> Path:
+        """Writes a checkpoint; every rank takes part. Returns its path."""
+        name = context.checkpoint_name(progress.epoch(num_clips), progress.completed_steps)
+        target = self.run / "checkpoints" / name
+        temporary = target.with_name(f".{name}.tmp")
+        if groups.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "weights").mkdir(parents=True)
+        groups.barrier()
+        dist.save(temporary / "weights", model, optimizer)
+        if groups.rank() == 0:
+            state = {
+                "completed_steps": progress.completed_steps,
+                "consumed_samples": progress.consumed_samples,
+            }
+            context.write_context(temporary, model.model_config, self.data, state)
+            save_yaml(config, temporary / "context" / "config.yaml")
+            if target.exists():
+                shutil.rmtree(target)
+            temporary.rename(target)
+        groups.barrier()
+        return target
+
+    def restore(
+        self,
+        checkpoint: Path,
+        model: CosmosGPTModel,
+        optimizer: CheckpointableOptimizer,
+        schedule: Any,
+    ) -> Progress:
+        """Loads weights, optimizer and schedule; any layout reads any other."""
+        state = context.read_json(checkpoint / "context" / "state.json")
+        dist.load(checkpoint / "weights", model, optimizer)
+        schedule.step(increment=state["completed_steps"])
+        return Progress(state["completed_steps"], state["consumed_samples"])
