@@ -1,0 +1,37 @@
+"""Video files in, uint8 frames out, and back.
+
+Flows in: paths of videos or images in any format that FFmpeg reads. Flows out: clips of exactly the
+frames asked for as ``(3, T, H, W) uint8``, resized and centre-cropped, and H.264 mp4 files.
+"""
+
+from __future__ import annotations
+
+from cosmos_posttrain.errors import VideoError
+from cosmos_posttrain.video.clips import Clip, iter_clips, read_clips, read_image, read_input
+from cosmos_posttrain.video.decode import VideoInfo, probe
+from cosmos_posttrain.video.files import (
+    IMAGE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    is_image,
+    list_videos,
+)
+from cosmos_posttrain.video.pixels import to_float, to_uint8
+from cosmos_posttrain.video.write import write_mp4
+
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "VIDEO_EXTENSIONS",
+    "Clip",
+    "VideoError",
+    "VideoInfo",
+    "is_image",
+    "iter_clips",
+    "list_videos",
+    "probe",
+    "read_clips",
+    "read_image",
+    "read_input",
+    "to_float",
+    "to_uint8",
+    "write_mp4",
+]

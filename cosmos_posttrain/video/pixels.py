@@ -1,0 +1,105 @@
+"""One decoded frame to pixels of the wanted size, and uint8 to the tokenizer's range and back.
+
+Flows in: an FFmpeg frame in any pixel format, with its display matrix and sample aspect ratio.
+Flows out: ``(H, W, 3) uint8`` RGB, upright, resized with its aspect kept and centre-cropped.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import av
+    import torch
+    from av.buffer import Buffer
+    from numpy.typing import NDArray
+
+# FFmpeg's swscale flags: without the last four, white comes out as 253 and results differ between
+# kinds of CPU. (bicubic, full chroma both ways, accurate rounding, bit exact)
+SCALER_FLAGS = 0x4 | 0x2000 | 0x4000 | 0x40000 | 0x80000
+_BT709, _BT601 = 1, 5  # swscale's colour matrices
+_LIMITED, _FULL = 1, 2  # colour ranges: 16-235 and 0-255
+
+
+def to_float(frames: torch.Tensor) -> torch.Tensor:
+    """uint8 in [0, 255] to float32 in [-1, 1], any shape."""
+    return frames.float().div_(127.5).sub_(1.0)
+
+
+def to_uint8(video: torch.Tensor) -> torch.Tensor:
+    """Float in [-1, 1] (clamped) to uint8 in [0, 255], rounded to nearest, any shape."""
+    import torch
+
+    scaled = video.float().clamp(-1.0, 1.0).add(1.0).mul_(127.5)
+    return scaled.round_().to(torch.uint8)
+
+
+def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """How to put a frame upright: (transpose, then flip columns, then flip rows).
+
+    Reads the 3x3 display matrix that phones write: x' = a x + c y, y' = b x + d y with y down.
+    Angles that are not multiples of 90 degrees are rounded to the nearest.
+    """
+    side_data = frame.side_data.get("DISPLAYMATRIX")
+    if side_data is None:
+        return False, False, False
+    a, b, _, c, d = struct.unpack("=5i", bytes(cast("Buffer", side_data))[:20])
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return False, a < 0, d < 0
+    return True, c < 0, b < 0
+
+
+def _color_range(frame: av.VideoFrame) -> int:
+    is_full = frame.color_range == _FULL or frame.format.name.startswith("yuvj")
+    return _FULL if is_full else _LIMITED
+
+
+def display_size(frame: av.VideoFrame, pixel_aspect: float) -> tuple[int, int]:
+    """Height and width as a player shows the frame: square pixels, upright."""
+    height, width = frame.height, max(1, round(frame.width * pixel_aspect))
+    return (width, height) if orientation(frame)[0] else (height, width)
+
+
+class FrameFitter:
+    """Turns frames into ``(height, width, 3) uint8``: resize so that both sides cover, then crop.
+
+    Scaling is bicubic by FFmpeg's swscale, whose filter widens when it shrinks (no aliasing). One
+    instance keeps the scaler between frames; it belongs to one thread.
+    """
+
+    def __init__(self, height: int, width: int, pixel_aspect: float = 1.0) -> None:
+        from av.video.reformatter import VideoReformatter
+
+        self._size = (height, width)
+        self._pixel_aspect = pixel_aspect
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
+        """Fits one frame; returns a fresh contiguous array (height, width, 3) uint8 RGB."""
+        height, width = self._size
+        transpose, flip_columns, flip_rows = orientation(frame)
+        shown_height, shown_width = display_size(frame, self._pixel_aspect)
+        scale = max(height / shown_height, width / shown_width)
+        cover_height = max(height, round(shown_height * scale))
+        cover_width = max(width, round(shown_width * scale))
+        coded = (cover_width, cover_height) if transpose else (cover_height, cover_width)
+        rgb = self._reformatter.reformat(
+            frame,
+            width=coded[1],
+            height=coded[0],
+            format="rgb24",
+            interpolation=SCALER_FLAGS,
+            # RGB has no matrix, but PyAV sets up the source's only where the two differ.
+            dst_colorspace=_BT601 if frame.colorspace == _BT709 else _BT709,
+            src_color_range=_color_range(frame),
+            dst_color_range=_FULL,
+        )
+        pixels = rgb.to_ndarray()
+        if transpose:
+            pixels = pixels.transpose(1, 0, 2)
+        pixels = pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+        top, left = (cover_height - height) // 2, (cover_width - width) // 2
+        return np.ascontiguousarray(pixels[top : top + height, left : left + width])

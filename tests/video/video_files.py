@@ -1,0 +1,88 @@
+"""Small videos for tests: frame k is a flat grey whose level says k."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+BASE, STEP = 20, 3
+
+
+def level(index: int) -> int:
+    """Grey level of frame ``index``; steps of 3 survive lossy codecs."""
+    return BASE + STEP * (index % 70)
+
+
+def frame_numbers(frames) -> list[int]:
+    """Which frames a (3, T, H, W) uint8 clip holds, read from its grey levels."""
+    levels = frames.float().mean(dim=(0, 2, 3))
+    return [round((float(value) - BASE) / STEP) for value in levels]
+
+
+def grey_frames(num_frames: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
+    return [np.full((height, width, 3), level(k), np.uint8) for k in range(num_frames)]
+
+
+def write_video(
+    path: Path,
+    images: Sequence[np.ndarray],
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    fps: int = 10,
+    options: dict[str, str] | None = None,
+    pts: Sequence[int] | None = None,
+    sample_aspect_ratio: Fraction | None = None,
+) -> Path:
+    """Encodes (H, W, 3) uint8 images; ``pts`` in milliseconds makes the frame rate variable."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.height, stream.width = images[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        stream.options = options or {}
+        if sample_aspect_ratio is not None:
+            stream.codec_context.sample_aspect_ratio = sample_aspect_ratio
+        if pts is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if pts is not None:
+                frame.pts, frame.time_base = pts[number], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def write_audio(path: Path) -> Path:
+    """An mp4 that holds sound and no picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        samples = np.zeros((1, 4096), np.float32)
+        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+# Upright image = the stored one under x' = a x + c y, y' = b x + d y (y down).
+ROTATE_90 = (0, 1, -1, 0)  # clockwise, as a phone held upright
+ROTATE_180 = (-1, 0, 0, -1)
+ROTATE_270 = (0, -1, 1, 0)
+MIRROR = (-1, 0, 0, 1)
+
+
+def set_display_matrix(path: Path, matrix: tuple[int, int, int, int]) -> Path:
+    """Writes (a, b, c, d) into an mp4's track header."""
+    data = bytearray(path.read_bytes())
+    offset = data.index(b"tkhd") + 4 + 4 + 20 + 8 + 8
+    a, b, c, d = (value << 16 for value in matrix)
+    struct.pack_into(">9i", data, offset, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    return path
