@@ -1,0 +1,19 @@
+"""Turns videos into token shards for training; see docs/data.md."""
+
+from __future__ import annotations
+
+from cosmos_posttrain.cli import parse
+from cosmos_posttrain.data.prepare import FLAGS, PrepareConfig, prepare
+from cosmos_posttrain.errors import run_cli
+
+
+def main() -> None:
+    """Parses the command line and prepares the data set."""
+    config = parse(
+        PrepareConfig, FLAGS, None, "prepare_dataset.py", "Turns videos into token shards."
+    )
+    prepare(config)
+
+
+if __name__ == "__main__":
+    run_cli(main)
