@@ -1,0 +1,108 @@
+"""The parts of a run: checks, schedule, batches, figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from training.run_case import make_config
+
+from cosmos_posttrain.checkpoint import context
+from cosmos_posttrain.distributed import groups
+from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.models.config import PRESETS
+from cosmos_posttrain.training import data
+from cosmos_posttrain.training.config import TrainConfig, validate
+from cosmos_posttrain.training.metrics import flops_per_token
+from cosmos_posttrain.training.optimizer import build_schedule
+from cosmos_posttrain.training.run_folder import Progress
+
+
+def test_validate_lists_every_problem_at_once() -> None:
+    config = TrainConfig(max_steps=0)
+    config.optimizer.lr = -1.0
+    with pytest.raises(ConfigError) as error:
+        validate(config, world_size=1)
+    for part in ("--data_path is missing", "--max_steps 0", "--lr -1.0"):
+        assert part in str(error.value)
+
+
+def test_batch_must_divide_over_ranks() -> None:
+    config = TrainConfig(global_batch_size=6, micro_batch_size=2)
+    config.data.path = "x"
+    config.parallel.tensor_model_parallel_size = 1
+    validate(config, world_size=3)
+    with pytest.raises(ConfigError, match="use a multiple of 4"):
+        validate(config, world_size=2)
+
+
+class ParameterGroups:
+    """What a schedule needs of an optimizer."""
+
+    def __init__(self) -> None:
+        self.param_groups = [{"lr": 0.0, "weight_decay": 0.0, "params": []}]
+
+
+def schedule_of(steps: int, **changes: object) -> list[float]:
+    config = TrainConfig(max_steps=steps)
+    for key, value in changes.items():
+        setattr(config.optimizer, key, value)
+    optimizer = ParameterGroups()
+    schedule = build_schedule(config, optimizer)
+    rates = []
+    for _ in range(steps):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        schedule.step(increment=1)
+    return rates
+
+
+def test_schedule_warms_up_and_decays() -> None:
+    rates = schedule_of(100, lr=1.0, min_lr=0.1, lr_warmup_steps=9)
+    assert rates[0] == pytest.approx(0.1)  # never a step without learning
+    assert rates[9] == pytest.approx(1.0)
+    assert rates == [*sorted(rates[:10]), *sorted(rates[10:], reverse=True)]
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
+    # Half-way through the decay a cosine is half-way down.
+    assert rates[55] == pytest.approx(0.55, abs=0.02)
+
+
+def test_constant_schedule_stays() -> None:
+    assert set(schedule_of(5, lr=0.5, lr_decay_style="constant", lr_warmup_steps=0)) == {0.5}
+
+
+def test_global_batches_do_not_depend_on_micro_batches(tokens: Path, tmp_path: Path) -> None:
+    groups.initialize(groups.Parallelism())
+    clips = data.open_split(make_config(tokens, tmp_path).data, "train")
+    streams = []
+    for micro in (1, 2, 4):
+        config = make_config(tokens, tmp_path, micro_batch_size=micro)
+        batches = data.training_batches(clips, config, consumed_samples=8)
+        streams.append(
+            torch.cat(
+                [batch.tokens for _, row in zip(range(3), batches, strict=False) for batch in row]
+            )
+        )
+    assert torch.equal(streams[0], streams[1])
+    assert torch.equal(streams[0], streams[2])
+
+
+def test_validation_counts_every_clip_once(tokens: Path, tmp_path: Path) -> None:
+    groups.initialize(groups.Parallelism())
+    config = make_config(tokens, tmp_path, micro_batch_size=4, data__split_string="2,3,0")
+    clips = data.open_split(config.data, "validation")
+    batches = [batch for row in data.validation_batches(clips, config) for batch in row]
+    assert sum(float(batch.weights.sum()) for batch in batches) == len(clips)
+    kept = torch.cat([batch.tokens[batch.weights > 0] for batch in batches])
+    assert torch.equal(kept, torch.stack([clips[i] for i in range(len(clips))]))
+
+
+def test_checkpoint_names_count_as_documented() -> None:
+    assert context.checkpoint_name(0, 25) == "epoch=0-step=24"
+    assert Progress(25, 50).epoch(num_clips=50) == 0
+    assert Progress(26, 51).epoch(num_clips=50) == 1
+
+
+def test_flops_of_the_published_sizes() -> None:
+    # 6 N D dominates: 4B without its input embedding is 3.75e9 parameters; attention adds a tenth.
+    assert flops_per_token(PRESETS["4B"]) == pytest.approx(6 * 3.75e9 * 1.22, rel=0.03)

@@ -1,0 +1,198 @@
+"""Whole runs: the same curve at every layout, and after every kind of interruption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from distributed_run import run_distributed, run_script
+from training.run_case import losses, make_config, run
+
+from cosmos_posttrain.errors import ConfigError, NonFiniteLossError, OutputFolderError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def reference_run(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 steps on one process, checkpoints after 10 and 20."""
+    log_dir = tmp_path_factory.mktemp("reference") / "run"
+    assert run(make_config(tokens, log_dir)) == "epoch=13-step=19"
+    return log_dir
+
+
+def largest_difference(first: list[float], second: list[float]) -> float:
+    assert len(first) == len(second)
+    return max(abs(a - b) / a for a, b in zip(first, second, strict=True))
+
+
+def test_run_learns_and_records(reference_run: Path) -> None:
+    curve = losses(reference_run)
+    assert len(curve) == 20
+    assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
+    last = json.loads((reference_run / "default" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["val_loss"] > 0
+    assert last["consumed_samples"] == 80
+    checkpoint = reference_run / "default" / "checkpoints" / "epoch=13-step=19"
+    assert sorted(path.name for path in (checkpoint / "context").iterdir()) == [
+        "config.yaml",
+        "data.json",
+        "model.json",
+        "state.json",
+    ]
+    assert list((reference_run / "default" / "tb_logs").glob("events.*"))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"parallel__tensor_model_parallel_size": 2},
+        {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True},
+        {},  # data parallel
+    ],
+    ids=["tp2", "tp2-sequence-parallel", "dp2"],
+)
+def test_same_curve_at_every_layout(
+    tokens: Path, reference_run: Path, tmp_path: Path, layout: dict
+) -> None:
+    config = make_config(tokens, tmp_path / "run", **layout)
+    run_distributed(run, 2, config)
+    # Sums are taken in another order; after 20 steps of float32 that is far below 1e-4.
+    assert largest_difference(losses(reference_run), losses(tmp_path / "run")) <= 1e-5
+
+
+def resumable_copy(reference_run: Path, target: Path) -> Path:
+    """The reference run as if it had been killed at step 15: metrics go on, a save is half-done."""
+    shutil.copytree(reference_run, target)
+    checkpoints = target / "default" / "checkpoints"
+    last = next(checkpoints.glob("*step=19"))
+    last.rename(last.with_name(f".{last.name}.tmp"))
+    metrics = target / "default" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    metrics.write_text("\n".join(lines[:15]) + '\n{"step": 15, "reduced')
+    return target
+
+
+def test_resume_equals_uninterrupted(tokens: Path, reference_run: Path, tmp_path: Path) -> None:
+    log_dir = resumable_copy(reference_run, tmp_path / "run")
+    run(make_config(tokens, log_dir))
+    assert largest_difference(losses(reference_run), losses(log_dir)) <= 1e-6
+    assert not list((log_dir / "default" / "checkpoints").glob(".*"))
+
+
+@pytest.mark.distributed
+def test_resume_at_other_layouts(tokens: Path, reference_run: Path, tmp_path: Path) -> None:
+    """Weights and optimizer go from one process to TP 2, and from there to DP 2."""
+    log_dir = resumable_copy(reference_run, tmp_path / "run")
+    config = make_config(tokens, log_dir, max_steps=20, save_every_n_steps=5)
+    config.parallel.tensor_model_parallel_size = 2
+    run_distributed(run, 2, config)
+    assert largest_difference(losses(reference_run), losses(log_dir)) <= 1e-5
+    shutil.rmtree(next((log_dir / "default" / "checkpoints").glob("*step=19")))
+    config.parallel.tensor_model_parallel_size = 1
+    run_distributed(run, 2, config)
+    assert largest_difference(losses(reference_run), losses(log_dir)) <= 1e-5
+
+
+def test_killed_run_goes_on_with_the_same_command(
+    tokens: Path, reference_run: Path, tmp_path: Path
+) -> None:
+    log_dir = tmp_path / "run"
+    command = [sys.executable, "train_general.py", "--data_path", str(tokens)]
+    command += ["--model_path", "random:tiny", "--log_dir", str(log_dir), "--lr", "1e-3"]
+    command += ["--split_string", "3,1,1", "--tensor_model_parallel_size", "1"]
+    command += ["--max_steps", "20", "--save_every_n_steps", "10", "--global_batch_size", "4"]
+    command += ["--num_threads", "1"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((log_dir / "default" / "checkpoints").glob("*step=9")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list((log_dir / "default" / "checkpoints").glob("*step=19"))
+    subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    assert largest_difference(losses(reference_run), losses(log_dir)) <= 1e-6
+
+
+def test_recompute_changes_nothing(tokens: Path, reference_run: Path, tmp_path: Path) -> None:
+    run(make_config(tokens, tmp_path / "run", model__recompute=True, max_steps=3))
+    # A shorter run has another schedule: only the first loss is comparable.
+    assert losses(tmp_path / "run")[0] == losses(reference_run)[0]
+
+
+def test_post_training_starts_from_the_weights(
+    tokens: Path, reference_run: Path, tmp_path: Path
+) -> None:
+    """A run from another run's checkpoint starts where that one ended, with a fresh optimizer."""
+    run(make_config(tokens, tmp_path / "run", model__path=str(reference_run), max_steps=2))
+    assert losses(tmp_path / "run")[0] < 0.8 * losses(reference_run)[0]
+    assert losses(tmp_path / "run")[0] != losses(reference_run)[0]
+
+
+def test_complete_run_is_left_alone(
+    tokens: Path, reference_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (reference_run / "default" / "metrics.jsonl").read_bytes()
+    assert run(make_config(tokens, reference_run)) == "epoch=13-step=19"
+    assert "nothing to do" in capsys.readouterr().out
+    assert (reference_run / "default" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_on_other_data_is_refused(tokens: Path, reference_run: Path) -> None:
+    with pytest.raises(ConfigError, match="trained on other data"):
+        run(make_config(tokens, reference_run, data__split_string="2,2,1"))
+
+
+def test_foreign_log_dir_is_refused(tokens: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputFolderError, match="something else than a run"):
+        run(make_config(tokens, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_non_finite_loss_stops_before_the_step(tokens: Path, tmp_path: Path) -> None:
+    import torch
+
+    from cosmos_posttrain.training import data
+    from cosmos_posttrain.training.trainer import Trainer
+
+    trainer = Trainer(make_config(tokens, tmp_path / "run"))
+    with torch.no_grad():
+        trainer.model.output_layer.weight.fill_(float("nan"))
+    before = trainer.model.embedding.word_embeddings.weight.clone()
+    batches = data.training_batches(trainer.train_data, trainer.config, 0)
+    with pytest.raises(NonFiniteLossError, match="nothing was updated"):
+        trainer.train_step(next(batches))
+    trainer.log.close()
+    assert torch.equal(before, trainer.model.embedding.word_embeddings.weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--data_path", "/no/such/folder"], "/no/such/folder"),
+        (["--tensor_model_parallel_size", "3"], "use one of 1, 2"),
+        (["--tensor_model_parallel_size", "2"], "torchrun --nproc-per-node=2"),
+        (["--lr", "-1"], "--lr -1.0 must be above 0"),
+        (["--model_path", "/no/such/model"], "/no/such/model does not exist"),
+        (["--no_such_flag", "1"], "--no_such_flag"),
+    ],
+)
+def test_bad_usage_is_one_sentence(
+    tokens: Path, tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    base = ["train_general.py", "--data_path", str(tokens), "--log_dir", str(tmp_path / "run")]
+    base += ["--model_path", "random:tiny", "--tensor_model_parallel_size", "1"]
+    result = run_script([*base, *arguments])
+    assert result.returncode == 2, result.stderr
+    assert sentence in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert not (tmp_path / "run").exists()
