@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from cosmos_posttrain import warning_filters as warning_filters
+
 if TYPE_CHECKING:
     from cosmos_posttrain.checkpoint.load import load_model
     from cosmos_posttrain.data.dataset import TokenDataset

@@ -1,0 +1,171 @@
+"""Generation: prompt tokens in, the tokens that follow them out, with a KV cache.
+
+Flows in: an ``ARModel`` and the tokens of the first latent frames (B, P). Flows out: the next N
+tokens (B, N), the same on every rank. The prompt goes through the model at once, then one token at
+a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.transformer.utils import set_model_to_sequence_parallel
+from torch import Tensor
+
+from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError, GeometryError
+from cosmos_posttrain.inference.sampling import check_sampling, draw_uniform, sample
+from cosmos_posttrain.models.ar_model import ARModel
+from cosmos_posttrain.models.builder import CosmosGPTModel
+
+
+def _check_prompt(model: ARModel, tokens: Tensor, num_tokens: int) -> None:
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
+        raise GeometryError(
+            f"the prompt has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; give (B, P) "
+            "int64."
+        )
+    batch_size, length = tokens.shape
+    if batch_size < 1 or length < 1 or num_tokens < 1:
+        raise GeometryError(
+            f"cannot generate {num_tokens} tokens from a prompt of shape ({batch_size}, {length}); "
+            "the batch, the prompt and the tokens to generate must each be at least 1."
+        )
+    if length + num_tokens > model.config.seq_length:
+        raise GeometryError(
+            f"{length} prompt tokens and {num_tokens} to generate do not fit the model's grid "
+            f"{tuple(model.latent_shape)}; together they can be at most {model.config.seq_length}."
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= model.config.vocab_size:
+        raise GeometryError(
+            f"the prompt's tokens lie in [{low}, {high}], outside the model's vocabulary "
+            f"0..{model.config.vocab_size - 1}; encode with the tokenizer that it was trained on."
+        )
+
+
+def _check_layout() -> None:
+    for name, size in (
+        ("pipeline", parallel_state.get_pipeline_model_parallel_world_size()),
+        ("context", parallel_state.get_context_parallel_world_size()),
+    ):
+        if size > 1:
+            raise ConfigError(
+                f"tokens cannot be generated at {name} parallel size {size}; load the checkpoint "
+                "with tensor parallelism only (any checkpoint can be)."
+            )
+
+
+@contextlib.contextmanager
+def _whole_sequences(module: CosmosGPTModel) -> Iterator[None]:
+    """Switches sequence parallelism off: one token cannot be split over ranks."""
+    if not module.config.sequence_parallel:
+        yield
+        return
+    set_model_to_sequence_parallel(module, False)
+    try:
+        yield
+    finally:
+        set_model_to_sequence_parallel(module, True)
+
+
+def _agree(tokens: Tensor) -> Tensor:
+    """The first tensor-parallel rank's tokens, on all of them.
+
+    The ranks' logits are equal, but a GPU's cumulative sums need not be to the last bit, and ranks
+    that disagree once would fill their caches with different clips.
+    """
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            tokens,
+            parallel_state.get_tensor_model_parallel_src_rank(),
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+    return tokens
+
+
+def _check_finite(logits: Tensor) -> None:
+    if not bool(torch.isfinite(logits).all()):
+        raise CosmosPosttrainError(
+            "the model's logits are not finite: the weights are damaged or their training diverged."
+        )
+
+
+def generate(
+    model: ARModel,
+    prompt_tokens: Tensor,
+    num_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int = 0,
+    context: Tensor | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Continues clips of tokens. Every tensor-parallel rank calls it with the same arguments.
+
+    Args:
+        model: from ``load_model``; stays in evaluation mode.
+        prompt_tokens: (B, P) int64 in [0, vocab_size), in (t h w) order; P at least 1.
+        num_tokens: how many to generate; P + num_tokens at most T * H * W.
+        temperature: 0 takes the most likely token, 1.0 the model's own distribution.
+        top_p: draws among the most likely tokens before which at most this mass lies.
+        top_k: draws among this many most likely tokens.
+        seed: the same seed gives the same tokens, at any tensor parallel size up to rounding.
+        context: text embeddings; base models take none.
+        progress: called with the number of tokens generated so far, after each.
+
+    Returns:
+        (B, num_tokens) int64 on the model's device.
+
+    Raises:
+        GeometryError: a prompt that does not fit the model's grid or vocabulary.
+        ConfigError: sampling settings out of range, or a layout that cannot generate.
+        CosmosPosttrainError: logits that are not finite.
+    """
+    if context is not None:
+        raise ConfigError("this is a base model, which takes no text; leave out context.")
+    check_sampling(temperature, top_p, top_k)
+    _check_prompt(model, prompt_tokens, num_tokens)
+    _check_layout()
+    model.module.eval()
+    with torch.inference_mode(), _whole_sequences(model.module):
+        generated = _decode(
+            model,
+            prompt_tokens.long().to(model.device),
+            draw_uniform(prompt_tokens.shape[0], num_tokens, seed).to(model.device),
+            lambda logits, u: sample(logits, u, temperature=temperature, top_p=top_p, top_k=top_k),
+            progress,
+        )
+    # Tensors made in inference mode cannot take part in training; a copy of one can.
+    return generated.clone()
+
+
+def _decode(
+    model: ARModel,
+    prompt: Tensor,
+    uniform: Tensor,
+    draw: Callable[[Tensor, Tensor], Tensor],
+    progress: Callable[[int], None] | None,
+) -> Tensor:
+    """The loop: feeds the prompt (B, P), then each drawn token; returns (B, N)."""
+    batch_size, num_tokens = uniform.shape
+    # The last token is never fed, so the cache needs no room for it.
+    cache = StaticInferenceContext(batch_size, prompt.shape[1] + num_tokens - 1)
+    generated = prompt.new_empty(batch_size, num_tokens)
+    logits = model.next_token_logits(prompt, cache)
+    _check_finite(logits)
+    for position in range(num_tokens):
+        token = _agree(draw(logits, uniform[:, position]))
+        generated[:, position] = token
+        if progress is not None:
+            progress(position + 1)
+        if position + 1 < num_tokens:
+            logits = model.next_token_logits(token[:, None], cache)
+    # What is not finite stays so through the cache: the last logits speak for all.
+    _check_finite(logits)
+    return generated

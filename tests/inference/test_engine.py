@@ -1,0 +1,163 @@
+"""The engine: golden greedy tokens at TP=1 and TP=2, the cache against no cache, bad prompts."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import pytest
+import torch
+from distributed_run import run_distributed
+from megatron.core.transformer.utils import set_model_to_sequence_parallel
+from reference import GOLDEN_DIR, needs_golden
+from safetensors.torch import load_file
+
+from cosmos_posttrain import generate, load_model
+from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError, GeometryError
+from cosmos_posttrain.geometry import LatentShape
+from cosmos_posttrain.inference.progress import ProgressLine
+from cosmos_posttrain.models.ar_model import ARModel
+
+GOLDEN = ("base_4b_like", "base_12b_like")
+GRID = LatentShape(3, 3, 4)
+
+
+@cache
+def tiny() -> ARModel:
+    return load_model("tiny", latent_shape=GRID)
+
+
+def prompts(batch_size: int = 2, length: int = 12) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 1000, (batch_size, length), generator=generator)
+
+
+def golden_case(name: str) -> tuple[torch.Tensor, list[int]]:
+    """The prompt (1, P) and the greedy continuation."""
+    arrays = load_file(GOLDEN_DIR / "ar" / name / "io.safetensors")
+    config = json.loads((GOLDEN_DIR / "ar" / name / "config.json").read_text())
+    prompt = arrays["tokens"][:1, : config["num_condition_tokens"]]
+    return prompt.long(), arrays["greedy_tokens"].flatten().tolist()
+
+
+def generate_golden(name: str, tensor_model_parallel_size: int) -> tuple[list[int], list[int]]:
+    """Greedy and sampled continuations of the golden prompt."""
+    model = load_model(
+        GOLDEN_DIR / "ar" / name, tensor_model_parallel_size=tensor_model_parallel_size
+    )
+    prompt, expected = golden_case(name)
+    greedy = generate(model, prompt, len(expected), temperature=0.0)
+    drawn = generate(model, prompt, len(expected), temperature=1.0, top_p=0.9, seed=7)
+    return greedy[0].tolist(), drawn[0].tolist()
+
+
+def generate_all_golden() -> list[tuple[list[int], list[int]]]:
+    return [generate_golden(name, 2) for name in GOLDEN]
+
+
+def generate_with_sequence_parallel() -> tuple[bool, bool]:
+    """Whether a model with sequence parallelism on generates the same, and whether it stays on."""
+    model = load_model("tiny", latent_shape=GRID, tensor_model_parallel_size=2)
+    expected = generate(model, prompts(), 6)
+    set_model_to_sequence_parallel(model.module, True)
+    tokens = generate(model, prompts(), 6)
+    return torch.equal(tokens, expected), model.module.config.sequence_parallel
+
+
+@needs_golden
+@pytest.mark.parametrize("name", GOLDEN)
+def test_greedy_tokens_are_the_reference_implementations(name: str) -> None:
+    greedy, drawn = generate_golden(name, 1)
+    assert greedy == golden_case(name)[1]
+    assert drawn != greedy
+
+
+@needs_golden
+@pytest.mark.distributed
+def test_two_ranks_generate_what_one_does() -> None:
+    first, second = run_distributed(generate_all_golden, 2)
+    assert first == second
+    for name, (greedy, drawn) in zip(GOLDEN, first, strict=True):
+        assert greedy == golden_case(name)[1]
+        assert drawn == generate_golden(name, 1)[1]
+
+
+@pytest.mark.distributed
+def test_sequence_parallelism_is_switched_off_and_on_again() -> None:
+    assert run_distributed(generate_with_sequence_parallel, 2) == [(True, True)] * 2
+
+
+def test_the_cache_gives_what_scoring_everything_again_gives() -> None:
+    model, tokens = tiny(), prompts()
+    num_tokens = GRID.num_tokens - tokens.shape[1]
+    generated = generate(model, tokens, num_tokens, temperature=0.0)
+    assert generated.shape == (2, num_tokens)
+    assert generated.dtype == torch.int64
+    whole = torch.cat([tokens, generated], 1)
+    # Position p scores token p + 1.
+    scores = model.logits(whole)[:, tokens.shape[1] - 1 : -1]
+    assert torch.equal(scores.argmax(-1), generated)
+
+
+def test_the_seed_decides_and_nothing_else() -> None:
+    model, tokens = tiny(), prompts(1)
+    first = generate(model, tokens, 12, seed=1)
+    torch.manual_seed(99)
+    assert torch.equal(first, generate(model, tokens, 12, seed=1))
+    assert torch.equal(first[:, :5], generate(model, tokens, 5, seed=1))
+    assert not torch.equal(first, generate(model, tokens, 12, seed=2))
+    # The same clip twice in a batch continues in two ways, the first as if it were alone.
+    pair = generate(model, tokens.expand(2, -1), 12, seed=1)
+    assert torch.equal(pair[:1], first)
+    assert not torch.equal(pair[0], pair[1])
+
+
+def test_generated_tokens_can_take_part_in_training() -> None:
+    tokens = generate(tiny(), prompts(1), 4)
+    embedding = torch.nn.Embedding(1000, 2)
+    embedding(tokens).sum().backward()
+    assert embedding.weight.grad is not None
+
+
+def test_progress_counts_every_token(capsys: pytest.CaptureFixture[str]) -> None:
+    counts: list[int] = []
+    generate(tiny(), prompts(1), 3, progress=counts.append)
+    assert counts == [1, 2, 3]
+    line = ProgressLine(4, "clip")
+    for done in range(1, 5):
+        line(done)
+    output = capsys.readouterr().err
+    assert output.startswith("clip: 4/4 tokens, ")
+    assert output.endswith(" in all\n")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_tokens", "message"),
+    [
+        (prompts(1, 12), 25, "together they can be at most 36"),
+        (prompts(1, 0), 4, "must each be at least 1"),
+        (prompts(1, 4), 0, "must each be at least 1"),
+        (prompts(1, 4)[0], 4, r"give \(B, P\) int64"),
+        (prompts(1, 4).float(), 4, r"give \(B, P\) int64"),
+        (prompts(1, 4) + 1000, 4, "outside the model's vocabulary 0..999"),
+        (prompts(1, 4) - 1000, 4, "outside the model's vocabulary 0..999"),
+    ],
+)
+def test_bad_prompts_are_refused(tokens: torch.Tensor, num_tokens: int, message: str) -> None:
+    with pytest.raises(GeometryError, match=message):
+        generate(tiny(), tokens, num_tokens)
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="top_p 2"):
+        generate(tiny(), prompts(), 4, top_p=2.0)
+    with pytest.raises(ConfigError, match="takes no text"):
+        generate(tiny(), prompts(), 4, context=torch.zeros(1, 2, 3))
+
+
+def test_weights_that_are_not_finite_are_an_error_and_not_a_video() -> None:
+    model = load_model("tiny", latent_shape=GRID)
+    with torch.no_grad():
+        model.module.decoder.final_layernorm.weight.fill_(float("nan"))
+    with pytest.raises(CosmosPosttrainError, match="not finite"):
+        generate(model, prompts(), 4)
