@@ -5,7 +5,8 @@ tensor, ``device="cuda"``, ``Tensor.cuda()``, ``torch.cuda.synchronize()``, and 
 ``Tensor.type()``. Inside ``cpu_device()`` these mean the CPU. Where CUDA exists it does nothing.
 
 It costs a Python call for every torch function, so it is entered around set-up, schedules,
-optimizer steps and checkpoints, and ``plain_torch()`` leaves it again for the forward pass of the model.
+optimizer steps and checkpoints, and ``plain_torch()`` leaves it again for the forward pass of the
+model.
 """
 
 from __future__ import annotations

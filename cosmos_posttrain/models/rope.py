@@ -8,9 +8,11 @@ arXiv:2104.09864; 3D RoPE: Cosmos World Foundation Model Platform, section 5.2).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from cosmos_posttrain.geometry import LatentShape
@@ -85,10 +87,21 @@ class RotaryEmbedding3D(nn.Module):
         self.register_buffer("table", rotary_angles(config)[:, None, None, :], persistent=False)
 
     def get_rotary_seq_len(
-        self, inference_context: object, decoder: object, *_args: object, **_kwargs: object
+        self,
+        inference_context: object,
+        decoder: Any,
+        decoder_input: Tensor | None,
+        config: TransformerConfig,
+        *_args: object,
+        **_kwargs: object,
     ) -> int:
-        """All positions: every sequence is one clip, and inference slices what it needs."""
-        return self.table.shape[0]
+        """Positions of the whole sequence; with a KV cache all, and attention takes its part."""
+        if inference_context is not None:
+            return self.table.shape[0]
+        hidden = decoder_input if decoder.input_tensor is None else decoder.input_tensor
+        assert hidden is not None
+        split = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        return hidden.shape[0] * split * config.context_parallel_size
 
     def forward(self, seq_len: int, **_kwargs: object) -> Tensor:
         """Angles (S, 1, 1, kv_channels) float32 of the positions that this rank works on."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -111,20 +113,31 @@ class MetricsLog:
                 self.wandb.finish()
 
 
-def _start_wandb(config: TrainConfig, run: Path) -> Any:
+def wants_wandb() -> bool:
+    """True where the environment asks for W&B.
+
+    Raises:
+        ConfigError: it asks, but wandb is not installed.
+    """
     if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")):
-        return None
-    try:
-        import wandb
-    except ImportError as error:
+        return False
+    if find_spec("wandb") is None:
         raise ConfigError(
             "WANDB_API_KEY or WANDB_MODE is set, but wandb is not installed; pip install wandb, or "
             "unset the variable."
-        ) from error
+        )
+    return True
+
+
+def _start_wandb(config: TrainConfig, run: Path) -> Any:
+    if not wants_wandb():
+        return None
+    import wandb
+
     # One W&B run per run folder, so that a resumed run goes on in the same curves.
     id_file = run / "wandb_id.txt"
     if not id_file.is_file():
-        id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
     return wandb.init(
         project=os.environ.get("WANDB_PROJECT", "cosmos_posttrain"),
         name=os.environ.get("WANDB_NAME", run.parent.name),

@@ -26,7 +26,7 @@ from cosmos_posttrain.errors import ConfigError, NonFiniteLossError
 from cosmos_posttrain.models.builder import CosmosGPTModel, build_model
 from cosmos_posttrain.training import data
 from cosmos_posttrain.training.config import TrainConfig, validate
-from cosmos_posttrain.training.metrics import MetricsLog, model_flops_utilization
+from cosmos_posttrain.training.metrics import MetricsLog, model_flops_utilization, wants_wandb
 from cosmos_posttrain.training.optimizer import (
     CheckpointableOptimizer,
     build_optimizer,
@@ -58,6 +58,7 @@ class Trainer:
             torch.set_num_threads(config.num_threads)
         quiet_megatron_logging()
         validate(config, groups.world_size())
+        wants_wandb()
         self.config = config
         self.parallelism = groups.Parallelism(
             config.parallel.tensor_model_parallel_size,

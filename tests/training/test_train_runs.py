@@ -68,6 +68,19 @@ def test_same_curve_at_every_layout(
     assert largest_difference(losses(reference_run), losses(tmp_path / "run")) <= 1e-5
 
 
+@pytest.mark.distributed
+def test_pipeline_parallel_gives_the_same_curve(
+    tokens: Path, reference_run: Path, tmp_path: Path
+) -> None:
+    """From a checkpoint, since fresh weights of later stages are drawn from other seeds."""
+    settings = {"model__path": str(reference_run), "max_steps": 5}
+    run(make_config(tokens, tmp_path / "one", **settings))
+    config = make_config(tokens, tmp_path / "two", **settings)
+    config.parallel.pipeline_model_parallel_size = 2
+    run_distributed(run, 2, config)
+    assert largest_difference(losses(tmp_path / "one"), losses(tmp_path / "two")) <= 1e-5
+
+
 def resumable_copy(reference_run: Path, target: Path) -> Path:
     """The reference run as if it had been killed at step 15: metrics go on, a save is half-done."""
     shutil.copytree(reference_run, target)
