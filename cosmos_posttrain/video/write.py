@@ -77,7 +77,9 @@ def _encode(path: Path, frames: torch.Tensor, fps: float) -> None:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = pixels.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": _CRF, "preset": "medium"}
+        # x264's macroblock tree depends on thread timing; without it the same frames give the same
+        # bytes.
+        stream.options = {"crf": _CRF, "preset": "medium", "x264-params": "mbtree=0"}
         context = stream.codec_context
         context.color_range = ColorRange.MPEG
         context.colorspace = context.color_primaries = context.color_trc = _BT709
