@@ -1,0 +1,142 @@
+"""convert_checkpoint.py: its output folder's rules, dtypes, the contract, damaged sources."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_run import run_script
+
+from cosmos_posttrain.checkpoint import context, mapping
+from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
+from cosmos_posttrain.checkpoint.source import open_source
+from cosmos_posttrain.errors import CheckpointError, ConfigError, OutputFolderError
+from cosmos_posttrain.geometry import LatentShape
+from cosmos_posttrain.models.config import ModelConfig, to_reference
+
+# A vocabulary of 100 needs padding to 128 in Megatron's form, and none in the reference's.
+CONFIG = ModelConfig(2, 32, 4, 2, 12, 48, 100, LatentShape(2, 2, 3))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        name: torch.randn(shape, generator=generator).bfloat16()
+        for name, shape in mapping.reference_shapes(CONFIG).items()
+    }
+    torch.save(state, folder / "model.pt")
+    context.write_json(folder / "config.json", to_reference(CONFIG))
+    return folder
+
+
+def _convert(source: Path, target: Path, form: str, **options: bool) -> None:
+    convert(ConvertConfig(str(source), str(target), form, **options))
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_bfloat16_and_the_contract_survive(source: Path, tmp_path: Path) -> None:
+    first, second, back = (tmp_path / name for name in ("first", "second", "back"))
+    _convert(source, first, "megatron", verify=True)
+    context.write_context(first, CONFIG, {"contract": {"vocab_size": 100}})
+    _convert(first, second, "megatron", verify=True)
+    assert open_source(second).contract == {"vocab_size": 100}
+    assert open_source(second).config == CONFIG
+    _convert(second, back, "pt", verify=True)
+    before, after = (torch.load(f / "model.pt", weights_only=True) for f in (source, back))
+    assert list(after) == list(mapping.reference_shapes(CONFIG))
+    assert all(t.dtype == torch.bfloat16 and torch.equal(t, after[k]) for k, t in before.items())
+    # No tensor drags the storage of a whole stack of layers along.
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in after.values())
+    assert open_source(back).config == CONFIG
+    assert _names(tmp_path) == {"source", "first", "second", "back"}
+
+
+def test_output_folder_rules(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    _convert(source, target, "pt")
+    written = (target / "model.pt").stat().st_mtime_ns
+    _convert(source, target, "pt")
+    assert "nothing to do" in capsys.readouterr().out
+    assert (target / "model.pt").stat().st_mtime_ns == written
+    with pytest.raises(OutputFolderError, match="to pt that differs"):
+        _convert(source, target, "megatron")
+    os.utime(source / "model.pt", (1, 1))
+    with pytest.raises(OutputFolderError, match="differs from this one"):
+        _convert(source, target, "pt")
+    _convert(source, target, "pt", overwrite=True)
+    (target / "config.json").unlink()
+    with pytest.raises(OutputFolderError, match="changed or removed"):
+        _convert(source, target, "pt")
+    (target / "mine.txt").write_text("kept")
+    _convert(source, target, "megatron", overwrite=True)
+    assert _names(target) == {"mine.txt", "weights", "context", "conversion.json"}
+    assert open_source(target).kind == "megatron"
+
+
+def test_folders_that_are_never_touched(source: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("three years")
+    with pytest.raises(OutputFolderError, match="something else"):
+        _convert(source, other, "pt")
+    for target in (source, source.parent):
+        with pytest.raises(OutputFolderError, match="holds the source"):
+            _convert(source, target, "pt", overwrite=True)
+    with pytest.raises(OutputFolderError, match="is a file"):
+        _convert(source, other / "thesis.tex", "pt")
+    assert _names(other) == {"thesis.tex"}
+    assert _names(source) == {"model.pt", "config.json"}
+
+
+def test_a_damaged_source_leaves_nothing_behind(source: Path, tmp_path: Path) -> None:
+    megatron = tmp_path / "megatron"
+    _convert(source, megatron, "megatron")
+    for part in (megatron / "weights").glob("*.distcp"):
+        part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        _convert(megatron, tmp_path / "target", "pt")
+    assert _names(tmp_path) == {"source", "megatron"}
+
+
+def test_settings_that_do_not_fit(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--source is missing; --target is missing; --target_f"):
+        convert(ConvertConfig())
+    with pytest.raises(CheckpointError, match="no files to convert"):
+        convert(ConvertConfig("random:tiny", str(tmp_path / "t"), "pt"))
+
+
+def test_the_script_exits_with_2_in_one_sentence(source: Path, tmp_path: Path) -> None:
+    arguments = ["--source", source, "--target", tmp_path / "t", "--target_format"]
+    for wrong in ("nemo", "safetensors"):
+        finished = run_script(["convert_checkpoint.py", *arguments, wrong])
+        assert finished.returncode == 2
+        assert finished.stderr.startswith("error: ") and finished.stderr.count("\n") == 1
+    finished = run_script(["convert_checkpoint.py", *arguments, "pt", "--verify"])
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert "25 tensors" in finished.stdout  # 11 in each of 2 layers, and 3
+
+
+def test_verify_finds_one_changed_number(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_damaged(state: dict[str, torch.Tensor], path: Path) -> None:
+        changed = state["model.norm.weight"].clone()
+        changed[3] += 1
+        real_save({**state, "model.norm.weight": changed}, path)
+
+    real_save = torch.save
+    monkeypatch.setattr(torch, "save", save_damaged)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight differs"):
+        _convert(source, tmp_path / "target", "pt", verify=True)
+    assert _names(tmp_path) == {"source"}

@@ -1,0 +1,60 @@
+"""What a checkpoint folder holds: NeMo's keys, stacked layers, Transformer Engine's norm names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+
+from cosmos_posttrain.checkpoint import dist, mapping, plain
+from cosmos_posttrain.checkpoint.load import load_model
+from cosmos_posttrain.models.ar_model import ARModel
+from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.naming import parameters_by_disk_name
+
+
+@pytest.fixture(scope="module")
+def model() -> ARModel:
+    return load_model("random:tiny", vocab_size=1000, seed=3)
+
+
+def _on_disk(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    entries = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    return {key: (tuple(e.size), e.properties.dtype) for key, e in entries.items()}
+
+
+def _expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    layers, hidden, width = config.num_layers, config.hidden_size, config.kv_channels
+    queries = config.num_attention_heads * width
+    packed = queries + 2 * config.num_query_groups * width
+    in_layer = {
+        "self_attention.linear_qkv.layer_norm_weight": (hidden,),
+        "self_attention.linear_qkv.weight": (packed, hidden),
+        "self_attention.q_layernorm.weight": (width,),
+        "self_attention.k_layernorm.weight": (width,),
+        "self_attention.linear_proj.weight": (hidden, queries),
+        "mlp.linear_fc1.layer_norm_weight": (hidden,),
+        "mlp.linear_fc1.weight": (2 * config.ffn_hidden_size, hidden),
+        "mlp.linear_fc2.weight": (hidden, config.ffn_hidden_size),
+    }
+    shapes = {f"module.decoder.layers.{k}": (layers, *v) for k, v in in_layer.items()}
+    return shapes | {
+        "module.embedding.word_embeddings.weight": (1024, hidden),  # 1000, padded to 64s
+        "module.output_layer.weight": (1024, hidden),
+        "module.decoder.final_layernorm.weight": (hidden,),
+    }
+
+
+def test_both_writers_give_the_same_keys_and_shapes(model: ARModel, tmp_path: Path) -> None:
+    for name in ("model", "plain"):
+        (tmp_path / name).mkdir()
+    dist.save(tmp_path / "model", model.module)
+    whole = {name: p.detach() for name, p in parameters_by_disk_name(model.module)}
+    plain.write_megatron(tmp_path / "plain", model.config, whole.items())
+    written = _on_disk(tmp_path / "model")
+    assert {key: shape for key, (shape, _) in written.items()} == _expected(model.config)
+    assert written == _on_disk(tmp_path / "plain")
+    assert sorted(whole) == sorted(mapping.megatron_names(model.config))
+    assert dist.dtype_of(tmp_path / "plain") == torch.float32

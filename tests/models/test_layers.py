@@ -1,0 +1,106 @@
+"""RoPE, RMSNorm and the loss against slow, independent formulas."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cosmos_posttrain.checkpoint.load import load_model
+from cosmos_posttrain.errors import GeometryError
+from cosmos_posttrain.geometry import LatentShape
+from cosmos_posttrain.models.config import ModelConfig, YarnConfig, preset
+from cosmos_posttrain.models.norm import RMSNorm
+from cosmos_posttrain.models.rope import rotary_angles
+
+SHAPE = LatentShape(5, 4, 6)
+
+
+def _frequency(index: int, dim: int, original: int | None, yarn: YarnConfig | None) -> float:
+    value = 500000.0 ** (-2 * index / dim)
+    if yarn is None or original is None:
+        return value
+    high, low = (2 * math.pi * beta / original for beta in (yarn.beta_fast, yarn.beta_slow))
+    keep = min(max((value - low) / (high - low), 0.0), 1.0)
+    return value * (keep + (1 - keep) / yarn.scale)
+
+
+@pytest.mark.parametrize("yarn", [None, YarnConfig(LatentShape(3, 4, 6))])
+@pytest.mark.parametrize("width", [16, 24, 128])
+def test_rotary_angles(width: int, yarn: YarnConfig | None) -> None:
+    config = dataclasses.replace(
+        preset("tiny"), kv_channels=width, latent_shape=SHAPE, rotary_base=500000.0, yarn=yarn
+    )
+    dim_space = width // 6 * 2
+    dims = (width - 2 * dim_space, dim_space, dim_space)
+    # The width's frequencies take the original height, as the reference's do.
+    originals = (3, 4, 4) if yarn else (None, None, None)
+    angles = rotary_angles(config)
+    assert angles.shape == (120, width)
+    for position in (0, 1, 7, 65, 119):
+        t, h, w = position // 24, position // 6 % 4, position % 6
+        half = [
+            place * _frequency(index, dim, original, yarn)
+            for place, dim, original in zip((t, h, w), dims, originals, strict=True)
+            for index in range(dim // 2)
+        ]
+        expected = torch.tensor(half + half, dtype=torch.float32)
+        torch.testing.assert_close(angles[position], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_yarn_changes_slow_frequencies_only() -> None:
+    config = dataclasses.replace(preset("tiny"), latent_shape=LatentShape(9, 64, 64))
+    original = LatentShape(9, 64, 64)
+    plain = rotary_angles(config)
+    slowed = rotary_angles(dataclasses.replace(config, yarn=YarnConfig(original)))
+    row = 63 * 64  # t=0, h=63, w=0
+    ratio = slowed[row][plain[row] > 0] / plain[row][plain[row] > 0]
+    assert float(ratio.max()) == pytest.approx(1.0) and float(ratio.min()) == pytest.approx(0.5)
+
+
+def test_rms_norm() -> None:
+    config = SimpleNamespace(params_dtype=torch.float32, sequence_parallel=True)
+    norm = RMSNorm(config, 8, eps=1e-3)  # type: ignore[arg-type]
+    with torch.no_grad():
+        norm.weight.copy_(torch.arange(8.0))
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    expected = torch.empty_like(x)
+    for i in range(3):
+        for j in range(5):
+            scale = math.sqrt(sum(float(v) ** 2 for v in x[i, j]) / 8 + 1e-3)
+            expected[i, j] = x[i, j] / scale * torch.arange(8.0)
+    torch.testing.assert_close(norm(x), expected)
+    assert norm.weight.sequence_parallel
+    assert norm.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_rows_that_pad_the_vocabulary_take_no_part_in_the_loss() -> None:
+    config: ModelConfig = preset("tiny", vocab_size=1000, latent_shape=LatentShape(2, 3, 4))
+    model = load_model("random:tiny", vocab_size=1000, latent_shape=config.latent_shape)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1000, (2, 24), generator=generator)
+    labels = torch.randint(1000, (2, 24), generator=generator)
+    with torch.no_grad():
+        # Were they counted, they would dominate.
+        model.module.output_layer.weight[1000:] = 10.0
+        loss = model.module(tokens, None, None, labels=labels)
+    logits = model.logits(tokens)
+    assert logits.shape == (2, 24, 1000)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert float(loss.mean()) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_tokens_that_do_not_fit() -> None:
+    model = load_model("random:tiny", vocab_size=1000, latent_shape=LatentShape(2, 3, 4))
+    for tokens, words in (
+        (torch.zeros(1, 25, dtype=torch.int64), "25 tokens do not fit"),
+        (torch.full((1, 3), 1000), "outside the vocabulary 0..999"),
+        (torch.full((1, 3), -1), "outside the vocabulary"),
+        (torch.zeros(1, 3), "int64"),
+        (torch.zeros(3, dtype=torch.int64), r"give \(B, S\)"),
+    ):
+        with pytest.raises(GeometryError, match=words):
+            model.logits(tokens)

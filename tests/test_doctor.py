@@ -1,0 +1,55 @@
+"""The self-check passes on this machine, and fails where it must."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_run import run_script
+from safetensors.torch import load_file, save_file
+
+from cosmos_posttrain import doctor
+
+
+@pytest.mark.distributed
+def test_all_checks_pass() -> None:
+    finished = run_script(["-m", "cosmos_posttrain.doctor"], timeout_seconds=200)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    last = finished.stdout.strip().splitlines()[-1]
+    assert "0 failed" in last
+    assert int(last.split()[0]) >= 9
+
+
+def test_a_wrong_result_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = tmp_path / "case"
+    shutil.copytree(doctor.AR_CASE, case)
+    golden = load_file(case / "io.safetensors")
+    save_file({**golden, "logits": golden["logits"] + 1e-4}, case / "io.safetensors")
+    monkeypatch.setattr(doctor, "AR_CASE", case)
+    logits, greedy = doctor.check_ar("torch", "float32", 1)
+    assert (logits.status, greedy.status) == ("FAIL", "PASS")
+    assert logits.difference == pytest.approx(1e-4, rel=0.1)
+
+
+def test_a_check_that_raises_fails_alone() -> None:
+    def run() -> Iterator[doctor.Result]:
+        yield doctor.Result("first", "PASS")
+        raise RuntimeError("no luck\nat all")
+
+    first, second = doctor._guarded("second", run)
+    assert first.status == "PASS"
+    assert (second.check, second.status) == ("second", "FAIL")
+    assert second.detail == "RuntimeError: no luck"
+
+
+def test_what_is_not_finite_is_no_match() -> None:
+    nothing = torch.tensor([float("nan")])
+    assert doctor._max_difference(nothing, torch.zeros(1)) == float("inf")
+
+
+def test_shipped_cases_are_small() -> None:
+    files = [path for path in doctor.GOLDEN_DIR.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 1.5e6
