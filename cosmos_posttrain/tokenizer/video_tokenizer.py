@@ -1,0 +1,148 @@
+"""The tokenizer as the rest of the project sees it.
+
+Flows in: clips (B, 3, T, H, W) float in [-1, 1]. Flows out: indices (B, t, h, w) int32, and back.
+Inputs are checked here, whatever runs underneath: the native network or TorchScript.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cosmos_posttrain.errors import TokenizerError
+from cosmos_posttrain.geometry import ClipGeometry, Compression
+
+# bfloat16 and resampling may overshoot by a rounding.
+_RANGE_TOLERANCE = 1e-3
+
+
+class EncoderBackend(Protocol):
+    """Something that encodes; checks nothing."""
+
+    compression: Compression
+    levels: tuple[int, ...]
+    dtype: torch.dtype
+    sha256: str
+
+    def encode(self, video: Tensor) -> Tensor:
+        """(B, 3, T, H, W) in [-1, 1] -> indices (B, t, h, w) int32."""
+        ...
+
+
+class DecoderBackend(Protocol):
+    """Something that decodes; checks nothing."""
+
+    compression: Compression
+    levels: tuple[int, ...]
+    dtype: torch.dtype
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Indices (B, t, h, w) -> (B, 3, T, H, W)."""
+        ...
+
+
+class VideoTokenizer:
+    """A discrete video tokenizer.
+
+    Attributes:
+        id: what the manifest records: the path or name as it was given.
+        compression: frames, rows and columns of pixels per token.
+        levels: FSQ levels.
+        vocab_size: their product.
+        sha256: of the encoder's learned tensors; equal for equal weights in any file form.
+        dtype: that the network computes in.
+        device: where it runs.
+    """
+
+    def __init__(
+        self, encoder: EncoderBackend, decoder: DecoderBackend, id: str, device: torch.device
+    ) -> None:
+        """Joins two halves.
+
+        Raises:
+            TokenizerError: if their compression or levels differ.
+        """
+        for what, a, b in (
+            ("compression", encoder.compression.name, decoder.compression.name),
+            ("levels", encoder.levels, decoder.levels),
+        ):
+            if a != b:
+                raise TokenizerError(
+                    f"the encoder's {what} is {a} and the decoder's {b}; "
+                    "give the encoder and decoder of one tokenizer."
+                )
+        self._encoder, self._decoder = encoder, decoder
+        self.id = id
+        self.device = device
+        self.compression = encoder.compression
+        self.levels = encoder.levels
+        self.vocab_size = math.prod(self.levels)
+        self.sha256 = encoder.sha256
+        self.dtype = encoder.dtype
+
+    @torch.inference_mode()
+    def encode(self, video: Tensor) -> Tensor:
+        """Video -> tokens. An image is a clip of one frame.
+
+        Args:
+            video: (B, 3, T, H, W) float in [-1, 1], T = 1 + k * compression.time.
+
+        Returns:
+            (B, t, h, w) int32 on the tokenizer's device, each in [0, vocab_size).
+
+        Raises:
+            TokenizerError: if the video is not float, not of that shape, or not in [-1, 1].
+            GeometryError: if its size cannot be represented.
+        """
+        if not video.is_floating_point():
+            raise TokenizerError(
+                f"the video is {str(video.dtype).removeprefix('torch.')}; the tokenizer takes "
+                "floats in [-1, 1]: divide 8-bit pixels by 127.5 and subtract 1."
+            )
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise TokenizerError(
+                f"the video has shape {tuple(video.shape)}; the tokenizer takes (B, 3, T, H, W)."
+            )
+        ClipGeometry(video.shape[2], video.shape[3], video.shape[4], self.compression)
+        if video.shape[0] == 0:
+            raise TokenizerError("the batch is empty; the tokenizer needs at least one clip.")
+        low, high = video.aminmax()
+        # Written so that NaN fails too.
+        if not (low >= -1 - _RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
+            raise TokenizerError(
+                f"the video's values lie in [{float(low):.4g}, {float(high):.4g}]; they must be "
+                "in [-1, 1]: divide 8-bit pixels by 127.5 and subtract 1."
+            )
+        return self._encoder.encode(video.to(self.device, self._encoder.dtype))
+
+    @torch.inference_mode()
+    def decode(self, indices: Tensor) -> Tensor:
+        """Tokens -> video.
+
+        Args:
+            indices: (B, t, h, w) integers in [0, vocab_size).
+
+        Returns:
+            (B, 3, T, H, W) float in [-1, 1], T = 1 + (t - 1) * compression.time.
+
+        Raises:
+            TokenizerError: if the indices are not integers of that shape and range.
+        """
+        if indices.is_floating_point() or indices.dtype == torch.bool or indices.ndim != 4:
+            raise TokenizerError(
+                f"the indices are {str(indices.dtype).removeprefix('torch.')} of shape "
+                f"{tuple(indices.shape)}; the decoder takes integers (B, t, h, w)."
+            )
+        if indices.numel() == 0:
+            raise TokenizerError("the token grid is empty; the decoder needs at least one token.")
+        low, high = (int(value) for value in indices.aminmax())
+        if low < 0 or high >= self.vocab_size:
+            raise TokenizerError(
+                f"the indices lie in [{low}, {high}]; this tokenizer's are in "
+                f"[0, {self.vocab_size - 1}]."
+            )
+        video = self._decoder.decode(indices.to(self.device, torch.int32))
+        return video.clamp_(-1, 1)

@@ -1,0 +1,241 @@
+"""Training of tokenizers: it learns, resumes exactly, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cosmos_posttrain import config as config_module
+from cosmos_posttrain.errors import (
+    ConfigError,
+    NonFiniteLossError,
+    OutputFolderError,
+    UserError,
+)
+from cosmos_posttrain.tokenizer import load_tokenizer
+from cosmos_posttrain.training.tokenizer import trainer
+from cosmos_posttrain.training.tokenizer.config import DataConfig, LossConfig, TokenizerTrainConfig
+from cosmos_posttrain.training.tokenizer.data import ClipSource, augment_colors
+from cosmos_posttrain.training.tokenizer.losses import (
+    multiscale_gradient,
+    psnr,
+    reconstruction_loss,
+    ssim,
+)
+from cosmos_posttrain.training.tokenizer.trainer import train
+from cosmos_posttrain.video import write_mp4
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two synthetic videos: smooth coloured patterns that move."""
+    folder = tmp_path_factory.mktemp("videos")
+    y, x = torch.meshgrid(torch.arange(40.0), torch.arange(56.0), indexing="ij")
+    for number in range(2):
+        frames = []
+        for time in range(24):
+            waves = [
+                torch.sin((x * (number + 1) + shift * y) / 9 + time / 5 + shift)
+                for shift in range(3)
+            ]
+            frames.append((torch.stack(waves) + 1) * 127.5)
+        write_mp4(folder / f"{number}.mp4", torch.stack(frames, dim=1).to(torch.uint8), fps=10)
+    return folder
+
+
+def small_config(videos: Path, output: Path, **changes: Any) -> TokenizerTrainConfig:
+    values: dict[str, Any] = {
+        "output_dir": str(output),
+        "max_steps": 6,
+        "batch_size": 2,
+        "image_batch_size": 3,
+        "image_every": 3,
+        "recenter_steps": 4,
+        "num_threads": 1,
+        "save_every": 3,
+        "validate_every": 3,
+        "num_validation_clips": 1,
+        "dtype": "float32",
+        "network": {
+            "channels": 4,
+            "channels_mult": [1, 2],
+            "num_res_blocks": 1,
+            "attn_resolutions": [],
+            "patch_size": 4,
+            "z_channels": 4,
+            "spatial_compression": 8,
+            "temporal_compression": 4,
+            "embedding_dim": 3,
+            "levels": [8, 5, 5],
+        },
+        "data": DataConfig(
+            videos=str(videos),
+            photographs=False,
+            heights=[32, 40],
+            num_frames=5,
+            crop_height=32,
+            crop_width=32,
+            max_stride=2,
+            validation_fraction=0.25,
+        ),
+    }
+    return TokenizerTrainConfig(**values | changes)
+
+
+def read_rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_resumed_run_equals_an_uninterrupted_one(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(small_config(videos, tmp_path / "whole"))
+
+    class Killed(BaseException):
+        pass
+
+    step = trainer._Trainer.step
+
+    def step_until_killed(self: trainer._Trainer) -> dict[str, float]:
+        if self.completed_steps == 5:
+            raise Killed
+        return step(self)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(trainer._Trainer, "step", step_until_killed)
+        train(small_config(videos, tmp_path / "killed"))
+    assert len(read_rows(tmp_path / "killed")) == 5
+    train(small_config(videos, tmp_path / "killed"))
+
+    whole, resumed = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "killed"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    rows = read_rows(tmp_path / "killed")
+    assert [row["step"] for row in rows] == list(range(6))
+    assert rows == read_rows(tmp_path / "whole")
+    assert "validation_psnr" in rows[2] and "validation_psnr" in rows[5]
+
+
+def test_training_learns_and_writes_a_loadable_tokenizer(videos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    config = small_config(videos, output, max_steps=60, save_every=60, validate_every=60)
+    config.optimizer.warmup_steps = 5
+    config.optimizer.ema_decay = 0.9
+    train(config)
+    losses = [row["loss"] for row in read_rows(output)]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    tokenizer = load_tokenizer(output, device="cpu")
+    assert tokenizer.vocab_size == 200
+    assert tokenizer.encode(torch.zeros(1, 3, 5, 32, 32)).shape == (1, 2, 4, 4)
+    # Finished: the same command again changes nothing.
+    before = (output / "model.safetensors").read_bytes()
+    train(config)
+    assert (output / "model.safetensors").read_bytes() == before
+
+
+def test_noise_phase_and_start_from_weights(videos: Path, tmp_path: Path) -> None:
+    train(small_config(videos, tmp_path / "first", noise_steps=3, max_steps=3))
+    second = small_config(
+        videos, tmp_path / "second", init_from=str(tmp_path / "first"), max_steps=1
+    )
+    second.optimizer.lr = 1e-9
+    second.recenter_steps = 0
+    train(second)
+    first, last = (load_file(tmp_path / n / "model.safetensors") for n in ("first", "second"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(last[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_other_contents_and_another_run_are_not_overwritten(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(OutputFolderError, match="something else"):
+        train(small_config(videos, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    output = tmp_path / "run"
+    train(small_config(videos, output, max_steps=1))
+    with pytest.raises(OutputFolderError, match="another seed"):
+        train(small_config(videos, output, max_steps=1, seed=5))
+
+
+def test_non_finite_loss_stops_before_the_weights_change(videos: Path, tmp_path: Path) -> None:
+    config = small_config(videos, tmp_path / "run", loss=LossConfig(l1=float("nan")))
+    with pytest.raises(NonFiniteLossError):
+        train(config)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_bad_settings_are_listed_at_once(videos: Path, tmp_path: Path) -> None:
+    config = small_config(videos, tmp_path / "run", max_steps=0, dtype="int8")
+    with pytest.raises(ConfigError, match=r"max_steps 0.*int8"):
+        train(config)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no video"):
+        ClipSource(DataConfig(videos=str(tmp_path / "empty"), photographs=False))
+
+
+def test_held_out_frames_are_never_trained_on(videos: Path) -> None:
+    source = ClipSource(small_config(videos, Path("unused")).data)
+    for training, held_out in zip(source.videos, source.validation_videos, strict=True):
+        assert training.levels[0].shape[1] + held_out.levels[0].shape[1] == 24
+        assert held_out.levels[0].shape[1] >= 5
+    assert source.validation_clips(2).shape == (4, 3, 5, 32, 32)
+
+
+def test_batches_depend_on_the_generator_alone(videos: Path) -> None:
+    source = ClipSource(small_config(videos, Path("unused")).data)
+    first, same, other = (
+        source.batch(3, 5, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert first.shape == (3, 3, 5, 32, 32)
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert first.abs().max() <= 1
+
+
+def test_color_augmentation_keeps_the_range_and_can_be_off() -> None:
+    clip = torch.rand(3, 2, 4, 4) * 2 - 1
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(augment_colors(clip, 0.0, generator), clip)
+    changed = augment_colors(clip, 1.0, generator)
+    assert changed.abs().max() <= 1 and not torch.equal(changed, clip)
+
+
+def test_losses_are_zero_for_a_perfect_reconstruction_and_see_motion() -> None:
+    video = torch.rand(2, 3, 5, 16, 16) * 2 - 1
+    assert reconstruction_loss(video, video, LossConfig()) == 0
+    brighter = video + 0.1
+    assert multiscale_gradient(brighter, video, 3) < 1e-6  # constant offsets are L1's business
+    assert multiscale_gradient(video.roll(1, dims=2), video, 3) > 0.1
+
+
+def test_psnr_and_ssim_match_scikit_image() -> None:
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    torch.manual_seed(0)
+    video = torch.rand(1, 3, 2, 24, 32) * 2 - 1
+    noisy = (video + 0.2 * torch.randn(video.shape)).clamp(-1, 1)
+    pixels = [
+        ((v[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
+        for v in (video, noisy)
+    ]
+    expected = peak_signal_noise_ratio(*pixels)
+    assert psnr(noisy, video).item() == pytest.approx(expected, abs=1e-3)
+    scores = [structural_similarity(a, b, channel_axis=-1) for a, b in zip(*pixels, strict=True)]
+    assert ssim(noisy, video).item() == pytest.approx(sum(scores) / 2, abs=1e-3)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("tokenizer_*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    from cosmos_posttrain.tokenizer.network import DVConfig
+    from cosmos_posttrain.training.tokenizer.config import validate
+
+    config = config_module.merge(TokenizerTrainConfig, path, [("output_dir", "run")])
+    validate(config)
+    rate = DVConfig.from_dict(config.network).compression
+    assert path.stem.endswith(f"dv{rate.name}")
