@@ -152,7 +152,6 @@ class Trainer:
                     grad_reduce_in_fp32=True,
                     use_distributed_optimizer=True,
                     overlap_grad_reduce=on_gpu,
-                    overlap_param_gather=on_gpu,
                 ),
                 model,
             )
