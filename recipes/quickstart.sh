@@ -41,7 +41,7 @@ python prepare_dataset.py --config configs/prepare_tiny_dv4x8x8.yaml \
 
 step "3/6 train a tiny model on the old tokens (tensor parallel over 2 processes)"
 "${TORCHRUN[@]}" train_general.py --config configs/train_tiny.yaml --model_path random:tiny \
-    --data_path "$OUTPUT/tokens_old" --log_dir "$OUTPUT/run_old" --max_steps 80
+    --data_path "$OUTPUT/tokens_old" --log_dir "$OUTPUT/run_old" --max_steps 200
 
 step "4/6 post-train it on the new tokens; this is the swap of tokenizers"
 "${TORCHRUN[@]}" train_general.py --config configs/train_tiny.yaml --model_path "$OUTPUT/run_old" \

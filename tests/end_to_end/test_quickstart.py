@@ -21,7 +21,7 @@ def test_quickstart_twice(tmp_path: Path) -> None:
     for name in ("generated.mp4", "side_by_side.png", "loss_curve.png"):
         assert (tmp_path / "out" / name).stat().st_size > 1000
     losses = [row["reduced_train_loss"] for row in read_metrics(tmp_path / "out" / "run_new")]
-    assert losses[-1] < 2 / 3 * losses[0]
+    assert sum(losses[-20:]) / 20 < 2 / 3 * sum(losses[:5]) / 5
     second = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, timeout=600)
     assert second.returncode == 0, second.stderr
     assert second.stdout.count("nothing to do") == 3
