@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cosmos_posttrain.geometry import num_pixel_frames
 from cosmos_posttrain.tokenizer.layers import StreamCache
 from cosmos_posttrain.tokenizer.network import DVConfig, DVNetwork
 from cosmos_posttrain.tokenizer.weights_io import CONFIG_FILE, encoder_sha256, read_native
@@ -60,12 +61,21 @@ class NativeBackend:
         step = self._chunk_latents
         if indices.shape[1] <= 1 + step:
             return self.network.decode(indices)
-        cache, parts = StreamCache(), []
-        bounds = [0, *range(1 + step, indices.shape[1], step), indices.shape[1]]
-        for start, stop in itertools.pairwise(bounds):
-            parts.append(self.network.decode(indices[:, start:stop], cache))
+        cache, rate = StreamCache(), self.compression
+        b, t, h, w = indices.shape
+        # Written in place: a list of parts would hold the long clip twice.
+        video = torch.empty(
+            (b, 3, num_pixel_frames(t, rate), h * rate.height, w * rate.width),
+            dtype=self.dtype,
+            device=indices.device,
+        )
+        done = 0
+        for start, stop in itertools.pairwise([0, *range(1 + step, t, step), t]):
+            part = self.network.decode(indices[:, start:stop], cache)
+            video[:, :, done : done + part.shape[2]] = part
+            done += part.shape[2]
             cache.end_chunk()
-        return torch.cat(parts, dim=2)
+        return video
 
 
 def load_native(folder: Path, device: torch.device, dtype: torch.dtype | None) -> NativeBackend:

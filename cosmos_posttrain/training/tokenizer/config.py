@@ -22,7 +22,9 @@ class DataConfig:
         heights: pixels; every video and photograph is held in memory at each of these heights that
             is not above its own, so that crops cover coarse and fine detail.
         num_frames: frames of a training clip, ``1 + k * temporal_compression``.
-        crop_height, crop_width: pixels of a training crop.
+        crop_sizes: [height, width] of training crops in pixels, taken in turn, batch by batch.
+            Norms and attention see whole frames, so a network trained on small crops alone fails
+            on larger frames. The largest is what validation looks at.
         max_stride: a clip takes every s-th frame, s drawn from 1 .. max_stride.
         pan_probability: share of video clips that are camera moves over a photograph.
         color_strength: 0 is no colour augmentation, 1 strong gains, offsets, channel mixing.
@@ -33,8 +35,7 @@ class DataConfig:
     photographs: bool = True
     heights: list[int] = field(default_factory=lambda: [80, 112, 160, 240])
     num_frames: int = 17
-    crop_height: int = 64
-    crop_width: int = 64
+    crop_sizes: list[list[int]] = field(default_factory=lambda: [[64, 64], [96, 160]])
     max_stride: int = 3
     pan_probability: float = 0.4
     color_strength: float = 0.6
@@ -91,9 +92,12 @@ class TokenizerTrainConfig:
         max_steps: optimizer steps.
         noise_steps: first steps in which uniform noise stands for the rounding, which spreads the
             latents over the codes before any of them can die.
-        recenter_steps: first steps in which the latents are held at zero mean and unit variance by
+        recenter_steps: first steps in which the latents are held centred and spread by
             rescaling ``quant_conv``; ``recenter_rate`` is the share of the gap closed per step.
-        batch_size: clips in a video batch; an image batch has ``image_batch_size`` frames.
+        latent_std: standard deviation at which they start and are held; larger spreads common
+            content over more codes and squeezes rare content into fewer.
+        batch_size: clips in a video batch of the first crop size; an image batch has
+            ``image_batch_size`` frames; both shrink as crops grow.
         image_every: every n-th batch is of images (Cosmos: batches alternate at a preset
             frequency); 0 never.
         seed: of weights, data order and augmentation.
@@ -111,6 +115,7 @@ class TokenizerTrainConfig:
     noise_steps: int = 300
     recenter_steps: int = 1000
     recenter_rate: float = 0.1
+    latent_std: float = 1.0
     batch_size: int = 8
     image_batch_size: int = 24
     image_every: int = 5
@@ -144,8 +149,8 @@ def validate(config: TokenizerTrainConfig) -> None:
         (0 <= optimizer.ema_decay < 1, f"ema_decay {optimizer.ema_decay} must be in [0, 1)"),
         (bool(data.heights), "data.heights is empty; list at least one height"),
         (
-            max(data.heights, default=0) >= data.crop_height,
-            f"data.heights {data.heights} must reach crop_height {data.crop_height}",
+            bool(data.crop_sizes) and all(len(s) == 2 and min(s) > 0 for s in data.crop_sizes),
+            f"data.crop_sizes {data.crop_sizes} must list [height, width] pairs",
         ),
         (0 < data.validation_fraction < 1, "data.validation_fraction must be between 0 and 1"),
         (data.max_stride >= 1, f"data.max_stride {data.max_stride} must be at least 1"),

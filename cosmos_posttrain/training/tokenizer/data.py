@@ -127,56 +127,57 @@ class ClipSource:
             held_out.append(Source(source.name, [v[:, -count:] for v in source.levels]))
         return training, held_out
 
-    def batch(self, size: int, num_frames: int, generator: Generator) -> Tensor:
-        """A random batch (size, 3, num_frames, crop_height, crop_width) float32 in [-1, 1]."""
-        clips = [self._clip(num_frames, generator) for _ in range(size)]
+    def batch(
+        self, size: int, num_frames: int, crop: tuple[int, int], generator: Generator
+    ) -> Tensor:
+        """A random batch (size, 3, num_frames, *crop) float32 in [-1, 1]."""
+        clips = [self._clip(num_frames, crop, generator) for _ in range(size)]
         return torch.stack(clips)
 
-    def _clip(self, num_frames: int, generator: Generator) -> Tensor:
+    def _clip(self, num_frames: int, crop: tuple[int, int], generator: Generator) -> Tensor:
         pan = bool(self.stills) and _uniform(generator) < self.config.pan_probability
         if pan:
-            clip = self._pan(num_frames, generator)
+            clip = self._pan(num_frames, crop, generator)
         else:
-            clip = self._cut(num_frames, generator)
+            clip = self._cut(num_frames, crop, generator)
         if _uniform(generator) < 0.5:
             clip = clip.flip(-1)
         if _uniform(generator) < 0.5:
             clip = clip.flip(1)
         return augment_colors(clip.float() / 127.5 - 1, self.config.color_strength, generator)
 
-    def _level(self, source: Source, generator: Generator) -> Tensor:
+    def _level(self, source: Source, crop: tuple[int, int], generator: Generator) -> Tensor:
         """One of the sizes that the crop fits into."""
         fitting = [
             level
             for level in source.levels
-            if level.shape[2] >= self.config.crop_height
-            and level.shape[3] >= self.config.crop_width
+            if level.shape[2] >= crop[0] and level.shape[3] >= crop[1]
         ]
         if not fitting:
             raise ConfigError(
                 f"{source.name} is smaller than the training crop "
-                f"{self.config.crop_width}x{self.config.crop_height}; make the crop smaller."
+                f"{crop[1]}x{crop[0]}; make data.crop_sizes smaller."
             )
         return fitting[_integer(generator, len(fitting))]
 
-    def _cut(self, num_frames: int, generator: Generator) -> Tensor:
+    def _cut(self, num_frames: int, crop: tuple[int, int], generator: Generator) -> Tensor:
         """A random crop of a random video."""
         source = self.videos[_integer(generator, len(self.videos))]
-        video = self._level(source, generator)
+        video = self._level(source, crop, generator)
         most = max((video.shape[1] - 1) // max(num_frames - 1, 1), 1)
         stride = 1 + _integer(generator, min(self.config.max_stride, most))
         span = (num_frames - 1) * stride + 1
         start = _integer(generator, max(video.shape[1] - span + 1, 1))
         frames = torch.arange(num_frames).mul(stride).add(start).clamp(max=video.shape[1] - 1)
-        top = _integer(generator, video.shape[2] - self.config.crop_height + 1)
-        left = _integer(generator, video.shape[3] - self.config.crop_width + 1)
-        crop = video[..., top : top + self.config.crop_height, left : left + self.config.crop_width]
-        return crop[:, frames]
+        height, width = crop
+        top = _integer(generator, video.shape[2] - height + 1)
+        left = _integer(generator, video.shape[3] - width + 1)
+        return video[:, frames, top : top + height, left : left + width]
 
-    def _pan(self, num_frames: int, generator: Generator) -> Tensor:
+    def _pan(self, num_frames: int, crop: tuple[int, int], generator: Generator) -> Tensor:
         """A camera move over a photograph: straight, at up to 2 pixels a frame, slight zoom."""
-        image = self._level(self.stills[_integer(generator, len(self.stills))], generator)
-        height, width = self.config.crop_height, self.config.crop_width
+        image = self._level(self.stills[_integer(generator, len(self.stills))], crop, generator)
+        height, width = crop
         limits = torch.tensor(
             [image.shape[3] - width, image.shape[2] - height], dtype=torch.float32
         )
@@ -202,22 +203,22 @@ class ClipSource:
     def validation_clips(self, num_per_video: int) -> Tensor:
         """Fixed centre crops of the held-out frames: (N, 3, T, H, W) float32 in [-1, 1]."""
         clips = []
-        height, width = self.config.crop_height, self.config.crop_width
+        height, width = max(self.config.crop_sizes, key=lambda size: size[0] * size[1])
+        num_frames = self.config.num_frames
         for source in self.validation_videos or self.videos:
-            for i in range(num_per_video):
-                video = source.levels[i % len(source.levels)]
-                if video.shape[2] < height or video.shape[3] < width:
-                    continue
-                room = video.shape[1] - self.config.num_frames
-                start = max(room, 0) * i // max(num_per_video - 1, 1)
-                frames = torch.arange(start, start + self.config.num_frames)
-                frames = frames.clamp(max=video.shape[1] - 1)
+            fitting = [v for v in source.levels if v.shape[2] >= height and v.shape[3] >= width]
+            for i in range(num_per_video if fitting else 0):
+                video = fitting[i % len(fitting)]
+                room = max(video.shape[1] - num_frames, 0)
+                start = room * i // max(num_per_video - 1, 1)
+                frames = torch.arange(start, start + num_frames).clamp(max=video.shape[1] - 1)
                 top, left = (video.shape[2] - height) // 2, (video.shape[3] - width) // 2
                 clip = video[:, frames, top : top + height, left : left + width]
                 clips.append(clip.float() / 127.5 - 1)
         if not clips:
             raise ConfigError(
-                f"no video is as large as the training crop {width}x{height}; make it smaller."
+                f"no video is as large as the training crop {width}x{height}; make "
+                "data.crop_sizes smaller."
             )
         return torch.stack(clips)
 

@@ -54,16 +54,17 @@ def initialize(network: DVNetwork) -> None:
 
 
 @torch.no_grad()
-def initialize_quantizer(network: DVNetwork, images: Tensor) -> None:
+def initialize_quantizer(network: DVNetwork, images: Tensor, latent_std: float) -> None:
     """Starts the latents as a palette coder: the mean colour of each block, then structure.
 
     The first three latents predict the decorrelated mean colour of their block (least squares on
-    the encoder's output), the others are the principal directions of what is left. All get unit
-    variance, which fills the FSQ range: with a random projection most codes would never be used.
+    the encoder's output), the others are the principal directions of what is left. All get the
+    same variance, which fills the FSQ range; a random projection would leave most codes unused.
 
     Args:
         network: after :func:`initialize`; its ``quant_conv`` is set in place.
         images: (B, 3, 1, H, W) in [-1, 1], representative of the training data.
+        latent_std: standard deviation that each latent gets.
     """
     features = network.encoder(images).flatten(0, 3).double()
     size = network.config.spatial_compression
@@ -81,7 +82,7 @@ def initialize_quantizer(network: DVNetwork, images: Tensor) -> None:
     _, vectors = torch.linalg.eigh(torch.cov((centered - explained).T))
     directions = torch.cat([directions, vectors.flip(1)], dim=1)
     directions = directions[:, : network.config.embedding_dim]
-    directions = directions / (centered @ directions).std(0).clamp_min(1e-6)
+    directions = latent_std * directions / (centered @ directions).std(0).clamp_min(1e-6)
     conv = network.quant_conv.conv3d
     assert conv.bias is not None
     conv.weight.copy_(directions.T.reshape(conv.weight.shape))

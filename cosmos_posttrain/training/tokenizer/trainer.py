@@ -124,14 +124,16 @@ class _Trainer:
 
     @torch.no_grad()
     def _recenter_latents(self, latents: Tensor) -> None:
-        """Nudges ``quant_conv`` towards latents of zero mean, unit variance and no correlation.
+        """Nudges ``quant_conv`` towards latents of zero mean, equal variance and no correlation.
 
         Without it, codes die in the first steps, when the encoder changes fastest. The step is
         that of adaptive decorrelation: W <- (I - rate / 2 (cov - I)) W.
         """
         rate = self.config.recenter_rate
         flat = latents.detach().float().flatten(0, 3)
-        excess = torch.cov(flat.T) - torch.eye(flat.shape[1], device=flat.device)
+        excess = torch.cov(flat.T) / self.config.latent_std**2 - torch.eye(
+            flat.shape[1], device=flat.device
+        )
         # A large excess must shrink the latents, not turn them around.
         excess = excess / (1 + torch.linalg.matrix_norm(excess, 2) * rate)
         step = torch.eye(flat.shape[1], device=flat.device) - rate / 2 * excess
@@ -143,10 +145,12 @@ class _Trainer:
     def _start_from_data(self) -> None:
         """Closed-form starting weights of the quantizer's and the decoder's last layers."""
         size = max(8 * self.config.batch_size, 64)
-        images = self.clips.batch(size, 1, self._generator(-1))
-        initialize_quantizer(self.network, images.to(self.device))
+        height, width = self.config.data.crop_sizes[0]
+        images = self.clips.batch(size, 1, (height, width), self._generator(-1))
+        initialize_quantizer(self.network, images.to(self.device), self.config.latent_std)
         num_frames = self.config.data.num_frames
-        clips = self.clips.batch(3 * self.config.batch_size, num_frames, self._generator(-2))
+        size = 3 * self.config.batch_size
+        clips = self.clips.batch(size, num_frames, (height, width), self._generator(-2))
         initialize_decoder(self.network, clips.to(self.device))
 
     def _quantize(self, latents: Tensor, step: int) -> Tensor:
@@ -170,9 +174,13 @@ class _Trainer:
         """Batches of images and of videos alternate at the configured frequency."""
         every = self.config.image_every
         is_image = every > 0 and step % every == every - 1
+        sizes = self.config.data.crop_sizes
+        height, width = sizes[step % len(sizes)]
         size = self.config.image_batch_size if is_image else self.config.batch_size
+        size = max(round(size * sizes[0][0] * sizes[0][1] / (height * width)), 1)
         num_frames = 1 if is_image else self.config.data.num_frames
-        return self.clips.batch(size, num_frames, self._generator(step)).to(self.device)
+        clips = self.clips.batch(size, num_frames, (height, width), self._generator(step))
+        return clips.to(self.device)
 
     def step(self) -> dict[str, float]:
         """One optimizer step.
