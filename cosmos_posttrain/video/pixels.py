@@ -6,15 +6,13 @@ Flows out: ``(H, W, 3) uint8`` RGB, upright, resized with its aspect kept and ce
 
 from __future__ import annotations
 
-import struct
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     import av
     import torch
-    from av.buffer import Buffer
     from numpy.typing import NDArray
 
 # FFmpeg's swscale flags: without the last four, white comes out as 253 and results differ between
@@ -40,16 +38,18 @@ def to_uint8(video: torch.Tensor) -> torch.Tensor:
 def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     """How to put a frame upright: (transpose, then flip columns, then flip rows).
 
-    Reads the 3x3 display matrix that phones write: x' = a x + c y, y' = b x + d y with y down.
-    Angles that are not multiples of 90 degrees are rounded to the nearest.
+    Phones write a rotation into a display matrix; angles that are not multiples of 90 degrees are
+    rounded to the nearest. Mirror images are not undone: only the matrix itself tells them from
+    rotations, and PyAV 16 crashes the process on reading a frame's side data where an ICC profile
+    lies beside it, as it does in many PNG and JPEG files.
     """
-    side_data = frame.side_data.get("DISPLAYMATRIX")
-    if side_data is None:
-        return False, False, False
-    a, b, _, c, d = struct.unpack("=5i", bytes(cast("Buffer", side_data))[:20])
-    if abs(a) + abs(d) >= abs(b) + abs(c):
-        return False, a < 0, d < 0
-    return True, c < 0, b < 0
+    quarter_turns = round(frame.rotation / 90) % 4  # counterclockwise
+    return {
+        0: (False, False, False),
+        1: (True, False, True),
+        2: (False, True, True),
+        3: (True, True, False),
+    }[quarter_turns]
 
 
 def _color_range(frame: av.VideoFrame) -> int:

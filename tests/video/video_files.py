@@ -75,7 +75,6 @@ def write_audio(path: Path) -> Path:
 ROTATE_90 = (0, 1, -1, 0)  # clockwise, as a phone held upright
 ROTATE_180 = (-1, 0, 0, -1)
 ROTATE_270 = (0, -1, 1, 0)
-MIRROR = (-1, 0, 0, 1)
 
 
 def set_display_matrix(path: Path, matrix: tuple[int, int, int, int]) -> Path:
