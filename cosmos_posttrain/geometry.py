@@ -112,11 +112,6 @@ def num_pixel_frames(num_latents: int, compression: Compression) -> int:
     return 1 + (num_latents - 1) * compression.time
 
 
-def nearest_valid_frames(num_frames: int, compression: Compression) -> int:
-    """The largest ``1 + k * compression.time`` that is not above ``num_frames`` (at least 1)."""
-    return 1 + max(num_frames - 1, 0) // compression.time * compression.time
-
-
 @dataclass(frozen=True)
 class ClipGeometry:
     """Size of a clip before and after the tokenizer; refuses what cannot be represented.

@@ -9,7 +9,6 @@ from cosmos_posttrain.geometry import (
     ClipGeometry,
     Compression,
     LatentShape,
-    nearest_valid_frames,
     num_latent_frames,
     num_pixel_frames,
     parse_compression,
@@ -131,13 +130,6 @@ def test_all_problems_are_told_at_once() -> None:
     assert "\n" not in message
     assert all(size in message for size in ("16 frames", "height 99", "width 500"))
     assert all(size in message for size in ("13 or 17", "96 or 104", "496 or 504"))
-
-
-@pytest.mark.parametrize(
-    ("frames", "nearest"), [(17, 17), (16, 13), (20, 17), (21, 21), (4, 1), (1, 1), (0, 1)]
-)
-def test_nearest_valid_frames_never_asks_for_more(frames: int, nearest: int) -> None:
-    assert nearest_valid_frames(frames, DV4X8X8) == nearest
 
 
 @pytest.mark.parametrize(

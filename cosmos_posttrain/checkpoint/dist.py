@@ -11,7 +11,6 @@ import logging
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -104,13 +103,3 @@ def quiet_megatron_logging() -> None:
     """Keeps Megatron's and torch's notes about checkpoint internals out of the progress lines."""
     for name in ("megatron.core", "torch.distributed.checkpoint"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def dtype_of(folder: Path) -> torch.dtype:
-    """The dtype of the embedding in a checkpoint, from its metadata alone."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    metadata = FileSystemReader(str(folder)).read_metadata()
-    entry = metadata.state_dict_metadata[f"{PREFIX}embedding.word_embeddings.weight"]
-    dtype: torch.dtype = entry.properties.dtype  # type: ignore[union-attr]
-    return dtype

@@ -129,7 +129,7 @@ FLAGS = (
     Flag("--micro_batch_size", "micro_batch_size", "clips per forward pass and rank"),
     Flag("--lr", "optimizer.lr", "peak learning rate"),
     Flag("--min_lr", "optimizer.min_lr", "final learning rate; a tenth of --lr unless given"),
-    Flag("--lr_warmup_steps", "optimizer.lr_warmup_steps", "5%% of the steps unless given"),
+    Flag("--lr_warmup_steps", "optimizer.lr_warmup_steps", "5% of the steps unless given"),
     Flag(
         "--lr_decay_style",
         "optimizer.lr_decay_style",

@@ -114,7 +114,6 @@ class _PacketIndex:
     dts: list[int] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)  # packet numbers of the keyframes
     shown: list[int] = field(default_factory=list)  # pts of frame 0, 1, 2, ...
-    complete: bool = False
 
 
 def _index_packets(
@@ -137,8 +136,6 @@ def _index_packets(
         index.dts.append(packet.pts if packet.dts is None else packet.dts)
         if number > last_frame + len(hidden) + _REORDER_MARGIN:
             break
-    else:
-        index.complete = True
     if not index.keys:
         return None
     first_key = index.keys[0]  # what comes before the first keyframe cannot be decoded

@@ -57,4 +57,4 @@ def test_both_writers_give_the_same_keys_and_shapes(model: ARModel, tmp_path: Pa
     assert {key: shape for key, (shape, _) in written.items()} == _expected(model.config)
     assert written == _on_disk(tmp_path / "plain")
     assert sorted(whole) == sorted(mapping.megatron_names(model.config))
-    assert dist.dtype_of(tmp_path / "plain") == torch.float32
+    assert {dtype for _, dtype in written.values()} == {torch.float32}

@@ -112,7 +112,6 @@ class ClipSource:
         stills = [_read_photograph(path, config.heights) for path in photographs]
         self.videos, self.validation_videos = self._split(videos)
         self.stills = [s for s in stills if s.name not in _VALIDATION_PHOTOGRAPHS]
-        self.validation_stills = [s for s in stills if s.name in _VALIDATION_PHOTOGRAPHS]
 
     def _split(self, sources: list[Source]) -> tuple[list[Source], list[Source]]:
         """Holds out the end of each video, at least one clip where it is long enough."""
