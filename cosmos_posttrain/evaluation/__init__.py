@@ -1,1 +1,4 @@
-"""Evaluation: pictures of what a model sees and makes, and of how it learned."""
+"""Evaluation: how much a tokenizer keeps, and pictures of what a model sees, makes and learns.
+
+Flows in: tokenizers, videos and training runs. Flows out: ``metrics.json`` and figures.
+"""

@@ -13,13 +13,18 @@ from typing import Any
 import torch
 
 
-def _axes_without_display(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+def _axes_without_display(
+    rows: int,
+    columns: int,
+    size: tuple[float, float],
+    height_ratios: Sequence[float] | None = None,
+) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot.subplots(rows, columns, figsize=size, squeeze=False)
+    return pyplot.subplots(rows, columns, figsize=size, squeeze=False, height_ratios=height_ratios)
 
 
 def _save(figure: Any, path: str | Path) -> None:
@@ -59,6 +64,39 @@ def side_by_side(
                 note = (captions or {}).get(frame, "")
                 axis.set_ylabel(f"frame {frame + 1}\n{note}".strip(), fontsize=8)
     figure.subplots_adjust(wspace=0.03, hspace=0.05)
+    _save(figure, path)
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str, torch.Tensor, torch.Tensor]], path: str | Path, title: str = ""
+) -> None:
+    """Draws clips beside their reconstructions: first and last frame, a clip a row.
+
+    Args:
+        rows: caption, clip and reconstruction, both (3, T, H, W) uint8; sizes may differ by row.
+        path: the PNG to write.
+        title: above everything.
+    """
+    width = 3.6  # inches of a picture
+    heights = [width * clip.shape[2] / clip.shape[3] for _, clip, _ in rows]
+    size = (4 * width + 0.6, sum(heights) + 0.7)
+    figure, axes = _axes_without_display(len(rows), 4, size, heights)
+    for line, (caption, clip, reconstruction) in zip(axes, rows, strict=True):
+        pictures = [video[:, frame] for frame in (0, -1) for video in (clip, reconstruction)]
+        for axis, picture in zip(line, pictures, strict=True):
+            axis.imshow(picture.permute(1, 2, 0).cpu().numpy())
+            axis.set_xticks([])
+            axis.set_yticks([])
+        if clip.shape[1] == 1:  # an image's first frame is its last
+            for axis in line[2:]:
+                axis.axis("off")
+                axis.images[0].remove()
+        line[0].set_ylabel(caption, fontsize=8)
+    for axis, which in zip(axes[0], ("first", "first", "last", "last"), strict=True):
+        what = "reconstruction" if axis in axes[0][1::2] else "input"
+        axis.set_title(f"{what}, {which} frame", fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout(h_pad=0.3, w_pad=0.3)
     _save(figure, path)
 
 

@@ -1,0 +1,147 @@
+"""The output folder of an evaluation: what is done already, and when it is complete.
+
+Flows in: settings and, one by one, the rows of finished videos. Flows out: ``metrics.json``, which
+is written last. A killed evaluation leaves a folder that the same command continues:
+
+    evaluation.json    the settings; removed at the end, as the next two
+    rows.jsonl         one object a video, appended
+    code_counts.npz    how often each code occurred in the first ``num_rows`` rows
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cosmos_posttrain.data.files import TEMPORARY_PREFIX, read_json, write_atomically, write_json
+from cosmos_posttrain.errors import OutputFolderError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+METRICS_FILE = "metrics.json"
+SHEET_FILE = "contact_sheet.png"
+_SETTINGS_FILE, _ROWS_FILE, _COUNTS_FILE = "evaluation.json", "rows.jsonl", "code_counts.npz"
+# The order in which an overwritten evaluation is removed: nobody may take the rest for complete, or
+# for another command's.
+_OURS = (METRICS_FILE, SHEET_FILE, _COUNTS_FILE, _ROWS_FILE, _SETTINGS_FILE)
+
+
+def _is_ours(name: str) -> bool:
+    return name.removeprefix(TEMPORARY_PREFIX) in _OURS
+
+
+def check_writable(folder: Path, overwrite: bool) -> None:
+    """Refuses a folder that holds anything that an evaluation did not write; changes nothing.
+
+    Raises:
+        OutputFolderError: it holds something else, is a file, or cannot be written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputFolderError(f"the output {folder} is a file; name a new or empty folder.")
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    foreign = [name for name in names if not _is_ours(name)]
+    started = METRICS_FILE in names or _SETTINGS_FILE in names
+    if not started:
+        foreign += [name for name in names if not name.startswith(TEMPORARY_PREFIX)]
+    if foreign and not overwrite:
+        raise OutputFolderError(
+            f"the output folder {folder} holds something else ({foreign[0]}); name a new or empty "
+            "folder."
+        )
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputFolderError(f"the output folder {folder} cannot be written to.")
+
+
+class ResultFolder:
+    """One evaluation's folder.
+
+    Args:
+        folder: where the results go.
+        settings: all that decides them; another evaluation's folder is refused.
+        vocab_size: length of the counts.
+
+    Attributes:
+        rows: of the finished videos, in order.
+        counts: (vocab_size,) int64, over these rows.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], vocab_size: int) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.rows: list[dict[str, Any]] = []
+        self.counts: NDArray[np.int64] = np.zeros(vocab_size, np.int64)
+
+    def start(self, overwrite: bool) -> dict[str, Any] | None:
+        """Makes the folder ready and takes up what is done; the metrics if it is complete.
+
+        Raises:
+            OutputFolderError: it holds another evaluation, and ``overwrite`` is off.
+            DatasetError: a file there is damaged.
+        """
+        if overwrite:
+            for name in _OURS:
+                (self.folder / name).unlink(missing_ok=True)
+        metrics = self.folder / METRICS_FILE
+        if metrics.is_file():
+            complete = read_json(metrics)
+            self._check_same(complete.get("settings"))
+            return complete
+        if (self.folder / _SETTINGS_FILE).is_file():
+            self._check_same(read_json(self.folder / _SETTINGS_FILE).get("settings"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in os.listdir(self.folder):
+            if name.startswith(TEMPORARY_PREFIX) and _is_ours(name):
+                (self.folder / name).unlink()
+        write_json(self.folder / _SETTINGS_FILE, {"settings": self.settings})
+        self._take_up()
+        return None
+
+    def _check_same(self, theirs: Any) -> None:
+        theirs = theirs if isinstance(theirs, dict) else {}
+        for key in self.settings | theirs:
+            ours, others = self.settings.get(key), theirs.get(key)
+            if ours != others:
+                raise OutputFolderError(
+                    f"the output folder {self.folder} holds another evaluation ({key} "
+                    f"{ours} here, {others} there); name another folder, or start anew with "
+                    "--overwrite."
+                )
+
+    def _take_up(self) -> None:
+        """Reads the rows that the counts include; a row that was written after them is redone."""
+        rows = self.folder / _ROWS_FILE
+        try:
+            with np.load(self.folder / _COUNTS_FILE) as saved:
+                counts, num_rows = saved["counts"], int(saved["num_rows"])
+            lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)[:num_rows]
+            done = [json.loads(line) for line in lines]
+        except (OSError, ValueError, KeyError):
+            done, num_rows = [], 0
+        if num_rows and len(done) == num_rows and counts.shape == self.counts.shape:
+            self.rows, self.counts = done, counts
+        write_atomically(rows, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def append(self, row: dict[str, Any], counts: NDArray[np.int64] | None) -> None:
+        """Takes in a finished video; ``counts`` (vocab_size,) is None where it failed."""
+        self.rows.append(row)
+        if counts is not None:
+            self.counts = self.counts + counts
+        with (self.folder / _ROWS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        temporary = self.folder / (TEMPORARY_PREFIX + _COUNTS_FILE)
+        np.savez(temporary, counts=self.counts, num_rows=np.int64(len(self.rows)))
+        temporary.replace(self.folder / _COUNTS_FILE)
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Writes the metrics, which makes the folder complete, and removes what they replace."""
+        write_json(self.folder / METRICS_FILE, metrics)
+        for name in (_COUNTS_FILE, _ROWS_FILE, _SETTINGS_FILE):
+            (self.folder / name).unlink(missing_ok=True)
