@@ -5,6 +5,7 @@ Works in a plain Python process (a world of one) and under torchrun (tensor para
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -30,6 +31,35 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
+def open_at_grid(
+    path: str | Path,
+    vocab_size: int | None = None,
+    latent_shape: LatentShape | None = None,
+    rope_scaling: str = "none",
+    rope_scale: float | None = None,
+) -> Source:
+    """``open_source``, and what becomes of positions beyond the grid that the weights know.
+
+    Args:
+        path: see ``open_source``.
+        vocab_size: vocabulary of fresh weights.
+        latent_shape: the grid to build the model for; None means the checkpoint's own.
+        rope_scaling: see ``ModelConfig.at_grid``; fresh weights know no grid, nothing is scaled.
+        rope_scale: see ``ModelConfig.at_grid``.
+
+    Raises:
+        CheckpointError: the path holds no model.
+        ConfigError: an unknown scaling, or a scale below 1.
+    """
+    source = open_source(path, vocab_size)
+    if latent_shape is None:
+        return source
+    config = source.config.at_grid(latent_shape, rope_scaling, rope_scale)
+    if source.kind == "random":
+        return open_source(path, vocab_size, latent_shape)
+    return dataclasses.replace(source, config=config)
+
+
 def load_source(
     source: Source,
     dtype: str | torch.dtype | None = None,
@@ -53,6 +83,8 @@ def load_model(
     *,
     latent_shape: LatentShape | None = None,
     vocab_size: int | None = None,
+    rope_scaling: str = "none",
+    rope_scale: float | None = None,
     layer_spec: str = "torch",
     seed: int = 1234,
 ) -> ARModel:
@@ -67,6 +99,9 @@ def load_model(
         tensor_model_parallel_size: ranks that share the model; needs torchrun when above 1.
         latent_shape: another token grid than the checkpoint's.
         vocab_size: vocabulary of fresh weights.
+        rope_scaling: ``none``, ``interpolate`` or ``yarn``, where ``latent_shape`` is larger than
+            the checkpoint's; see ``ModelConfig.at_grid``.
+        rope_scale: replaces the ratio of the two grids.
         layer_spec: ``torch`` or ``te``.
         seed: of fresh weights.
 
@@ -82,5 +117,5 @@ def load_model(
         raise ConfigError(
             f"device {device!r} is not what this process runs on; use 'auto' or {present!r}."
         )
-    source = open_source(path, vocab_size, latent_shape)
+    source = open_at_grid(path, vocab_size, latent_shape, rope_scaling, rope_scale)
     return load_source(source, dtype, tensor_model_parallel_size, layer_spec, seed)

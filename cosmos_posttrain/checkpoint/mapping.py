@@ -5,7 +5,7 @@ Megatron tensors by name. Flows out: the other form, one tensor at a time. Megat
 the ones on disk (fused norms named as Transformer Engine does), with global layer numbers.
 
 Packing: ``linear_qkv`` holds, for every query group, its queries, then its key, then its value;
-``linear_fc1`` holds w1, then w3.
+``linear_kv`` (cross-attention) its key, then its value; ``linear_fc1`` holds w1, then w3.
 """
 
 from __future__ import annotations
@@ -26,24 +26,39 @@ _PLAIN = {
     "decoder.final_layernorm.weight": "norm.weight",
     "output_layer.weight": "output.weight",
 }
-_PLAIN_IN_LAYER = {
-    "self_attention.linear_qkv.layer_norm_weight": "attention_norm.weight",
-    "self_attention.q_layernorm.weight": "attention.q_norm.weight",
-    "self_attention.k_layernorm.weight": "attention.k_norm.weight",
-    "self_attention.linear_proj.weight": "attention.wo.weight",
-    "mlp.linear_fc1.layer_norm_weight": "ffn_norm.weight",
-    "mlp.linear_fc2.weight": "feed_forward.w2.weight",
+# What a layer is made of, in the order of the forward pass.
+_IN_LAYER = {
+    "self_attention.linear_qkv.layer_norm_weight": ("attention_norm",),
+    "self_attention.linear_qkv.weight": ("attention.wq", "attention.wk", "attention.wv"),
+    "self_attention.q_layernorm.weight": ("attention.q_norm",),
+    "self_attention.k_layernorm.weight": ("attention.k_norm",),
+    "self_attention.linear_proj.weight": ("attention.wo",),
+    "mlp.linear_fc1.layer_norm_weight": ("ffn_norm",),
+    "mlp.linear_fc1.weight": ("feed_forward.w1", "feed_forward.w3"),
+    "mlp.linear_fc2.weight": ("feed_forward.w2",),
+}
+_TEXT_IN_LAYER = {
+    "pre_cross_attn_layernorm.weight": ("cross_attention_norm",),
+    "cross_attention.linear_q.weight": ("cross_attention.wq",),
+    "cross_attention.q_layernorm.weight": ("cross_attention.q_norm",),
+    "cross_attention.linear_kv.weight": ("cross_attention.wk", "cross_attention.wv"),
+    "cross_attention.k_layernorm.weight": ("cross_attention.k_norm",),
+    "cross_attention.linear_proj.weight": ("cross_attention.wo",),
 }
 _QKV = "self_attention.linear_qkv.weight"
+_KV = "cross_attention.linear_kv.weight"
 _FC1 = "mlp.linear_fc1.weight"
-_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+_EMBEDDING = "embedding.word_embeddings.weight"
+_OUTPUT = "output_layer.weight"
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
 def megatron_names(config: ModelConfig) -> list[str]:
     """Names of all Megatron tensors of a model, in the order of the forward pass."""
-    in_layer = [*list(_PLAIN_IN_LAYER)[:1], _QKV, *list(_PLAIN_IN_LAYER)[1:5], _FC1]
-    in_layer.append(list(_PLAIN_IN_LAYER)[5])
+    in_layer = list(_IN_LAYER)
+    if config.is_video2world:
+        first_of_mlp = in_layer.index("mlp.linear_fc1.layer_norm_weight")
+        in_layer[first_of_mlp:first_of_mlp] = _TEXT_IN_LAYER
     layers = [f"decoder.layers.{n}.{name}" for n in range(config.num_layers) for name in in_layer]
     first, *last = _PLAIN
     return [first, *layers, *last]
@@ -60,12 +75,8 @@ def reference_sources(name: str) -> list[str]:
         return [f"model.{_PLAIN[name]}"]
     match = _LAYER.fullmatch(name)
     assert match is not None, name
-    prefix, name = f"model.layers.{match[1]}.", match[2]
-    if name == _QKV:
-        return [f"{prefix}attention.{part}.weight" for part in ("wq", "wk", "wv")]
-    if name == _FC1:
-        return [f"{prefix}feed_forward.{part}.weight" for part in ("w1", "w3")]
-    return [f"{prefix}{_PLAIN_IN_LAYER[name]}"]
+    parts = (_IN_LAYER | _TEXT_IN_LAYER)[match[2]]
+    return [f"model.layers.{match[1]}.{part}.weight" for part in parts]
 
 
 def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -73,22 +84,25 @@ def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     hidden, width = config.hidden_size, config.kv_channels
     queries, keys = config.num_attention_heads * width, config.num_query_groups * width
     by_suffix: dict[str, tuple[int, ...]] = {
-        "wq.weight": (queries, hidden),
-        "wk.weight": (keys, hidden),
-        "wv.weight": (keys, hidden),
-        "wo.weight": (hidden, queries),
-        "q_norm.weight": (width,),
-        "k_norm.weight": (width,),
-        "w1.weight": (config.ffn_hidden_size, hidden),
-        "w2.weight": (hidden, config.ffn_hidden_size),
-        "w3.weight": (config.ffn_hidden_size, hidden),
-        "tok_embeddings.weight": (config.vocab_size, hidden),
-        "output.weight": (config.vocab_size, hidden),
+        "wq": (queries, hidden),
+        "wk": (keys, hidden),
+        "wv": (keys, hidden),
+        "wo": (hidden, queries),
+        "q_norm": (width,),
+        "k_norm": (width,),
+        "w1": (config.ffn_hidden_size, hidden),
+        "w2": (hidden, config.ffn_hidden_size),
+        "w3": (config.ffn_hidden_size, hidden),
+        "tok_embeddings": (config.input_vocab_size, hidden),
+        "output": (config.vocab_size, hidden),
     }
-    return {
-        name: by_suffix.get(".".join(name.split(".")[-2:]), (hidden,))
-        for name in reference_names(config)
-    }
+    if config.context_dim is not None:
+        by_suffix |= {f"cross_attention.{n}": (keys, config.context_dim) for n in ("wk", "wv")}
+    shapes = {}
+    for name in reference_names(config):
+        *_, module, part, _weight = name.split(".")
+        shapes[name] = by_suffix.get(f"{module}.{part}", by_suffix.get(part, (hidden,)))
+    return shapes
 
 
 def to_megatron(name: str, fetch: Fetch, config: ModelConfig) -> Tensor:
@@ -100,14 +114,15 @@ def to_megatron(name: str, fetch: Fetch, config: ModelConfig) -> Tensor:
         config: the model's numbers.
     """
     parts = [fetch(source) for source in reference_sources(name)]
-    if name.endswith(_QKV):
+    if name.endswith((_QKV, _KV)):
         groups = [part.unflatten(0, (config.num_query_groups, -1)) for part in parts]
         return torch.cat(groups, dim=1).flatten(0, 1)
     if name.endswith(_FC1):
         return torch.cat(parts)
     (tensor,) = parts
-    if name in _VOCABULARY:
-        surplus = config.padded_vocab_size - tensor.shape[0]
+    if name in (_EMBEDDING, _OUTPUT):
+        rows = config.padded_vocab_size if name == _OUTPUT else config.padded_input_vocab_size
+        surplus = rows - tensor.shape[0]
         return torch.nn.functional.pad(tensor, (0, 0, 0, surplus)) if surplus else tensor
     return tensor
 
@@ -121,14 +136,19 @@ def to_reference(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Te
         config: the model's numbers.
     """
     sources = reference_sources(name)
-    if name.endswith(_QKV):
-        per_group = config.num_attention_heads // config.num_query_groups
-        sizes = [per_group * config.kv_channels, config.kv_channels, config.kv_channels]
+    if name.endswith((_QKV, _KV)):
+        sizes = [config.kv_channels, config.kv_channels]
+        if name.endswith(_QKV):
+            sizes.insert(
+                0, config.num_attention_heads // config.num_query_groups * config.kv_channels
+            )
         grouped = tensor.unflatten(0, (config.num_query_groups, -1))
         parts = [part.flatten(0, 1) for part in grouped.split(sizes, dim=1)]
     elif name.endswith(_FC1):
         parts = list(tensor.chunk(2))
-    elif name in _VOCABULARY:
+    elif name == _EMBEDDING:
+        parts = [tensor[: config.input_vocab_size]]
+    elif name == _OUTPUT:
         parts = [tensor[: config.vocab_size]]
     else:
         parts = [tensor]

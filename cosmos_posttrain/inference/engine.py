@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
 from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError, GeometryError
@@ -21,29 +21,27 @@ from cosmos_posttrain.inference.sampling import check_sampling, draw_uniform, sa
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.builder import CosmosGPTModel
 
+# Attributes by which Megatron's modules split their sequences over the tensor-parallel ranks.
+_SEQUENCE_PARALLEL = (
+    "sequence_parallel",
+    "scatter_to_sequence_parallel",
+    "reduce_scatter_embeddings",
+)
+
 
 def _check_prompt(model: ARModel, tokens: Tensor, num_tokens: int) -> None:
-    if tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
-        raise GeometryError(
-            f"the prompt has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; give (B, P) "
-            "int64."
-        )
+    model.check_tokens(tokens, "the prompt's tokens", "(B, P)")
     batch_size, length = tokens.shape
     if batch_size < 1 or length < 1 or num_tokens < 1:
         raise GeometryError(
             f"cannot generate {num_tokens} tokens from a prompt of shape ({batch_size}, {length}); "
             "the batch, the prompt and the tokens to generate must each be at least 1."
         )
-    if length + num_tokens > model.config.seq_length:
+    if length + num_tokens > model.config.num_clip_tokens:
         raise GeometryError(
             f"{length} prompt tokens and {num_tokens} to generate do not fit the model's grid "
-            f"{tuple(model.latent_shape)}; together they can be at most {model.config.seq_length}."
-        )
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= model.config.vocab_size:
-        raise GeometryError(
-            f"the prompt's tokens lie in [{low}, {high}], outside the model's vocabulary "
-            f"0..{model.config.vocab_size - 1}; encode with the tokenizer that it was trained on."
+            f"{tuple(model.latent_shape)}; together they can be at most "
+            f"{model.config.num_clip_tokens}."
         )
 
 
@@ -61,15 +59,24 @@ def _check_layout() -> None:
 
 @contextlib.contextmanager
 def _whole_sequences(module: CosmosGPTModel) -> Iterator[None]:
-    """Switches sequence parallelism off: one token cannot be split over ranks."""
-    if not module.config.sequence_parallel:
-        yield
-        return
-    set_model_to_sequence_parallel(module, False)
+    """Switches sequence parallelism off: one token cannot be split over ranks.
+
+    Megatron's own switch keeps a list of modules by the model's id, which another model may get
+    later, and switches on what was never on (the keys and values of the text).
+    """
+    changed: list[tuple[Any, str]] = []
+    if module.config.sequence_parallel:
+        changed.append((module.config, "sequence_parallel"))
+    for child in module.modules():
+        names = [name for name in _SEQUENCE_PARALLEL if getattr(child, name, None) is True]
+        changed += [(child, name) for name in names]
     try:
+        for owner, name in changed:
+            setattr(owner, name, False)
         yield
     finally:
-        set_model_to_sequence_parallel(module, True)
+        for owner, name in changed:
+            setattr(owner, name, True)
 
 
 def _agree(tokens: Tensor) -> Tensor:
@@ -110,33 +117,36 @@ def generate(
 
     Args:
         model: from ``load_model``; stays in evaluation mode.
-        prompt_tokens: (B, P) int64 in [0, vocab_size), in (t h w) order; P at least 1.
-        num_tokens: how many to generate; P + num_tokens at most T * H * W.
+        prompt_tokens: (B, P) int64 in [0, vocab_size), in (t h w) order; P at least 1. In a
+            Video2World model the first is ``<bov>``.
+        num_tokens: how many to generate; P + num_tokens at most T * H * W (1 more with ``<bov>``).
         temperature: 0 takes the most likely token, 1.0 the model's own distribution.
         top_p: draws among the most likely tokens before which at most this mass lies.
         top_k: draws among this many most likely tokens.
         seed: the same seed gives the same tokens, at any tensor parallel size up to rounding.
-        context: text embeddings; base models take none.
+        context: (B, L, context_dim) text embeddings of a Video2World model.
         progress: called with the number of tokens generated so far, after each.
 
     Returns:
         (B, num_tokens) int64 on the model's device.
 
     Raises:
-        GeometryError: a prompt that does not fit the model's grid or vocabulary.
-        ConfigError: sampling settings out of range, or a layout that cannot generate.
+        GeometryError: a prompt that does not fit the model's grid or vocabulary, or lacks
+            ``<bov>``; a text of another shape.
+        ConfigError: sampling settings out of range, a text too many or too few, or a layout that
+            cannot generate.
         CosmosPosttrainError: logits that are not finite.
     """
-    if context is not None:
-        raise ConfigError("this is a base model, which takes no text; leave out context.")
     check_sampling(temperature, top_p, top_k)
     _check_prompt(model, prompt_tokens, num_tokens)
+    model.check_context(context, prompt_tokens.shape[0])
     _check_layout()
     model.module.eval()
     with torch.inference_mode(), _whole_sequences(model.module):
         generated = _decode(
             model,
             prompt_tokens.long().to(model.device),
+            context,
             draw_uniform(prompt_tokens.shape[0], num_tokens, seed).to(model.device),
             lambda logits, u: sample(logits, u, temperature=temperature, top_p=top_p, top_k=top_k),
             progress,
@@ -148,6 +158,7 @@ def generate(
 def _decode(
     model: ARModel,
     prompt: Tensor,
+    context: Tensor | None,
     uniform: Tensor,
     draw: Callable[[Tensor, Tensor], Tensor],
     progress: Callable[[int], None] | None,
@@ -157,7 +168,7 @@ def _decode(
     # The last token is never fed, so the cache needs no room for it.
     cache = StaticInferenceContext(batch_size, prompt.shape[1] + num_tokens - 1)
     generated = prompt.new_empty(batch_size, num_tokens)
-    logits = model.next_token_logits(prompt, cache)
+    logits = model.next_token_logits(prompt, cache, context)
     _check_finite(logits)
     for position in range(num_tokens):
         token = _agree(draw(logits, uniform[:, position]))

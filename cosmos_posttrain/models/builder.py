@@ -12,38 +12,16 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
-from torch import Tensor
 from torch.nn.functional import silu
 
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.cpu_device import cpu_device
 from cosmos_posttrain.models.config import ModelConfig
-from cosmos_posttrain.models.rope import RotaryEmbedding3D
+from cosmos_posttrain.models.gpt_model import CosmosGPTModel, Video2WorldModel
 from cosmos_posttrain.models.specs import block_spec
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-class CosmosGPTModel(GPTModel):
-    """Megatron's GPT model with the Cosmos 3D RoPE and a vocabulary of any size."""
-
-    def __init__(self, model_config: ModelConfig, config: TransformerConfig, **kwargs: Any) -> None:
-        super().__init__(config=config, **kwargs)
-        self.model_config = model_config
-        self.rotary_pos_emb = RotaryEmbedding3D(model_config)
-
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross-entropy (B, S) in nats; rows that only pad the vocabulary take no part."""
-        surplus = self.model_config.padded_vocab_size - self.model_config.vocab_size
-        if surplus:
-            size = parallel_state.get_tensor_model_parallel_world_size()
-            first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-            column = first + torch.arange(logits.shape[-1], device=logits.device)
-            assert logits.shape[-1] * size == self.model_config.padded_vocab_size
-            logits = logits.masked_fill(column >= self.model_config.vocab_size, float("-inf"))
-        return super().compute_language_model_loss(labels, logits)
 
 
 def transformer_config(
@@ -110,6 +88,7 @@ def build_model(
     layer_spec: str = "torch",
     sequence_parallel: bool = False,
     seed: int = 1234,
+    device: str | None = None,
     **overrides: Any,
 ) -> CosmosGPTModel:
     """Builds this rank's part of the model, with seeded fresh weights.
@@ -120,6 +99,7 @@ def build_model(
         layer_spec: ``torch`` or ``te``.
         sequence_parallel: see ``transformer_config``.
         seed: of the fresh weights.
+        device: ``meta`` builds a model without weights, to be counted; None means this process's.
         **overrides: fields of Megatron's ``TransformerConfig``.
 
     Raises:
@@ -133,21 +113,30 @@ def build_model(
         model, dtype=dtype, sequence_parallel=sequence_parallel, **overrides
     )
     groups.set_seed(seed)
+    if device == "meta":
+        config.perform_initialization = False
+        with torch.device("meta"), cpu_device():
+            return _construct(model, config, layer_spec)
     with cpu_device():
-        module = CosmosGPTModel(
-            model,
-            config=config,
-            transformer_layer_spec=block_spec(
-                layer_spec, model.num_layers // config.pipeline_model_parallel_size
-            ),
-            vocab_size=model.padded_vocab_size,
-            max_sequence_length=model.seq_length,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
-            parallel_output=True,
-            share_embeddings_and_output_weights=False,
-            position_embedding_type="rope",
-        )
+        module = _construct(model, config, layer_spec)
     with _float32_rotary_table(module):
         module.to(device=groups.device(), dtype=dtype)
     return module
+
+
+def _construct(model: ModelConfig, config: TransformerConfig, layer_spec: str) -> CosmosGPTModel:
+    kind = Video2WorldModel if model.is_video2world else CosmosGPTModel
+    return kind(
+        model,
+        config=config,
+        transformer_layer_spec=block_spec(
+            layer_spec, model, model.num_layers // config.pipeline_model_parallel_size
+        ),
+        vocab_size=model.padded_input_vocab_size,
+        max_sequence_length=model.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=True,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+    )

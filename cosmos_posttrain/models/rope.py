@@ -16,7 +16,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from cosmos_posttrain.geometry import LatentShape
-from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.config import AxisScale, ModelConfig
 
 
 def _inverse_frequencies(dim: int, base: float) -> Tensor:
@@ -46,10 +46,11 @@ def yarn_frequencies(
 
 
 def rotary_angles(config: ModelConfig) -> Tensor:
-    """Angles of every position of the model's grid.
+    """Angles of every position of a sequence.
 
     Returns:
-        (T * H * W, kv_channels) float32 radians; the two halves of the last axis are equal.
+        (seq_length, kv_channels) float32 radians; the two halves of the last axis are equal. Zero
+        for ``<bov>`` and for padding, which Video2World models have.
     """
     dim_space = config.kv_channels // 6 * 2
     dim_time = config.kv_channels - 2 * dim_space
@@ -60,13 +61,20 @@ def rotary_angles(config: ModelConfig) -> Tensor:
         settings = (yarn.scale, yarn.beta_fast, yarn.beta_slow)
         time = yarn_frequencies(time, original.time, *settings)
         space = yarn_frequencies(space, original.height, *settings)
-    return _grid_angles(config.latent_shape, time, space)
+    angles = _grid_angles(config.latent_shape, config.position_scale, time, space)
+    if not config.is_video2world:
+        return angles
+    surplus = config.seq_length - config.num_clip_tokens
+    return nn.functional.pad(angles, (0, 0, 1, surplus))
 
 
-def _grid_angles(shape: LatentShape, time: Tensor, space: Tensor) -> Tensor:
+def _grid_angles(shape: LatentShape, scale: AxisScale, time: Tensor, space: Tensor) -> Tensor:
     axes = []
-    for axis, (size, frequencies) in enumerate(zip(shape, (time, space, space), strict=True)):
-        angles = torch.outer(torch.arange(size, dtype=torch.float32), frequencies)
+    for axis, (size, factor, frequencies) in enumerate(
+        zip(shape, scale, (time, space, space), strict=True)
+    ):
+        positions = torch.arange(size, dtype=torch.float32) * factor
+        angles = torch.outer(positions, frequencies)
         view = [1, 1, 1, angles.shape[1]]
         view[axis] = size
         axes.append(angles.view(view).expand(*shape, -1))

@@ -6,6 +6,8 @@ layers. ``te`` uses Transformer Engine and needs a GPU. Both have the same names
 
 from __future__ import annotations
 
+import dataclasses
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -16,8 +18,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.models.absolute_positions import AbsolutePositions
 from cosmos_posttrain.models.attention import CachedSelfAttention, SDPACoreAttention
+from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.cross_attention import CrossAttention, CrossAttentionSubmodules
 from cosmos_posttrain.models.norm import RMSNorm
+from cosmos_posttrain.models.video2world import Video2WorldLayer
 
 LAYER_SPECS = ("torch", "te")
 
@@ -59,7 +65,47 @@ def _torch_layer() -> ModuleSpec:
     )
 
 
-def _te_block(num_layers: int) -> TransformerBlockSubmodules:
+def _with_text(
+    layer: ModuleSpec,
+    model: ModelConfig,
+    positions: AbsolutePositions,
+    column: type,
+    row: type,
+    norm: type,
+) -> ModuleSpec:
+    """A base layer's spec with what a Video2World layer has on top of it.
+
+    The attention in it is always SDPA: Transformer Engine's would pass keys and values around the
+    context-parallel ring, but every rank has the whole text.
+    """
+    cross_attention = ModuleSpec(
+        module=CrossAttention,
+        params={"context_dim": model.context_dim},
+        submodules=CrossAttentionSubmodules(
+            linear_q=column, linear_kv=column, linear_proj=row, q_layernorm=norm, k_layernorm=norm
+        ),
+    )
+    return ModuleSpec(
+        module=Video2WorldLayer,
+        params={"positions": positions},
+        submodules=dataclasses.replace(
+            layer.submodules,
+            pre_cross_attn_layernorm=norm,
+            cross_attention=cross_attention,
+            cross_attn_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _torch_block(model: ModelConfig, num_layers: int) -> TransformerBlockSubmodules:
+    layer = _torch_layer()
+    if model.is_video2world:
+        linears = ColumnParallelLinear, RowParallelLinear
+        layer = _with_text(layer, model, AbsolutePositions(model), *linears, RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def _te_block(model: ModelConfig, num_layers: int) -> TransformerBlockSubmodules:
     try:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError as error:
@@ -67,29 +113,35 @@ def _te_block(num_layers: int) -> TransformerBlockSubmodules:
             "--layer_spec te needs Transformer Engine, which is not installed; use --layer_spec "
             "torch, or an NVIDIA PyTorch container."
         ) from error
-    from megatron.core.extensions.transformer_engine import TENorm
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TENorm,
+        TERowParallelLinear,
+    )
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_with_transformer_engine_spec,
     )
 
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+    if model.is_video2world:
+        linears = TEColumnParallelLinear, TERowParallelLinear
+        layer = _with_text(layer, model, AbsolutePositions(model), *linears, TENorm)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
 
 
-def block_spec(name: str, num_layers: int) -> TransformerBlockSubmodules:
+def block_spec(name: str, model: ModelConfig, num_layers: int) -> TransformerBlockSubmodules:
     """The transformer block's modules.
 
     Args:
         name: ``torch`` or ``te``.
+        model: the model's numbers.
         num_layers: layers on this pipeline stage.
 
     Raises:
         ConfigError: an unknown name, or ``te`` without Transformer Engine.
     """
     if name == "torch":
-        return TransformerBlockSubmodules(
-            layer_specs=[_torch_layer()] * num_layers, layer_norm=RMSNorm
-        )
+        return _torch_block(model, num_layers)
     if name == "te":
-        return _te_block(num_layers)
+        return _te_block(model, num_layers)
     raise ConfigError(f"there is no layer spec {name!r}; use one of {', '.join(LAYER_SPECS)}.")

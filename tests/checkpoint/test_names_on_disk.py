@@ -15,9 +15,9 @@ from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.naming import parameters_by_disk_name
 
 
-@pytest.fixture(scope="module")
-def model() -> ARModel:
-    return load_model("random:tiny", vocab_size=1000, seed=3)
+@pytest.fixture(scope="module", params=["tiny", "tiny-video2world"])
+def model(request: pytest.FixtureRequest) -> ARModel:
+    return load_model(f"random:{request.param}", vocab_size=1000, seed=3)
 
 
 def _on_disk(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -39,9 +39,21 @@ def _expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.linear_fc1.weight": (2 * config.ffn_hidden_size, hidden),
         "mlp.linear_fc2.weight": (hidden, config.ffn_hidden_size),
     }
+    if config.context_dim is not None:
+        keys = 2 * config.num_query_groups * width
+        in_layer |= {
+            "pre_cross_attn_layernorm.weight": (hidden,),
+            "cross_attention.linear_q.weight": (queries, hidden),
+            "cross_attention.linear_kv.weight": (keys, config.context_dim),
+            "cross_attention.q_layernorm.weight": (width,),
+            "cross_attention.k_layernorm.weight": (width,),
+            "cross_attention.linear_proj.weight": (hidden, queries),
+        }
+    # 1000 output rows and, with the special tokens, 1064 embedding rows, padded to 64s.
+    rows = 1024 if config.context_dim is None else 1088
     shapes = {f"module.decoder.layers.{k}": (layers, *v) for k, v in in_layer.items()}
     return shapes | {
-        "module.embedding.word_embeddings.weight": (1024, hidden),  # 1000, padded to 64s
+        "module.embedding.word_embeddings.weight": (rows, hidden),
         "module.output_layer.weight": (1024, hidden),
         "module.decoder.final_layernorm.weight": (hidden,),
     }

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distributed_run import run_distributed
-from golden_ar import CASES, LOGIT_TOLERANCE, case_dir, case_io, max_difference, weights
+from golden_ar import (
+    CASES,
+    LOGIT_TOLERANCE,
+    case_dir,
+    case_io,
+    golden_logits,
+    greedy_tokens,
+    logit_difference,
+    max_difference,
+    weights,
+)
 from reference import needs_golden
 
 from cosmos_posttrain.checkpoint import context, dist
@@ -18,27 +27,38 @@ from cosmos_posttrain.checkpoint.load import load_model
 from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.cpu_device import cuda_calls_mean_cpu
-from cosmos_posttrain.inference.engine import generate
+from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.builder import build_model
+from cosmos_posttrain.models.config import ROPE_SCALINGS, YarnConfig
 from cosmos_posttrain.models.rope import context_parallel_positions
 
 pytestmark = needs_golden
 
-
-def _greedy(model: ARModel, name: str) -> list[int]:
-    """As many tokens as the golden case has, through the KV cache."""
-    io, config = case_io(name), json.loads((case_dir(name) / "config.json").read_text())
-    prompt = io["tokens"][:1, : config["num_condition_tokens"]].long()
-    tokens: list[int] = generate(model, prompt, len(io["greedy_tokens"]), temperature=0)[0].tolist()
-    return tokens
+# Saved at one tensor parallel size and loaded at the other.
+RESHARDED = ("base_12b_like", "video2world_13b_like")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_golden_logits_and_greedy_tokens(name: str) -> None:
-    io, model = case_io(name), load_model(case_dir(name))
-    assert max_difference(model.logits(io["tokens"]), io["logits"]) <= LOGIT_TOLERANCE
-    assert _greedy(model, name) == io["greedy_tokens"].tolist()
+    model = load_model(case_dir(name))
+    assert logit_difference(model, name) <= LOGIT_TOLERANCE
+    assert greedy_tokens(model, name) == case_io(name)["greedy_tokens"].tolist()
+
+
+@pytest.mark.parametrize("name", ["base_4b_like", "video2world_5b_like"])
+def test_a_longer_grid(name: str) -> None:
+    longer = LatentShape(6, 4, 8)  # of (3, 4, 8)
+    models = {
+        scaling: load_model(case_dir(name), latent_shape=longer, rope_scaling=scaling)
+        for scaling in ROPE_SCALINGS
+    }
+    # The first frames' positions are the old ones, unless something is scaled.
+    assert logit_difference(models["none"], name) <= LOGIT_TOLERANCE
+    assert logit_difference(models["interpolate"], name) > 100 * LOGIT_TOLERANCE
+    assert logit_difference(models["yarn"], name) > 100 * LOGIT_TOLERANCE
+    assert models["interpolate"].config.position_scale == (0.5, 1.0, 1.0)
+    assert models["yarn"].config.yarn == YarnConfig(LatentShape(3, 4, 8), 2.0)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -50,10 +70,9 @@ def test_there_and_back_again_is_bit_equal(name: str, tmp_path: Path) -> None:
     assert sorted(before) == sorted(after)
     for key, tensor in before.items():
         assert tensor.dtype == after[key].dtype and torch.equal(tensor, after[key]), key
-    io = case_io(name)
-    direct = load_model(case_dir(name)).logits(io["tokens"])
+    direct = golden_logits(load_model(case_dir(name)), name)
     for form in ("megatron", "pt"):
-        assert torch.equal(load_model(tmp_path / form).logits(io["tokens"]), direct)
+        assert torch.equal(golden_logits(load_model(tmp_path / form), name), direct)
 
 
 def _loss_gradients(model: Any, tokens: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
@@ -62,31 +81,40 @@ def _loss_gradients(model: Any, tokens: torch.Tensor, labels: torch.Tensor) -> l
     return [parameter.grad for parameter in model.parameters()]
 
 
-def _on_two_ranks(folder: str) -> dict[str, Any]:
-    """Everything that needs two processes, in one start of them."""
-    results: dict[str, Any] = {}
-    for name in CASES:
-        io = case_io(name)
-        model = load_model(case_dir(name), tensor_model_parallel_size=2)
-        results[name, "TP=2"] = max_difference(model.logits(io["tokens"]), io["logits"])
-        results[name, "greedy"] = _greedy(model, name)
-
-    # From here on, name is base_12b_like. Saved at TP=2, and loaded from a folder written at TP=1.
-    saved = Path(folder) / "tp2" / "weights"
+def _saved_and_loaded(folder: Path, model: ARModel, name: str) -> dict[str, Any]:
+    """Saved at TP=2, and loaded from a folder written at TP=1; with sequence parallelism on."""
+    saved = folder / f"{name}-tp2" / "weights"
     if groups.rank() == 0:
         saved.mkdir(parents=True)
         context.write_context(saved.parent, model.config, {"contract": {"seq_length": 120}})
     groups.barrier()
     dist.save(saved, model.module)
-    again = load_model(Path(folder) / "tp1", tensor_model_parallel_size=2)
+    again = load_model(folder / f"{name}-tp1", tensor_model_parallel_size=2)
     pairs = zip(model.module.parameters(), again.module.parameters(), strict=True)
-    results["TP=1 -> TP=2"] = all(torch.equal(a, b) for a, b in pairs)
-
     source = open_source(case_dir(name))
     module = build_model(source.config, sequence_parallel=True)
     source.load_weights(module)
-    results["SP"] = max_difference(ARModel(module).logits(io["tokens"]), io["logits"])
+    return {
+        "TP=1 -> TP=2": all(torch.equal(a, b) for a, b in pairs),
+        "SP": logit_difference(ARModel(module), name),
+        "SP greedy": greedy_tokens(ARModel(module), name),
+    }
 
+
+def _on_two_ranks(folder: str) -> dict[str, Any]:
+    """Everything that needs two processes, in one start of them."""
+    results: dict[str, Any] = {}
+    for name in CASES:
+        model = load_model(case_dir(name), tensor_model_parallel_size=2)
+        results[name] = {
+            "TP=2": logit_difference(model, name),
+            "greedy": greedy_tokens(model, name),
+        }
+        if name in RESHARDED:
+            results[name] |= _saved_and_loaded(Path(folder), model, name)
+
+    name = "base_12b_like"
+    io, source = case_io(name), open_source(case_dir(name))
     groups.initialize(groups.Parallelism(context=2))
     module = build_model(source.config)
     source.load_weights(module)
@@ -105,28 +133,32 @@ def _on_two_ranks(folder: str) -> dict[str, Any]:
 
 @pytest.mark.distributed
 def test_two_processes(tmp_path: Path) -> None:
-    name = CASES[-1]
-    convert(ConvertConfig(str(case_dir(name)), str(tmp_path / "tp1"), "megatron"))
+    for name in RESHARDED:
+        convert(ConvertConfig(str(case_dir(name)), str(tmp_path / f"{name}-tp1"), "megatron"))
     first, second = run_distributed(_on_two_ranks, 2, str(tmp_path))
     for results in (first, second):
         for case in CASES:
-            assert results[case, "TP=2"] <= LOGIT_TOLERANCE
-            assert results[case, "greedy"] == case_io(case)["greedy_tokens"].tolist()
-        assert results["TP=1 -> TP=2"]
-        assert results["SP"] <= LOGIT_TOLERANCE
+            expected = case_io(case)["greedy_tokens"].tolist()
+            assert results[case]["TP=2"] <= LOGIT_TOLERANCE
+            assert results[case]["greedy"] == expected
+            if case in RESHARDED:
+                assert results[case]["TP=1 -> TP=2"]
+                assert results[case]["SP"] <= LOGIT_TOLERANCE
+                assert results[case]["SP greedy"] == expected
         assert results["CP logits"] <= LOGIT_TOLERANCE
 
     # TP=2 -> TP=1: bit-equal.
-    convert(ConvertConfig(str(tmp_path / "tp2"), str(tmp_path / "pt"), "pt"))
-    after = torch.load(tmp_path / "pt" / "model.pt", weights_only=True)
-    assert all(torch.equal(tensor, after[key]) for key, tensor in weights(name).items())
-    model = load_model(tmp_path / "tp2")
-    assert model.contract == {"seq_length": 120}
-    io = case_io(name)
-    assert max_difference(model.logits(io["tokens"]), io["logits"]) <= LOGIT_TOLERANCE
+    for name in RESHARDED:
+        saved, back = tmp_path / f"{name}-tp2", tmp_path / f"{name}-pt"
+        convert(ConvertConfig(str(saved), str(back), "pt"))
+        after = torch.load(back / "model.pt", weights_only=True)
+        assert all(torch.equal(tensor, after[key]) for key, tensor in weights(name).items())
+        model = load_model(saved)
+        assert model.contract == {"seq_length": 120}
+        assert logit_difference(model, name) <= LOGIT_TOLERANCE
 
-    model.module.zero_grad()
-    tokens = io["tokens"].long()
+    model = load_model(case_dir("base_12b_like"))
+    tokens = case_io("base_12b_like")["tokens"].long()
     whole = _loss_gradients(model.module, tokens, tokens.roll(-1, dims=1))
     for a, b in zip(first["CP gradients"], whole, strict=True):
         # Sums over 240 tokens in another order.

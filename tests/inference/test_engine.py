@@ -8,7 +8,6 @@ from functools import cache
 import pytest
 import torch
 from distributed_run import run_distributed
-from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from reference import GOLDEN_DIR, needs_golden
 from safetensors.torch import load_file
 
@@ -17,9 +16,21 @@ from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError, GeometryE
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.inference.progress import ProgressLine
 from cosmos_posttrain.models.ar_model import ARModel
+from cosmos_posttrain.models.builder import build_model
 
-GOLDEN = ("base_4b_like", "base_12b_like")
+GOLDEN = ("base_4b_like", "base_12b_like", "video2world_5b_like", "video2world_13b_like")
 GRID = LatentShape(3, 3, 4)
+
+
+@cache
+def tiny_with_text() -> ARModel:
+    """Fresh weights, with louder tokens and text: positions drown those of a fresh model."""
+    model = load_model("tiny-video2world", latent_shape=GRID)
+    with torch.no_grad():
+        model.module.embedding.word_embeddings.weight *= 50
+        for layer in model.module.decoder.layers:
+            layer.cross_attention.linear_proj.weight *= 50
+    return model
 
 
 @cache
@@ -32,12 +43,22 @@ def prompts(batch_size: int = 2, length: int = 12) -> torch.Tensor:
     return torch.randint(0, 1000, (batch_size, length), generator=generator)
 
 
-def golden_case(name: str) -> tuple[torch.Tensor, list[int]]:
-    """The prompt (1, P) and the greedy continuation."""
+def with_bov(tokens: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(tokens, (1, 0), value=1000)
+
+
+def texts(batch_size: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch_size, 5, 64, generator=generator)
+
+
+def golden_case(name: str) -> tuple[torch.Tensor, torch.Tensor | None, list[int]]:
+    """The prompt (1, P), the text (1, L, C) or None, and the greedy continuation."""
     arrays = load_file(GOLDEN_DIR / "ar" / name / "io.safetensors")
     config = json.loads((GOLDEN_DIR / "ar" / name / "config.json").read_text())
     prompt = arrays["tokens"][:1, : config["num_condition_tokens"]]
-    return prompt.long(), arrays["greedy_tokens"].flatten().tolist()
+    text = arrays["context"][:1] if "context" in arrays else None
+    return prompt.long(), text, arrays["greedy_tokens"].flatten().tolist()
 
 
 def generate_golden(name: str, tensor_model_parallel_size: int) -> tuple[list[int], list[int]]:
@@ -45,9 +66,9 @@ def generate_golden(name: str, tensor_model_parallel_size: int) -> tuple[list[in
     model = load_model(
         GOLDEN_DIR / "ar" / name, tensor_model_parallel_size=tensor_model_parallel_size
     )
-    prompt, expected = golden_case(name)
-    greedy = generate(model, prompt, len(expected), temperature=0.0)
-    drawn = generate(model, prompt, len(expected), temperature=1.0, top_p=0.9, seed=7)
+    prompt, text, expected = golden_case(name)
+    greedy = generate(model, prompt, len(expected), temperature=0.0, context=text)
+    drawn = generate(model, prompt, len(expected), temperature=1.0, top_p=0.9, seed=7, context=text)
     return greedy[0].tolist(), drawn[0].tolist()
 
 
@@ -55,20 +76,40 @@ def generate_all_golden() -> list[tuple[list[int], list[int]]]:
     return [generate_golden(name, 2) for name in GOLDEN]
 
 
-def generate_with_sequence_parallel() -> tuple[bool, bool]:
-    """Whether a model with sequence parallelism on generates the same, and whether it stays on."""
-    model = load_model("tiny", latent_shape=GRID, tensor_model_parallel_size=2)
-    expected = generate(model, prompts(), 6)
-    set_model_to_sequence_parallel(model.module, True)
-    tokens = generate(model, prompts(), 6)
-    return torch.equal(tokens, expected), model.module.config.sequence_parallel
+def generate_with_sequence_parallel() -> list[bool]:
+    """Whether models with sequence parallelism generate the same, and are what they were after."""
+    checks = []
+    for name, tokens, text in (
+        ("tiny", prompts(), None),
+        ("tiny-video2world", with_bov(prompts()), texts()),
+    ):
+        model = load_model(f"random:{name}", latent_shape=GRID, tensor_model_parallel_size=2)
+        module = build_model(model.config, sequence_parallel=True)
+        module.load_state_dict(model.module.state_dict())
+        before = switches(module)
+        expected = generate(model, tokens, 6, context=text)
+        tokens = generate(ARModel(module), tokens, 6, context=text)
+        checks += [torch.equal(tokens, expected), switches(module) == before]
+        # Every rank has the whole text: its keys and values are made without gathering.
+        whole = [name for name, on in before.items() if not on]
+        checks.append(all(name.endswith("linear_kv") for name in whole))
+        checks.append(len(whole) == (0 if text is None else module.config.num_layers))
+    return checks
+
+
+def switches(module: torch.nn.Module) -> dict[str, bool]:
+    return {
+        name: child.sequence_parallel
+        for name, child in module.named_modules()
+        if hasattr(child, "sequence_parallel")
+    }
 
 
 @needs_golden
 @pytest.mark.parametrize("name", GOLDEN)
 def test_greedy_tokens_are_the_reference_implementations(name: str) -> None:
     greedy, drawn = generate_golden(name, 1)
-    assert greedy == golden_case(name)[1]
+    assert greedy == golden_case(name)[2]
     assert drawn != greedy
 
 
@@ -78,13 +119,13 @@ def test_two_ranks_generate_what_one_does() -> None:
     first, second = run_distributed(generate_all_golden, 2)
     assert first == second
     for name, (greedy, drawn) in zip(GOLDEN, first, strict=True):
-        assert greedy == golden_case(name)[1]
+        assert greedy == golden_case(name)[2]
         assert drawn == generate_golden(name, 1)[1]
 
 
 @pytest.mark.distributed
 def test_sequence_parallelism_is_switched_off_and_on_again() -> None:
-    assert run_distributed(generate_with_sequence_parallel, 2) == [(True, True)] * 2
+    assert run_distributed(generate_with_sequence_parallel, 2) == [[True] * 8] * 2
 
 
 def test_the_cache_gives_what_scoring_everything_again_gives() -> None:
@@ -97,6 +138,29 @@ def test_the_cache_gives_what_scoring_everything_again_gives() -> None:
     # Position p scores token p + 1.
     scores = model.logits(whole)[:, tokens.shape[1] - 1 : -1]
     assert torch.equal(scores.argmax(-1), generated)
+
+
+def test_the_text_is_read_once_and_decides() -> None:
+    model, tokens, text = tiny_with_text(), with_bov(prompts()), texts()
+    num_tokens = GRID.num_tokens + 1 - tokens.shape[1]
+    calls: list[int] = []
+    hooks = [
+        layer.cross_attention.linear_kv.register_forward_hook(
+            lambda *_, number=layer.layer_number: calls.append(number)
+        )
+        for layer in model.module.decoder.layers
+    ]
+    generated = generate(model, tokens, num_tokens, temperature=0.0, context=text)
+    for hook in hooks:
+        hook.remove()
+    assert calls == [1, 2, 3, 4]  # each layer, once
+    whole = torch.cat([tokens, generated], 1)
+    scores = model.logits(whole, text)[:, tokens.shape[1] - 1 : -1]
+    assert torch.equal(scores.argmax(-1), generated)
+    assert len(generated.unique()) > 2 and int(generated.max()) < 1000
+    # Another text, another cache.
+    swapped = generate(model, tokens, num_tokens, temperature=0.0, context=text.flip(0))
+    assert not torch.equal(swapped, generated)
 
 
 def test_the_seed_decides_and_nothing_else() -> None:
@@ -153,6 +217,12 @@ def test_bad_settings_are_refused() -> None:
         generate(tiny(), prompts(), 4, top_p=2.0)
     with pytest.raises(ConfigError, match="takes no text"):
         generate(tiny(), prompts(), 4, context=torch.zeros(1, 2, 3))
+    with pytest.raises(ConfigError, match="needs a text"):
+        generate(tiny_with_text(), with_bov(prompts()), 4)
+    with pytest.raises(GeometryError, match="must start with <bov>, 1000"):
+        generate(tiny_with_text(), prompts(), 4, context=texts())
+    with pytest.raises(GeometryError, match="together they can be at most 37"):
+        generate(tiny_with_text(), with_bov(prompts()), 25, context=texts())
 
 
 def test_weights_that_are_not_finite_are_an_error_and_not_a_video() -> None:

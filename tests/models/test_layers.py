@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cosmos_posttrain.checkpoint.load import load_model
-from cosmos_posttrain.errors import GeometryError
+from cosmos_posttrain.errors import ConfigError, GeometryError
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.models.config import ModelConfig, YarnConfig, preset
 from cosmos_posttrain.models.norm import RMSNorm
@@ -61,6 +61,24 @@ def test_yarn_changes_slow_frequencies_only() -> None:
     assert float(ratio.max()) == pytest.approx(1.0) and float(ratio.min()) == pytest.approx(0.5)
 
 
+def test_interpolated_positions_lie_between_the_old_ones() -> None:
+    config = preset("tiny", latent_shape=LatentShape(2, 4, 6))
+    old = rotary_angles(config).view(2, 4, 6, -1)
+    new = rotary_angles(config.at_grid(LatentShape(2, 8, 6), "interpolate")).view(2, 8, 6, -1)
+    torch.testing.assert_close(new[:, ::2], old)
+    torch.testing.assert_close(new[:, 1], (old[:, 0] + old[:, 1]) / 2)
+    extrapolated = rotary_angles(config.at_grid(LatentShape(2, 8, 6))).view(2, 8, 6, -1)
+    assert torch.equal(extrapolated[:, :4], old)
+
+
+def test_special_tokens_are_not_rotated() -> None:
+    base = preset("tiny", latent_shape=LatentShape(2, 3, 4))
+    text = preset("tiny-video2world", latent_shape=LatentShape(2, 3, 4))
+    angles = rotary_angles(text)
+    assert torch.equal(angles[1:25], rotary_angles(base))
+    assert angles.shape[0] == 64 and not angles[0].any() and not angles[25:].any()
+
+
 def test_rms_norm() -> None:
     config = SimpleNamespace(params_dtype=torch.float32, sequence_parallel=True)
     norm = RMSNorm(config, 8, eps=1e-3)  # type: ignore[arg-type]
@@ -97,10 +115,36 @@ def test_tokens_that_do_not_fit() -> None:
     model = load_model("random:tiny", vocab_size=1000, latent_shape=LatentShape(2, 3, 4))
     for tokens, words in (
         (torch.zeros(1, 25, dtype=torch.int64), "25 tokens do not fit"),
-        (torch.full((1, 3), 1000), "outside the vocabulary 0..999"),
-        (torch.full((1, 3), -1), "outside the vocabulary"),
+        (torch.full((1, 3), 1000), "outside the model.s vocabulary 0..999"),
+        (torch.full((1, 3), -1), "outside the model.s vocabulary"),
         (torch.zeros(1, 3), "int64"),
         (torch.zeros(3, dtype=torch.int64), r"give \(B, S\)"),
     ):
         with pytest.raises(GeometryError, match=words):
             model.logits(tokens)
+
+
+def test_texts_and_first_tokens_that_do_not_fit() -> None:
+    base = load_model("random:tiny", latent_shape=LatentShape(2, 3, 4))
+    model = load_model("random:tiny-video2world", latent_shape=LatentShape(2, 3, 4))
+    tokens, text = torch.tensor([[1000, 5, 6]]), torch.zeros(1, 3, 64)
+    assert model.logits(tokens, text).shape == (1, 3, 1000)
+    assert (
+        model.logits(torch.full((1, 25), 5).index_fill(1, torch.tensor(0), 1000), text)
+        .isfinite()
+        .all()
+    )
+    with pytest.raises(ConfigError, match="takes no text"):
+        base.logits(tokens[:, 1:], text)
+    with pytest.raises(ConfigError, match=r"give context, \(B, L, 64\)"):
+        model.logits(tokens)
+    for bad in (text[0], text[:, :, 1:], text[:, :0], text.expand(2, -1, -1), text.long()):
+        with pytest.raises(GeometryError, match=r"give \(1, L, 64\) floating-point"):
+            model.logits(tokens, bad)
+    for wrong, words in (
+        (tokens[:, 1:], "must start with <bov>, 1000"),
+        (torch.tensor([[1000, 1000, 6]]), "outside the model's vocabulary 0..999"),
+        (torch.full((1, 26), 1000), "give at most 25"),
+    ):
+        with pytest.raises(GeometryError, match=words):
+            model.logits(wrong, text)

@@ -1,0 +1,94 @@
+"""The Megatron models themselves: base, and Video2World.
+
+Flows in: tokens (B, S), and for Video2World a text (B, L, context_dim). Flows out: logits over the
+vocabulary, split over the tensor-parallel ranks, or the loss of every token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.rope import RotaryEmbedding3D
+
+
+class CosmosGPTModel(GPTModel):
+    """Megatron's GPT model with the Cosmos 3D RoPE and a vocabulary of any size."""
+
+    def __init__(self, model_config: ModelConfig, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
+        self.model_config = model_config
+        self.rotary_pos_emb = RotaryEmbedding3D(model_config)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross-entropy (B, S) in nats; rows that only pad the vocabulary take no part."""
+        surplus = self.model_config.padded_vocab_size - self.model_config.vocab_size
+        if surplus:
+            size = parallel_state.get_tensor_model_parallel_world_size()
+            first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+            column = first + torch.arange(logits.shape[-1], device=logits.device)
+            assert logits.shape[-1] * size == self.model_config.padded_vocab_size
+            logits = logits.masked_fill(column >= self.model_config.vocab_size, float("-inf"))
+        return super().compute_language_model_loss(labels, logits)
+
+
+class Video2WorldModel(CosmosGPTModel):
+    """The model with a text: fewer tokens can be predicted than can be fed.
+
+    The absolute positions and the cross-attention are in its layers (``video2world.py``).
+    """
+
+    def __init__(self, model_config: ModelConfig, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(model_config, config, **kwargs)
+        if self.post_process:
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                model_config.padded_vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=not self.parallel_output,
+                tp_group=self.pg_collection.tp,
+            )
+            self.setup_embeddings_and_output_layer()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        *,
+        context: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As Megatron's, with a text.
+
+        The text goes through Megatron's blocks as an argument of every layer, so that a
+        recomputation sees the text of its own micro-batch under any pipeline schedule.
+
+        Args:
+            input_ids: (B, S) int64, ``<bov>`` first.
+            position_ids: None; positions follow from the grid.
+            attention_mask: None; attention is causal.
+            context: (B, L, context_dim) text embeddings; None only behind a KV cache that has seen
+                them.
+            **kwargs: of Megatron's ``GPTModel.forward``.
+        """
+        if context is not None:
+            context = context.to(self.config.params_dtype).transpose(0, 1).contiguous()
+        output: Tensor = super().forward(
+            input_ids,
+            position_ids,
+            attention_mask,
+            extra_block_kwargs={"context": context},
+            **kwargs,
+        )
+        return output
