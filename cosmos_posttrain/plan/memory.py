@@ -1,0 +1,298 @@
+"""Memory of one GPU during training, in bytes. Plain numbers, no torch.
+
+Flows in: a model, a layout and the batch. Flows out: ``Memory`` of the pipeline stage that needs
+most. The method is that of Korthikanti et al., 2022, "Reducing Activation Recomputation in Large
+Transformer Models" (arXiv:2205.05198): add up what each operation keeps for its backward pass. The
+terms are those of this package's ``torch`` layers (grouped queries, q/k norms, SwiGLU, fused
+attention, norms computed in float32); ``docs/plan.md`` derives them, and a test compares them with
+what a real training step keeps.
+
+Symbols: b micro-batch, S tokens of a clip, s = S / CP tokens of this rank, h hidden size, q and k
+widths of all query and of all key heads, f SwiGLU width, V padded vocabulary, e bytes of a number
+(2 in bfloat16, 4 in float32), t tensor parallel size, p = t with sequence parallelism, else 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.plan.parameters import rank_parameters
+
+# The CUDA context, NCCL's channels and cuBLAS's workspaces; an assumption, not a measurement.
+FRAMEWORK_BYTES = 2 * 2**30
+# What the caching allocator loses between blocks, as a share of all it holds; an assumption.
+FRAGMENTATION = 0.05
+
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread over GPUs.
+
+    Attributes:
+        tensor: tensor parallel size.
+        pipeline: pipeline parallel size.
+        context: context parallel size.
+        data: data parallel size.
+        sequence_parallel: activations between the tensor-parallel layers are split too.
+        recompute: only layer inputs are kept; the rest is computed again in the backward pass.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+    recompute: bool = False
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of the whole layout."""
+        return self.tensor * self.pipeline * self.context * self.data
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained.
+
+    Attributes:
+        model: the model's numbers, with the latent shape to train on.
+        micro_batch_size: clips per forward pass and data-parallel rank.
+        global_batch_size: clips per optimizer step.
+        dtype: ``bfloat16`` or ``float32``.
+        distributed_optimizer: optimizer state is divided over the data-parallel ranks.
+        gpu_kernels: False counts the CPU's kernels: SwiGLU is not fused there, and attention with a
+            mask (context parallelism) keeps no scores.
+    """
+
+    model: ModelConfig
+    micro_batch_size: int = 1
+    global_batch_size: int = 32
+    dtype: str = "bfloat16"
+    distributed_optimizer: bool = True
+    gpu_kernels: bool = True
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one weight or activation."""
+        return DTYPE_BYTES[self.dtype]
+
+    def num_microbatches(self, layout: Layout) -> int:
+        """Forward passes of each data-parallel rank per optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * layout.data)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the worst moment of a step.
+
+    Attributes:
+        weights: parameters, and the tables of positions.
+        gradients: Megatron's float32 gradient buffer.
+        optimizer: float32 master weights and Adam's two moments.
+        activations: what the layers keep for the backward pass, over all batches in flight.
+        logits: float32 softmax over the vocabulary, kept for the loss's backward pass.
+        working: the largest of the buffers that come and go.
+        overhead: framework and fragmentation, by ``FRAMEWORK_BYTES`` and ``FRAGMENTATION``.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    working: float
+    overhead: float
+
+    @property
+    def total(self) -> float:
+        """Sum of all."""
+        return sum(dataclasses.astuple(self))
+
+
+def weight_bytes(work: Workload, layout: Layout, stage: int) -> float:
+    """Parameters, in the training dtype."""
+    return work.element_bytes * rank_parameters(work.model, layout.tensor, layout.pipeline, stage)
+
+
+def table_bytes(work: Workload) -> float:
+    """Positions: RoPE's angles in float32 and, in Video2World models, the absolute embedding."""
+    model = work.model
+    table = 4 * model.seq_length * model.kv_channels
+    if model.is_video2world:
+        table += work.element_bytes * model.seq_length * model.hidden_size
+    return table
+
+
+def gradient_bytes(work: Workload, layout: Layout, stage: int) -> float:
+    """Megatron's gradient buffer: float32 whatever the dtype, and whole on every rank."""
+    return 4 * rank_parameters(work.model, layout.tensor, layout.pipeline, stage)
+
+
+def optimizer_bytes(work: Workload, layout: Layout, stage: int) -> float:
+    """AdamW: two float32 moments, and float32 master weights unless the weights are float32."""
+    per_parameter = 8 if work.dtype == "float32" else 12
+    ranks = layout.data * layout.context if work.distributed_optimizer else 1
+    count = rank_parameters(work.model, layout.tensor, layout.pipeline, stage)
+    return per_parameter * count / ranks
+
+
+def _norm_width_bytes(work: Workload) -> int:
+    """RMSNorm keeps its input in float32, and the normalised input before and after the weight."""
+    return 4 + 2 * work.element_bytes
+
+
+def _attention_bytes(work: Workload, layout: Layout) -> float:
+    """Self-attention between its two linear layers, per token of this rank, for one clip."""
+    model, e = work.model, work.element_bytes
+    t, context = layout.tensor, layout.context
+    queries = model.num_attention_heads * model.kv_channels / t
+    keys = model.num_query_groups * model.kv_channels / t
+    float32 = work.dtype == "float32"
+    # float32 norms need no copy in float32, except that queries leave the packed projection by a
+    # copy as soon as they lie in more than one group.
+    copied_queries = 0 if float32 and model.num_query_groups == t else 4
+    queries_bytes = queries * (copied_queries + 3 * e)  # norm's input and result, RoPE's, output
+    keys_bytes = keys * (e if float32 else 4 + e)
+    packed = e * (queries + 2 * keys)  # the projection's result: values are a view of it
+    if context == 1:
+        return queries_bytes + keys_bytes + e * keys + packed
+    gathered = 2 * e * keys * context
+    return queries_bytes + keys_bytes + gathered + (packed if float32 else 0)
+
+
+def _cross_attention_bytes(work: Workload, layout: Layout) -> float:
+    """Cross-attention towards the text, with the norm before it, for one clip and layer."""
+    model, e, t = work.model, work.element_bytes, layout.tensor
+    if not model.is_video2world:
+        return 0.0
+    p = t if layout.sequence_parallel else 1
+    heads, groups = model.num_attention_heads / t, model.num_query_groups / t
+    queries, keys = heads * model.kv_channels, groups * model.kv_channels
+    norm = model.hidden_size * _norm_width_bytes(work) / p
+    per_token = norm + queries * (4 + 3 * e) + 4 * (1 / p + 2 * heads)
+    # Keys and values lie packed; keys are normalised.
+    per_row = keys * (4 * e + (0 if work.dtype == "float32" else 4)) + 4 * groups
+    return model.seq_length / layout.context * per_token + model.context_len * per_row
+
+
+def _mask_and_score_bytes(work: Workload, layout: Layout) -> float:
+    """Context parallelism asks for attention with a mask, which flash attention does not have.
+
+    The mask is kept in the training dtype. On a GPU the kernel that takes masks and grouped queries
+    keeps the float32 scores; this is the worst case, since newer kernels may avoid it.
+    """
+    if layout.context == 1:
+        return 0.0
+    length = work.model.seq_length
+    area = length / layout.context * length
+    mask = work.element_bytes * area
+    heads = work.model.num_attention_heads / layout.tensor
+    scores = 4 * heads * area * work.micro_batch_size if work.gpu_kernels else 0
+    return mask + scores
+
+
+def layer_activation_bytes(work: Workload, layout: Layout) -> float:
+    """What one layer keeps for its backward pass without recomputation."""
+    model, e, t = work.model, work.element_bytes, layout.tensor
+    p = t if layout.sequence_parallel else 1
+    norms = 2 * model.hidden_size * _norm_width_bytes(work) / p
+    # The first linear's result and the product; the CPU also keeps silu(x1) and a copy of x2.
+    mlp = e * model.ffn_hidden_size * (3 if work.gpu_kernels else 5) / t
+    heads, groups = model.num_attention_heads / t, model.num_query_groups / t
+    statistics = 4 * (2 / p + 2 * heads + groups)  # of the norms, and attention's log-sum-exp
+    per_token = norms + _attention_bytes(work, layout) + mlp + statistics
+    tokens = model.seq_length / layout.context
+    rope = 4 * e * model.kv_channels * tokens  # cosines and sines, for queries and keys
+    per_clip = tokens * per_token + _cross_attention_bytes(work, layout)
+    return work.micro_batch_size * per_clip + rope + _mask_and_score_bytes(work, layout)
+
+
+def _hidden_bytes(work: Workload, layout: Layout) -> float:
+    """One tensor of hidden states, as it lies between two layers."""
+    p = layout.tensor if layout.sequence_parallel else 1
+    tokens = work.model.seq_length / layout.context * work.micro_batch_size
+    return work.element_bytes * tokens * work.model.hidden_size / p
+
+
+def stage_activation_bytes(work: Workload, layout: Layout, stage: int) -> float:
+    """What one pipeline stage keeps for one micro-batch, without the logits."""
+    model = work.model
+    layers = model.num_layers // layout.pipeline
+    p = layout.tensor if layout.sequence_parallel else 1
+    tokens = model.seq_length / layout.context * work.micro_batch_size
+    kept = _hidden_bytes(work, layout) if layout.recompute else layer_activation_bytes(work, layout)
+    total = layers * kept
+    if model.context_dim is not None:  # the text, which all layers share
+        text_rows = work.micro_batch_size * model.context_len
+        total += work.element_bytes * text_rows * model.context_dim
+    if layout.recompute:
+        total += 4 * model.kv_channels * tokens / work.micro_batch_size  # RoPE's angles
+    if stage == 0:
+        total += 8 * tokens  # token ids
+    elif not layout.recompute:
+        total += _hidden_bytes(work, layout)  # received; with recomputation it is counted above
+    if stage == layout.pipeline - 1:
+        total += tokens * (model.hidden_size * _norm_width_bytes(work) + 4) / p  # last norm
+        total += tokens * (8 + 4 + 1)  # labels, weights, mask
+    else:
+        total += _hidden_bytes(work, layout)  # sent on
+    return total
+
+
+def logits_bytes(work: Workload, layout: Layout, stage: int) -> float:
+    """The vocabulary-parallel cross-entropy keeps the softmax in float32."""
+    if stage < layout.pipeline - 1:
+        return 0.0
+    tokens = work.model.seq_length / layout.context * work.micro_batch_size
+    return 4 * tokens * work.model.padded_vocab_size / layout.tensor
+
+
+def _working_bytes(work: Workload, layout: Layout, stage: int) -> float:
+    """The largest of the buffers that come and go; an upper estimate."""
+    model, e, t = work.model, work.element_bytes, layout.tensor
+    tokens = model.seq_length / layout.context * work.micro_batch_size
+    full_hidden = e * tokens * model.hidden_size
+    # Backward pass of a layer: gradients of SwiGLU's three tensors, and four of the hidden states'
+    # size (residual, gathered input, gathered gradient, gradient before it is reduced).
+    layer = 3 * e * tokens * model.ffn_hidden_size / t + 4 * full_hidden
+    layer += _mask_and_score_bytes(work, layout)
+    if layout.recompute:
+        layer += layer_activation_bytes(work, layout)
+    loss = 0.0
+    if stage == layout.pipeline - 1:
+        # Logits beside their float32 copy or gradient, the weight's gradient, the input's.
+        copies = (e == 2) + (model.padded_vocab_size != model.vocab_size)
+        rows = model.padded_vocab_size / t
+        loss = e * rows * (copies * tokens + model.hidden_size) + full_hidden
+    return max(layer, loss)
+
+
+def stage_memory(work: Workload, layout: Layout, stage: int) -> Memory:
+    """Memory of a GPU of one pipeline stage.
+
+    A step has two peaks: the backward pass, with activations, and the optimizer's, when torch's
+    AdamW holds one more float32 number for each parameter that it updates. The larger one counts.
+    """
+    weights = weight_bytes(work, layout, stage) + table_bytes(work)
+    gradients = gradient_bytes(work, layout, stage)
+    optimizer = optimizer_bytes(work, layout, stage)
+    # One forward, one backward: as many micro-batches are under way as there are stages from here.
+    in_flight = min(layout.pipeline - stage, work.num_microbatches(layout))
+    activations = in_flight * stage_activation_bytes(work, layout, stage)
+    logits = logits_bytes(work, layout, stage)
+    working = _working_bytes(work, layout, stage)
+    update = optimizer / (2 if work.dtype == "float32" else 3)
+    working += max(0.0, update - activations - logits - working)
+    held = weights + gradients + optimizer + activations + logits + working
+    overhead = FRAMEWORK_BYTES + FRAGMENTATION * held
+    return Memory(weights, gradients, optimizer, activations, logits, working, overhead)
+
+
+def memory(work: Workload, layout: Layout) -> Memory:
+    """Memory of the GPU that needs most."""
+    stages = (stage_memory(work, layout, stage) for stage in range(layout.pipeline))
+    return max(stages, key=lambda stage: stage.total)

@@ -1,0 +1,79 @@
+"""How many parameters a model has, whole and on one rank. Plain numbers, no torch.
+
+Flows in: a ``ModelConfig`` and the sizes of the parallel groups. Flows out: counts that equal those
+of the built models, rows that only pad the vocabulary included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cosmos_posttrain.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class LayerParameters:
+    """Parameters of one transformer layer.
+
+    Attributes:
+        attention: query, key, value and output projections.
+        cross_attention: the same towards the text; 0 in base models.
+        mlp: SwiGLU's three matrices.
+        norm: RMSNorm weights; every tensor-parallel rank holds all of them.
+    """
+
+    attention: int
+    cross_attention: int
+    mlp: int
+    norm: int
+
+    @property
+    def matrices(self) -> int:
+        """What tensor parallelism divides."""
+        return self.attention + self.cross_attention + self.mlp
+
+
+def layer_parameters(model: ModelConfig) -> LayerParameters:
+    """Counts one layer."""
+    hidden = model.hidden_size
+    queries = model.num_attention_heads * model.kv_channels
+    keys = model.num_query_groups * model.kv_channels
+    text = model.context_dim
+    return LayerParameters(
+        attention=2 * hidden * queries + 2 * hidden * keys,
+        cross_attention=0 if text is None else 2 * hidden * queries + 2 * text * keys,
+        mlp=3 * hidden * model.ffn_hidden_size,
+        norm=(2 * hidden + 2 * model.kv_channels)
+        + (0 if text is None else hidden + 2 * model.kv_channels),
+    )
+
+
+def parameter_groups(model: ModelConfig) -> dict[str, int]:
+    """Parameters of the whole model by kind, as built."""
+    layer = layer_parameters(model)
+    return {
+        "embedding": model.padded_input_vocab_size * model.hidden_size,
+        "attention": model.num_layers * layer.attention,
+        "cross_attention": model.num_layers * layer.cross_attention,
+        "mlp": model.num_layers * layer.mlp,
+        "norm": model.num_layers * layer.norm + model.hidden_size,
+        "output": model.padded_vocab_size * model.hidden_size,
+    }
+
+
+def rank_parameters(model: ModelConfig, tensor: int, pipeline: int, stage: int) -> int:
+    """Parameters that one GPU holds.
+
+    Args:
+        model: the model's numbers.
+        tensor: tensor parallel size, which divides all matrices.
+        pipeline: pipeline parallel size, which divides the layers.
+        stage: the GPU's pipeline stage; the first holds the embedding, the last the output layer.
+    """
+    layer = layer_parameters(model)
+    count = model.num_layers // pipeline * (layer.matrices // tensor + layer.norm)
+    if stage == 0:
+        count += model.padded_input_vocab_size * model.hidden_size // tensor
+    if stage == pipeline - 1:
+        count += model.padded_vocab_size * model.hidden_size // tensor + model.hidden_size
+    return count

@@ -1,0 +1,145 @@
+"""How long an optimizer step takes, from a stated share of the GPU's peak.
+
+Flows in: a layout, a peak in FLOP/s, the share of it that matrix products reach, and the links'
+bandwidth. Flows out: seconds and tokens per second. Counted: model FLOPs (``training/metrics.py``),
+the second forward pass of recomputation, the slowest pipeline stage and the pipeline's bubble,
+attention with a mask under context parallelism, and the transfers of tensor and context parallelism
+(not overlapped). Not counted: data parallelism's transfers, which overlap or are small at these
+lengths, reading data, validation and checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.plan.memory import Layout, Workload
+
+# NVLink bandwidth per direction in bytes/s, from the vendors' data sheets.
+LINK_BYTES_PER_SECOND = {"A100": 300e9, "H100": 450e9, "H200": 450e9, "B200": 900e9}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of GPU.
+
+    Attributes:
+        name: as in the tables, or any other name.
+        peak_flops: dense bfloat16 peak in FLOP/s.
+        link_bytes_per_second: bandwidth between two GPUs of a node, per direction.
+        mfu: share of the peak that computation reaches without bubble, recomputation and transfers.
+    """
+
+    name: str
+    peak_flops: float
+    link_bytes_per_second: float
+    mfu: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Expected speed of all GPUs together.
+
+    Attributes:
+        step_seconds: one optimizer step.
+        tokens_per_second: tokens of the global batch by that time.
+        mfu: model FLOPs by that time, as a share of all GPUs' peak.
+        bubble: share of the time in which a pipeline stage waits.
+    """
+
+    step_seconds: float
+    tokens_per_second: float
+    mfu: float
+    bubble: float
+
+
+def hardware(
+    name: str, mfu: float, peak_flops: float | None = None, link_bytes: float | None = None
+) -> Hardware:
+    """Looks a GPU up.
+
+    Raises:
+        ConfigError: a GPU without a known peak, and none was given.
+    """
+    from cosmos_posttrain.training.metrics import PEAK_FLOPS
+
+    if peak_flops is None and name not in PEAK_FLOPS:
+        raise ConfigError(
+            f"the peak of --gpu {name} is not known; use one of {', '.join(PEAK_FLOPS)}, or give "
+            "--peak_tflops."
+        )
+    return Hardware(
+        name,
+        peak_flops or PEAK_FLOPS[name],
+        link_bytes or LINK_BYTES_PER_SECOND.get(name, min(LINK_BYTES_PER_SECOND.values())),
+        mfu,
+    )
+
+
+@dataclass(frozen=True)
+class TokenFlops:
+    """Model FLOPs of forward and backward for one token.
+
+    Attributes:
+        layers: the layers' matrices.
+        attention: scores and values, halved by causality.
+        output: the output layer.
+    """
+
+    layers: float
+    attention: float
+    output: float
+
+
+def token_flops(model: ModelConfig) -> TokenFlops:
+    """Splits the FLOPs that the training metrics report."""
+    from cosmos_posttrain.training.metrics import flops_per_token
+
+    width = model.num_attention_heads * model.kv_channels
+    attention = 6.0 * model.num_layers * width * model.seq_length
+    output = 6.0 * model.vocab_size * model.hidden_size
+    return TokenFlops(flops_per_token(model) - attention - output, attention, output)
+
+
+def _transfer_bytes(work: Workload, layout: Layout) -> float:
+    """What one layer sends for one micro-batch, forward and backward, per GPU.
+
+    Tensor parallelism gathers and reduces hidden states around attention and around the MLP, four
+    times in each direction. Context parallelism gathers keys and values, and sums their gradients.
+    """
+    model, e = work.model, work.element_bytes
+    tokens = work.micro_batch_size * model.seq_length / layout.context
+    passes = 3 if layout.recompute else 2
+    hidden = e * tokens * model.hidden_size
+    tensor = 4 * passes * hidden * (layout.tensor - 1) / layout.tensor
+    keys = 2 * e * tokens * model.num_query_groups * model.kv_channels / layout.tensor
+    context = (passes + 1) * keys * (layout.context - 1)
+    return tensor + context
+
+
+def speed(work: Workload, layout: Layout, gpu: Hardware) -> Speed:
+    """Expected speed of one layout."""
+    from cosmos_posttrain.training.metrics import flops_per_token
+
+    model = work.model
+    flops = token_flops(model)
+    # A mask stops attention's kernel from skipping the half that is masked.
+    layers = flops.layers + flops.attention * (2 if layout.context > 1 else 1)
+    layers *= 4 / 3 if layout.recompute else 1
+    tokens = work.micro_batch_size * model.seq_length
+    # The last stage has the output layer beside its layers.
+    stage_flops = tokens * (layers / layout.pipeline + flops.output)
+    seconds = stage_flops / (layout.tensor * layout.context * gpu.peak_flops * gpu.mfu)
+    layers_per_stage = model.num_layers // layout.pipeline
+    seconds += layers_per_stage * _transfer_bytes(work, layout) / gpu.link_bytes_per_second
+    num_microbatches = work.num_microbatches(layout)
+    slots = num_microbatches + layout.pipeline - 1
+    step_seconds = slots * seconds
+    rate = work.global_batch_size * model.seq_length / step_seconds
+    return Speed(
+        step_seconds,
+        rate,
+        rate * flops_per_token(model) / (gpu.peak_flops * layout.num_gpus),
+        1 - num_microbatches / slots,
+    )
