@@ -1,7 +1,7 @@
 """The native network as TorchScript with the published call signature, and back.
 
-Flows in: a :class:`DVNetwork`, or a pair of TorchScript files. Flows out: ``encoder.jit`` and
-``decoder.jit`` that ``torch.jit.load`` reads without this package, or the native network.
+Flows in: a :class:`DVNetwork`, or TorchScript files. Flows out: ``encoder.jit`` and ``decoder.jit``
+that ``torch.jit.load`` reads without this package, or the native network.
 
 ``encoder(video (B, 3, T, H, W) in [-1, 1])`` -> (indices (B, t, h, w) int32, codes (B, D, t, h, w),
 loss); ``decoder(indices)`` -> video. Tensor names are the native ones, so both forms of the same
@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from cosmos_posttrain.errors import TokenizerError
 from cosmos_posttrain.tokenizer.network import DVConfig, DVNetwork
 from cosmos_posttrain.tokenizer.torchscript import load_script, script_levels, script_tensors
-from cosmos_posttrain.tokenizer.weights_io import check_fit, parameters_only
+from cosmos_posttrain.tokenizer.weights_io import (
+    CONFIG_FILE,
+    check_fit,
+    describes_network,
+    parameters_only,
+)
+
+AUTOENCODER_FILE = "autoencoder.jit"
 
 
 class _EncoderModule(nn.Module):
@@ -90,19 +97,54 @@ def export_torchscript(network: DVNetwork, folder: Path) -> tuple[Path, Path]:
     return paths
 
 
-def import_torchscript(folder: Path) -> DVNetwork:
-    """The native network with the weights of ``encoder.jit`` and ``decoder.jit`` in a folder.
+def import_torchscript(path: Path) -> DVNetwork:
+    """The native network with the weights of published TorchScript files.
+
+    Only names and values of parameters are used; buffers that TorchScript captured (wavelet
+    filters, codebooks) are ignored, but for the table of FSQ levels.
+
+    Args:
+        path: a folder with ``encoder.jit`` and ``decoder.jit``, or with ``autoencoder.jit`` alone,
+            or the latter file. A complete ``config.json`` beside them is obeyed, otherwise the
+            sizes are read off the tensors.
+
+    Returns:
+        The network in eval mode on the CPU, in the files' dtype.
 
     Raises:
         TokenizerError: if a file is missing or they are not a DV network.
     """
-    encoder, decoder = load_script(folder / "encoder.jit"), load_script(folder / "decoder.jit")
-    levels = script_levels(encoder, folder / "encoder.jit")
-    tensors = parameters_only({**script_tensors(decoder), **script_tensors(encoder)})
-    config = infer_config(tensors, levels, folder)
+    if path.is_dir():
+        pair = [path / "encoder.jit", path / "decoder.jit"]
+        whole = path / AUTOENCODER_FILE
+        files = [whole] if whole.is_file() and not all(map(Path.is_file, pair)) else pair
+    else:
+        files = [path]
+    return network_from_scripts({file: load_script(file) for file in files})
+
+
+def network_from_scripts(scripts: Mapping[Path, torch.jit.ScriptModule]) -> DVNetwork:
+    """The native network with the weights of loaded modules, encoder first.
+
+    Raises:
+        TokenizerError: if together they are not a DV network.
+    """
+    first = next(iter(scripts))
+    tensors: dict[str, Tensor] = {}
+    for module in scripts.values():
+        tensors.update(parameters_only(script_tensors(module)))
+    config = _config_beside(first)
+    if config is None:
+        config = infer_config(tensors, script_levels(scripts[first], first), first)
     network = DVNetwork(config)
-    network.load_state_dict(check_fit(tensors, config, folder))
+    network.load_state_dict(check_fit(tensors, config, first))
     return network.to(next(iter(tensors.values())).dtype).eval()
+
+
+def _config_beside(file: Path) -> DVConfig | None:
+    """The file's own ``config.json``; None if there is none or it does not describe a network."""
+    path = file.with_name(CONFIG_FILE)
+    return DVConfig.from_file(path) if path.is_file() and describes_network(path) else None
 
 
 def infer_config(tensors: Mapping[str, Tensor], levels: tuple[int, ...], source: Path) -> DVConfig:

@@ -44,6 +44,36 @@ def haar_matrix(patch_size: int) -> Tensor:
     return (1 - 2 * (parity % 2)).float()
 
 
+def to_blocks(video: Tensor, patch_size: int, is_first: bool) -> Tensor:
+    """Cuts a clip into blocks of ``patch_size ** 3`` pixels.
+
+    Args:
+        video: (B, C, T, H, W); T is ``1 + k * patch_size`` when ``is_first`` (the first frame is
+            then repeated to fill a block by itself), else ``k * patch_size``.
+        patch_size: frames, rows and columns of a block.
+        is_first: whether the clip's own first frame is the first frame here.
+
+    Returns:
+        (B, T', H', W', C, patch_size ** 3), pixels of a block ordered (t, h, w).
+    """
+    p = patch_size
+    if is_first:
+        first = video[:, :, :1].expand(-1, -1, p - 1, -1, -1)
+        video = torch.cat([first, video], dim=2)
+    b, c, t, h, w = video.shape
+    blocks = video.reshape(b, c, t // p, p, h // p, p, w // p, p)
+    return blocks.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, t // p, h // p, w // p, c, p * p * p)
+
+
+def from_blocks(blocks: Tensor, patch_size: int, is_first: bool) -> Tensor:
+    """(B, T', H', W', C, patch_size ** 3) -> (B, C, T, H, W); drops the repeated frames."""
+    p = patch_size
+    b, t, h, w, c, _ = blocks.shape
+    video = blocks.reshape(b, t, h, w, c, p, p, p).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    video = video.reshape(b, c, t * p, h * p, w * p)
+    return video[:, :, p - 1 :] if is_first else video
+
+
 class HaarPatcher(nn.Module):
     """Pixels -> wavelet coefficients, causal in time."""
 
@@ -55,26 +85,12 @@ class HaarPatcher(nn.Module):
         self.register_buffer("matrix", haar_matrix(patch_size) / patch_size**3, persistent=False)
 
     def forward(self, video: Tensor, is_first: bool = True) -> Tensor:
-        """Transforms a clip.
+        """(B, C, T, H, W) -> (B, T', H', W', patch_size ** 3 * C), channels (band, colour).
 
-        Args:
-            video: (B, C, T, H, W); T is ``1 + k * patch_size`` when ``is_first`` (the first frame
-                is then repeated to fill a block by itself), else ``k * patch_size``.
-            is_first: whether the clip's own first frame is the first frame here.
-
-        Returns:
-            (B, T', H', W', patch_size ** 3 * C), channels ordered (band, colour).
+        ``is_first`` and T are those of :func:`to_blocks`.
         """
-        p = self.patch_size
-        if is_first:
-            first = video[:, :, :1].expand(-1, -1, p - 1, -1, -1)
-            video = torch.cat([first, video], dim=2)
-        b, c, t, h, w = video.shape
-        blocks = video.reshape(b, c, t // p, p, h // p, p, w // p, p)
-        blocks = blocks.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(
-            b, t // p, h // p, w // p, p * p * p, c
-        )
-        return torch.matmul(self.matrix, blocks).flatten(4)
+        blocks = to_blocks(video, self.patch_size, is_first)
+        return torch.matmul(blocks, self.matrix.T).transpose(4, 5).flatten(4)
 
 
 class HaarUnpatcher(nn.Module):
@@ -88,10 +104,7 @@ class HaarUnpatcher(nn.Module):
         self.register_buffer("matrix", haar_matrix(patch_size).T.contiguous(), persistent=False)
 
     def forward(self, bands: Tensor, is_first: bool = True) -> Tensor:
-        """(B, T', H', W', patch_size ** 3 * C) -> (B, C, T, H, W); drops the repeated frames."""
-        p = self.patch_size
-        b, t, h, w, _ = bands.shape
-        blocks = torch.matmul(self.matrix, bands.reshape(b, t, h, w, p * p * p, -1))
-        video = blocks.reshape(b, t, h, w, p, p, p, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
-        video = video.reshape(b, -1, t * p, h * p, w * p)
-        return video[:, :, p - 1 :] if is_first else video
+        """(B, T', H', W', patch_size ** 3 * C) -> (B, C, T, H, W)."""
+        # Contiguous, so that it is one large product and not one small one for each block.
+        blocks = bands.unflatten(4, (self.patch_size**3, -1)).transpose(4, 5).contiguous()
+        return from_blocks(torch.matmul(blocks, self.matrix.T), self.patch_size, is_first)

@@ -20,13 +20,12 @@ class StreamCache:
 
     def __init__(self) -> None:
         self._tensors: dict[nn.Module, Tensor] = {}
+        self._started = False
 
     @property
     def is_first(self) -> bool:
         """True until :meth:`end_chunk`: the chunk holds the clip's first frame."""
         return not self._started
-
-    _started = False
 
     def end_chunk(self) -> None:
         """Marks the first chunk as done."""
@@ -37,11 +36,11 @@ class StreamCache:
         return self._tensors.get(layer)
 
     def put(self, layer: nn.Module, past: Tensor) -> None:
-        """Remembers a copy, so that the chunk it was cut from can be freed."""
-        self._tensors[layer] = past.clone()
+        """Remembers it as it is: no view of the chunk, which has to be freed."""
+        self._tensors[layer] = past
 
 
-def _prepend_past(
+def prepend_past(
     layer: nn.Module, x: Tensor, num_first: int, num_later: int, cache: StreamCache | None
 ) -> Tensor:
     """Puts the past in front of (B, T, ...): copies of the first frame, or the cached frames."""
@@ -50,7 +49,7 @@ def _prepend_past(
         past = x[:, :1].expand(-1, num_first, -1, -1, -1)
     full = torch.cat([past, x], dim=1)
     if cache is not None:
-        cache.put(layer, full[:, full.shape[1] - num_later :])
+        cache.put(layer, full[:, full.shape[1] - num_later :].clone())
     return full
 
 
@@ -62,7 +61,12 @@ class PointwiseConv(nn.Module):
         self.conv3d = nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.conv3d.weight.flatten(1), self.conv3d.bias)
+        if x.device.type != "cpu":
+            return F.linear(x, self.conv3d.weight.flatten(1), self.conv3d.bias)
+        # As a convolution it runs in oneDNN, which uses AVX-512 on every CPU; MKL does not on AMD.
+        rows = x.flatten(0, 2)[:, None].permute(0, 3, 1, 2)
+        out = F.conv2d(rows, self.conv3d.weight.squeeze(2), self.conv3d.bias)
+        return out.permute(0, 2, 3, 1).reshape(*x.shape[:4], -1)
 
 
 class SpatialConv(nn.Module):
@@ -95,7 +99,7 @@ class TemporalConv(nn.Module):
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         if self.stride == 1:
-            x = _prepend_past(self, x, 2, 2, cache)
+            x = prepend_past(self, x, 2, 2, cache)
         return self.apply_kernel(x)
 
     def apply_kernel(self, x: Tensor) -> Tensor:
@@ -168,8 +172,9 @@ class SpatialAttention(_Attention):
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         normed = self.norm(x)
-        q, k, v = (layer(normed).flatten(2, 3) for layer in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v)
+        # (B, T, 1, H * W, C): the axis of one head lets the fused kernels take it.
+        q, k, v = (layer(normed).flatten(2, 3)[:, :, None] for layer in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
         return x + self.proj_out(out.reshape(x.shape))
 
 
@@ -178,21 +183,24 @@ class TemporalAttention(_Attention):
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         normed = self.norm(x)
-        # (B, T, H, W, C) -> (B, H, W, T, C): time becomes the sequence axis.
-        q, k, v = (layer(normed).permute(0, 2, 3, 1, 4) for layer in (self.q, self.k, self.v))
+        # (B, T, H, W, C) -> (B, H * W, T, C): time becomes the sequence axis, a pixel a head.
+        q, k, v = (
+            layer(normed).flatten(2, 3).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
         past = cache.get(self) if cache is not None else None
-        if past is not None:
-            k, v = torch.cat([past, torch.stack([k, v])], dim=4).unbind(0)
         if cache is not None:
-            cache.put(self, torch.stack([k, v]))
+            both = torch.stack([k, v])
+            both = both if past is None else torch.cat([past, both], dim=3)
+            cache.put(self, both)
+            k, v = both.unbind(0)
         if past is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            num_new, num_all = q.shape[3], k.shape[3]
+            num_new, num_all = q.shape[2], k.shape[2]
             mask = torch.ones(num_new, num_all, dtype=torch.bool, device=x.device)
             mask = mask.tril(num_all - num_new)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return x + self.proj_out(out.permute(0, 3, 1, 2, 4))
+        return x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
 
 
 class FactorizedAttention(nn.Sequential):
@@ -227,7 +235,7 @@ class HybridDownsample(nn.Module):
             x = self.conv1(x) + pooled
         if self.temporal:
             # Output j reads frames 2j-2 .. 2j (convolution) and 2j-1, 2j (average).
-            full = _prepend_past(self, x, 2, 1, cache)
+            full = prepend_past(self, x, 2, 1, cache)
             pairs = x if full.shape[1] == x.shape[1] + 1 else full[:, 1:]
             pairs = pairs.unflatten(1, (-1, 2))
             x = self.conv2.apply_kernel(full) + pairs.mean(dim=2)

@@ -2,6 +2,12 @@
 
 Flows in: a shipped name, a native folder, a folder or file of TorchScript, or a Hugging Face id.
 Flows out: a :class:`VideoTokenizer`.
+
+TorchScript files are run once on a small clip, which finds their rate and refuses foreign ones.
+Then, unless ``native=False``, their weights move into the native network, which runs long clips in
+chunks, in any dtype, and compiled, and is faster; tokens are equal but where a latent lies within a
+rounding error of a border between two codes. Files whose network is another than the native one run
+as they are.
 """
 
 from __future__ import annotations
@@ -14,12 +20,29 @@ import torch
 from cosmos_posttrain.errors import TokenizerError
 from cosmos_posttrain.geometry import Compression, parse_compression
 from cosmos_posttrain.tokenizer import SHIPPED
-from cosmos_posttrain.tokenizer.native import NativeBackend, load_native
-from cosmos_posttrain.tokenizer.torchscript import ScriptDecoder, ScriptEncoder
+from cosmos_posttrain.tokenizer.export import (
+    AUTOENCODER_FILE,
+    import_torchscript,
+    network_from_scripts,
+)
+from cosmos_posttrain.tokenizer.native import (
+    NativeBackend,
+    load_native,
+    native_backend,
+    read_network,
+)
+from cosmos_posttrain.tokenizer.network import DVNetwork
+from cosmos_posttrain.tokenizer.torchscript import ScriptDecoder, ScriptEncoder, load_script
 from cosmos_posttrain.tokenizer.video_tokenizer import VideoTokenizer
 from cosmos_posttrain.tokenizer.weights_io import CONFIG_FILE, WEIGHTS_FILE
 
 _HUB_FILES = ("encoder.jit", "decoder.jit", CONFIG_FILE, WEIGHTS_FILE)
+# Largest mean difference of codes in [-1, 1] between a file and the native network with its
+# weights. Rounding in bfloat16 gives about 0.03, another network 0.3 and more.
+_MAX_CODE_DIFFERENCE = 0.1
+
+Encoder = NativeBackend | ScriptEncoder
+Decoder = NativeBackend | ScriptDecoder
 
 
 def load_tokenizer(
@@ -27,21 +50,31 @@ def load_tokenizer(
     device: str | torch.device = "auto",
     dtype: torch.dtype | str | None = None,
     compression: str | Sequence[int] | None = None,
+    *,
+    native: bool | None = None,
+    compile: bool = False,
 ) -> VideoTokenizer:
     """Loads a tokenizer, encoder and decoder.
 
     Args:
         path: ``tiny-dv4x8x8``, ``tiny-dv8x8x8``, ``tiny-dv8x16x16``, ``tiny`` (the one of
             ``compression``), a folder with ``config.json`` and ``model.safetensors``, a folder
-            with ``encoder.jit`` and ``decoder.jit``, one of these files, or a Hugging Face id.
+            with ``encoder.jit`` and ``decoder.jit`` or with ``autoencoder.jit`` alone, one of
+            these files, or a Hugging Face id.
         device: ``auto`` is CUDA where there is one, else the CPU.
         dtype: to compute in; None means the checkpoint's own on a GPU and float32 on the CPU.
         compression: the compression that the tokenizer must have; None takes any.
+        native: what runs TorchScript files: None the native network where it reproduces them, else
+            the files themselves; True the native network or an error; False the files themselves,
+            bit for bit (``autoencoder.jit`` always runs natively).
+        compile: see :meth:`VideoTokenizer.compile`.
 
     Raises:
         TokenizerError: if it cannot be loaded or has another compression.
     """
-    return load_tokenizer_pair(path, path, compression, device, dtype)
+    return load_tokenizer_pair(
+        path, path, compression, device, dtype, native=native, compile=compile
+    )
 
 
 def load_tokenizer_pair(
@@ -50,6 +83,9 @@ def load_tokenizer_pair(
     compression: str | Sequence[int] | None = None,
     device: str | torch.device = "auto",
     dtype: torch.dtype | str | None = None,
+    *,
+    native: bool | None = None,
+    compile: bool = False,
 ) -> VideoTokenizer:
     """Loads the encoder from one path and the decoder from another; see :func:`load_tokenizer`.
 
@@ -59,14 +95,19 @@ def load_tokenizer_pair(
     wanted = None if compression is None else parse_compression(compression)
     device = _pick_device(device)
     dtype = _pick_dtype(dtype)
-    encoder = _load_half(encoder_path, "encoder", wanted, device, dtype)
-    if isinstance(encoder, NativeBackend) and str(encoder_path) == str(decoder_path):
-        decoder: NativeBackend | ScriptDecoder = encoder
+    encoder_file = _locate(encoder_path, "encoder", wanted)
+    decoder_file = _locate(decoder_path, "decoder", wanted)
+    encoder: Encoder
+    decoder: Decoder
+    if encoder_file.suffix == decoder_file.suffix == ".jit" and encoder_file != decoder_file:
+        encoder, decoder = _load_scripts(encoder_file, decoder_file, native, device, dtype)
     else:
-        other = _load_half(decoder_path, "decoder", wanted, device, dtype)
-        assert not isinstance(other, ScriptEncoder)
-        decoder = other
-    assert not isinstance(encoder, ScriptDecoder)
+        encoder = _load_encoder(encoder_file, native, device, dtype)
+        if encoder_file == decoder_file:
+            assert isinstance(encoder, NativeBackend)
+            decoder = encoder
+        else:
+            decoder = _load_decoder(decoder_file, native, device, dtype)
     tokenizer = VideoTokenizer(encoder, decoder, _identity(encoder_path, wanted), device)
     if wanted is not None and tokenizer.compression != wanted:
         raise TokenizerError(
@@ -74,7 +115,21 @@ def load_tokenizer_pair(
             f"{wanted.name} was asked for; give its own tokenizer_compression_factor "
             f"({tokenizer.compression}) or another tokenizer."
         )
+    if compile:
+        tokenizer.compile()
     return tokenizer
+
+
+def load_network(path: str | Path) -> DVNetwork:
+    """The network of any path that :func:`load_tokenizer` takes, on the CPU, in its own dtype.
+
+    Raises:
+        TokenizerError: if it cannot be loaded, or TorchScript that is no DV network.
+    """
+    files = [_locate(path, role, None) for role in ("encoder", "decoder")]
+    if files[0].is_dir():
+        return read_network(files[0])
+    return network_from_scripts({file: load_script(file) for file in files})
 
 
 def _pick_device(device: str | torch.device) -> torch.device:
@@ -138,33 +193,118 @@ def _resolve(path: str | Path, compression: Compression | None) -> Path:
     return hub.resolve(name, allow_patterns=_HUB_FILES)
 
 
-def _load_half(
-    path: str | Path,
-    role: str,
-    compression: Compression | None,
+def _locate(path: str | Path, role: str, compression: Compression | None) -> Path:
+    """The native folder or the .jit file that ``role``, encoder or decoder, is read from."""
+    local = _resolve(path, compression)
+    if local.is_dir():
+        if (local / CONFIG_FILE).is_file() and (local / WEIGHTS_FILE).is_file():
+            return local
+        for name in (f"{role}.jit", AUTOENCODER_FILE):
+            if (local / name).is_file():
+                return local / name
+        raise TokenizerError(
+            f"{path} holds neither {CONFIG_FILE} and {WEIGHTS_FILE} nor {role}.jit; "
+            "give a tokenizer's folder."
+        )
+    if local.suffix == ".jit":
+        if local.name == AUTOENCODER_FILE:
+            return local
+        other = "decoder" if role == "encoder" else "encoder"
+        return local.with_name(local.name.replace(other, role))
+    if local.name in (CONFIG_FILE, WEIGHTS_FILE):
+        return local.parent
+    raise TokenizerError(
+        f"{path} is not a tokenizer; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, "
+        "or a .jit file."
+    )
+
+
+def _load_encoder(
+    file: Path, native: bool | None, device: torch.device, dtype: torch.dtype | None
+) -> Encoder:
+    """The encoder alone, of a decoder that lies elsewhere."""
+    if file.suffix == ".jit" and file.name != AUTOENCODER_FILE:
+        _refuse_half(file, native)
+        return ScriptEncoder(file, device, dtype)
+    return _load_whole(file, native, device, dtype)
+
+
+def _load_decoder(
+    file: Path, native: bool | None, device: torch.device, dtype: torch.dtype | None
+) -> Decoder:
+    """The decoder alone, of an encoder that lies elsewhere."""
+    if file.suffix == ".jit" and file.name != AUTOENCODER_FILE:
+        _refuse_half(file, native)
+        return ScriptDecoder(file, device, dtype)
+    return _load_whole(file, native, device, dtype)
+
+
+def _refuse_half(file: Path, native: bool | None) -> None:
+    if native:
+        raise TokenizerError(
+            f"{file} is one half and its other half is no .jit file; native=True needs both "
+            "halves as .jit files, or a native folder for each."
+        )
+
+
+def _load_whole(
+    file: Path, native: bool | None, device: torch.device, dtype: torch.dtype | None
+) -> NativeBackend:
+    """A native folder or ``autoencoder.jit``."""
+    if file.is_dir():
+        return load_native(file, device, dtype)
+    if native is False:
+        raise TokenizerError(
+            f"{file} can only run natively, it has no call that gives tokens; leave native=False "
+            "out, or give encoder.jit and decoder.jit."
+        )
+    return native_backend(import_torchscript(file), device, dtype)
+
+
+def _load_scripts(
+    encoder_file: Path,
+    decoder_file: Path,
+    native: bool | None,
     device: torch.device,
     dtype: torch.dtype | None,
-) -> NativeBackend | ScriptEncoder | ScriptDecoder:
-    """Loads ``role``, ``encoder`` or ``decoder``, from any accepted spelling."""
-    local = _resolve(path, compression)
-    if local.is_dir() and (local / CONFIG_FILE).is_file() and (local / WEIGHTS_FILE).is_file():
-        return load_native(local, device, dtype)
-    if local.is_dir():
-        script = local / f"{role}.jit"
-        if not script.is_file():
-            raise TokenizerError(
-                f"{path} holds neither {CONFIG_FILE} and {WEIGHTS_FILE} nor {script.name}; "
-                "give a tokenizer's folder."
-            )
-    elif local.suffix == ".jit":
-        other = "decoder" if role == "encoder" else "encoder"
-        script = local.with_name(local.name.replace(other, role))
-    elif local.name in (CONFIG_FILE, WEIGHTS_FILE):
-        return load_native(local.parent, device, dtype)
-    else:
-        raise TokenizerError(
-            f"{path} is not a tokenizer; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, "
-            "or a .jit file."
+) -> tuple[Encoder, Decoder]:
+    """Two TorchScript files, natively where that is wanted and gives the same."""
+    if AUTOENCODER_FILE in (encoder_file.name, decoder_file.name):
+        return (
+            _load_encoder(encoder_file, native, device, dtype),
+            _load_decoder(decoder_file, native, device, dtype),
         )
-    half = ScriptEncoder if role == "encoder" else ScriptDecoder
-    return half(script, device, dtype)
+    encoder = ScriptEncoder(encoder_file, device, dtype)
+    decoder = ScriptDecoder(decoder_file, device, dtype)
+    same = encoder.compression == decoder.compression and encoder.levels == decoder.levels
+    if native is False or not same:
+        return encoder, decoder  # the caller refuses halves of two tokenizers
+    try:
+        scripts = {encoder_file: encoder.module, decoder_file: decoder.module}
+        backend = native_backend(network_from_scripts(scripts), device, dtype)
+        difference = _code_difference(encoder, backend)
+        if not difference < _MAX_CODE_DIFFERENCE:
+            raise TokenizerError(
+                f"{encoder_file} and the native network with its weights give codes that differ by "
+                f"{difference:.2f} on average: it is another network; load it with native=False."
+            )
+    except TokenizerError:
+        if native:
+            raise
+        return encoder, decoder
+    return backend, backend
+
+
+def _code_difference(encoder: ScriptEncoder, backend: NativeBackend) -> float:
+    """Mean difference of the codes of a small random clip."""
+    generator = torch.Generator().manual_seed(0)
+    video = torch.rand(1, 3, 9, 64, 64, generator=generator) * 2 - 1
+    device = backend.network.quant_conv.conv3d.weight.device
+    with torch.inference_mode():
+        pair = [
+            backend.network.quantizer.indices_to_codes(half.encode(video.to(device, half.dtype)))
+            for half in (encoder, backend)
+        ]
+        if pair[0].shape != pair[1].shape:
+            return float("inf")
+        return float((pair[0] - pair[1]).abs().mean())

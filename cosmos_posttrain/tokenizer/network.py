@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -304,6 +305,8 @@ class DVNetwork(nn.Module):
         self.quant_conv = PointwiseConv(config.z_channels, config.embedding_dim)
         self.post_quant_conv = PointwiseConv(config.embedding_dim, config.z_channels)
         self.quantizer = FSQ(config.levels)
+        # The layout that convolutions of channels-last activations read; else each call copies it.
+        self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def latents(self, video: Tensor, cache: StreamCache | None = None) -> Tensor:
         """Video (B, 3, T, H, W) in [-1, 1] -> unquantised latents (B, t, h, w, D)."""

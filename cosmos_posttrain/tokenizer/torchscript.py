@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.errors import TokenizerError
-from cosmos_posttrain.geometry import Compression
+from cosmos_posttrain.geometry import ClipGeometry, Compression, num_pixel_frames
 from cosmos_posttrain.tokenizer.weights_io import encoder_sha256, parameters_only
 
 PUBLISHED_LEVELS = (8, 8, 8, 5, 5, 5)
@@ -78,7 +78,7 @@ class ScriptEncoder:
         module = load_script(path)
         self.sha256 = encoder_sha256(script_tensors(module))
         self.levels = script_levels(module, path)
-        self._module, self.dtype, grid = _run_probe(path, module, device, dtype, self._probe)
+        self.module, self.dtype, grid = _run_probe(path, module, device, dtype, self._probe)
         time, height, width = grid
         if min(time - 1, height, width) < 1:
             raise _wrong_shape(path, f"a token grid {grid} for {_PROBE_FRAMES} frames")
@@ -102,7 +102,11 @@ class ScriptEncoder:
 
     def encode(self, video: Tensor) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] -> indices (B, t, h, w) int32."""
-        return self._indices(self._module(video)).to(torch.int32)
+        indices = self._indices(self.module(video))
+        b, _, t, height, width = video.shape
+        expected = (b, *ClipGeometry(t, height, width, self.compression).latent_shape)
+        _check_shape(self._path, indices, expected)
+        return indices.to(torch.int32)
 
 
 class ScriptDecoder:
@@ -117,7 +121,7 @@ class ScriptDecoder:
         self._path = path
         module = load_script(path)
         self.levels = script_levels(module, path)
-        self._module, self.dtype, shape = _run_probe(path, module, device, dtype, self._probe)
+        self.module, self.dtype, shape = _run_probe(path, module, device, dtype, self._probe)
         self.compression = Compression(shape[0] - 1, shape[1] // 4, shape[2] // 4)
         if shape[0] < 2 or min(self.compression) < 1:
             raise _wrong_shape(path, f"a clip {shape} for a token grid (2, 4, 4)")
@@ -131,9 +135,21 @@ class ScriptDecoder:
 
     def decode(self, indices: Tensor) -> Tensor:
         """Indices (B, t, h, w) -> (B, 3, T, H, W)."""
-        video = self._module(indices)
-        assert isinstance(video, Tensor)
+        video: Tensor = self.module(indices)
+        b, t, h, w = indices.shape
+        rate = self.compression
+        expected = (b, 3, num_pixel_frames(t, rate), h * rate.height, w * rate.width)
+        _check_shape(self._path, video, expected)
         return video
+
+
+def _check_shape(path: Path, result: Tensor, expected: tuple[int, ...]) -> None:
+    """Refuses what a file returns at some sizes only: a trace may hold the sizes it was made of."""
+    if tuple(result.shape) != expected:
+        raise TokenizerError(
+            f"{path} returns shape {tuple(result.shape)} where {expected} belongs; it cannot take "
+            "clips of this size: use a size that it can, or a native tokenizer."
+        )
 
 
 def _wrong_shape(path: Path, what: str) -> TokenizerError:

@@ -15,8 +15,8 @@ from torch import Tensor
 from cosmos_posttrain.errors import TokenizerError
 from cosmos_posttrain.geometry import ClipGeometry, Compression
 
-# bfloat16 and resampling may overshoot by a rounding.
-_RANGE_TOLERANCE = 1e-3
+# Resampling and dtypes may overshoot by a rounding: the bfloat16 after 1 is 1.0078.
+_RANGE_TOLERANCE = 1e-2
 
 
 class EncoderBackend(Protocol):
@@ -83,6 +83,29 @@ class VideoTokenizer:
         self.sha256 = encoder.sha256
         self.dtype = encoder.dtype
 
+    @property
+    def is_native(self) -> bool:
+        """Whether both halves run in the native network, in chunks, and can be compiled."""
+        return all(hasattr(half, "compile") for half in (self._encoder, self._decoder))
+
+    def compile(self) -> None:
+        """Runs encoder and decoder through ``torch.compile`` from now on.
+
+        The first clip of each size takes a minute or two. The second other size compiles once more,
+        for all sizes; so does the second chunk of a clip that runs in chunks. Tokens are equal but
+        where a latent lies within a rounding error of a border between two codes. It pays on a GPU
+        for many clips of one size; on the CPU it gained nothing (measured: 1.03x).
+
+        Raises:
+            TokenizerError: if the tokenizer is not native, or PyTorch cannot compile here.
+        """
+        if not self.is_native:
+            raise TokenizerError(
+                f"{self.id} runs as TorchScript and cannot be compiled; load it with native=True."
+            )
+        for half in {id(half): half for half in (self._encoder, self._decoder)}.values():
+            half.compile()  # type: ignore[union-attr]
+
     @torch.inference_mode()
     def encode(self, video: Tensor) -> Tensor:
         """Video -> tokens. An image is a clip of one frame.
@@ -109,12 +132,16 @@ class VideoTokenizer:
         ClipGeometry(video.shape[2], video.shape[3], video.shape[4], self.compression)
         if video.shape[0] == 0:
             raise TokenizerError("the batch is empty; the tokenizer needs at least one clip.")
-        low, high = video.aminmax()
-        # Written so that NaN fails too.
-        if not (low >= -1 - _RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
+        low, high = (float(value) for value in video.aminmax())
+        if math.isnan(low):
             raise TokenizerError(
-                f"the video's values lie in [{float(low):.4g}, {float(high):.4g}]; they must be "
-                "in [-1, 1]: divide 8-bit pixels by 127.5 and subtract 1."
+                "the video holds values that are not a number (NaN); they must be in [-1, 1]: "
+                "look for a division by zero or an overflow where it was made."
+            )
+        if low < -1 - _RANGE_TOLERANCE or high > 1 + _RANGE_TOLERANCE:
+            raise TokenizerError(
+                f"the video's values lie in [{low:.4g}, {high:.4g}]; they must be in [-1, 1]: "
+                "divide 8-bit pixels by 127.5 and subtract 1."
             )
         return self._encoder.encode(video.to(self.device, self._encoder.dtype))
 

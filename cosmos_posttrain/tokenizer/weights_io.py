@@ -60,6 +60,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def describes_network(config: Path) -> bool:
+    """Whether a ``config.json`` is that of a native tokenizer, not of something else of the name.
+
+    Hugging Face repositories hold one with a few words about the repository.
+    """
+    try:
+        values = json.loads(config.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "patch_size" in values and "levels" in values
+
+
 def check_fit(tensors: Mapping[str, Tensor], config: DVConfig, source: Path) -> dict[str, Tensor]:
     """The learned tensors, if they are those of a network of this config.
 

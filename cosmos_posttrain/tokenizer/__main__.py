@@ -1,0 +1,9 @@
+"""``python -m cosmos_posttrain.tokenizer``: see ``convert``."""
+
+from __future__ import annotations
+
+from cosmos_posttrain.errors import run_cli
+from cosmos_posttrain.tokenizer.convert import main
+
+if __name__ == "__main__":
+    run_cli(main)

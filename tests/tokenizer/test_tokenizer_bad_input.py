@@ -1,0 +1,165 @@
+"""What a user gets wrong: one sentence that names the fix, and exit code 2."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_tokenizer_network import random_video, small_network
+from torch import Tensor, nn
+
+from cosmos_posttrain.errors import TokenizerError
+from cosmos_posttrain.tokenizer import load_tokenizer
+from cosmos_posttrain.tokenizer.torchscript import ScriptEncoder
+from cosmos_posttrain.tokenizer.weights_io import write_native
+from cosmos_posttrain.video import write_mp4
+
+REPOSITORY_DIR = Path(__file__).resolve().parents[2]
+
+
+class _WrongOutput(nn.Module):
+    def forward(self, video: Tensor) -> Tensor:
+        return video.mean(dim=1)
+
+
+def write_script(module: nn.Module, path: Path, example: Tensor) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(module, example, check_trace=False), path)
+
+
+def _other_rate(folder: Path) -> None:
+    write_native(folder, small_network("dv8x8x8"))
+    weights = (folder / "model.safetensors").read_bytes()
+    write_native(folder, small_network("dv4x8x8"))
+    (folder / "model.safetensors").write_bytes(weights)
+
+
+def _other_factor(folder: Path) -> None:
+    write_native(folder, small_network("dv8x8x8"))
+
+
+def _truncated(folder: Path) -> None:
+    write_native(folder, small_network())
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _corrupt(folder: Path) -> None:
+    write_native(folder, small_network())
+    (folder / "model.safetensors").write_bytes(b"\xff" * 1000)
+
+
+def _wrong_outputs(folder: Path) -> None:
+    for name in ("encoder.jit", "decoder.jit"):
+        write_script(_WrongOutput(), folder / name, torch.zeros(1, 3, 9, 64, 64))
+
+
+def _no_torchscript(folder: Path) -> None:
+    for name in ("encoder.jit", "decoder.jit"):
+        torch.save({"weight": torch.zeros(3)}, folder / name)
+
+
+CASES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "weights of another rate": (_other_rate, "not those of the 4x8x8 network"),
+    "another compression factor": (_other_factor, "8x8x8, but 4x8x8 was asked for"),
+    "truncated safetensors": (_truncated, "not a readable safetensors file"),
+    "corrupt safetensors": (_corrupt, "not a readable safetensors file"),
+    "outputs of the wrong shape": (_wrong_outputs, "not the half of a discrete video tokenizer"),
+    "no TorchScript": (_no_torchscript, "not a readable TorchScript file"),
+}
+
+
+def run_main(
+    script: str,
+    arguments: list[object],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> tuple[object, str]:
+    """Runs a script in this process as ``python SCRIPT ARGUMENTS``; exit code and stderr."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(REPOSITORY_DIR / script), run_name="__main__")
+    return exit_.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_preparation_refuses(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, sentence = CASES[case]
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    spoil(tokenizer)
+    frames = torch.randint(0, 255, (3, 9, 32, 48), dtype=torch.uint8)
+    (tmp_path / "videos").mkdir()
+    write_mp4(tmp_path / "videos" / "a.mp4", frames, fps=24)
+    arguments = ["--input_videos_dir", tmp_path / "videos", "--output_prefix", tmp_path / "out"]
+    arguments += ["--width", 48, "--height", 32, "--num_context_frames", 9]
+    arguments += ["--tokenizer_compression_factor", "4,8,8", "--encoder_path", tokenizer]
+    arguments += ["--decoder_path", tokenizer]
+    code, message = run_main("prepare_dataset.py", arguments, monkeypatch, capsys)
+    assert code == 2
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert sentence in message and str(tokenizer) in message
+
+
+def test_inference_refuses_a_corrupt_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _truncated(tmp_path)
+    video = tmp_path / "a.mp4"
+    write_mp4(video, torch.randint(0, 255, (3, 9, 32, 48), dtype=torch.uint8), fps=24)
+    arguments = ["--input_image_or_video_path", video, "--ar_model_dir", "random:tiny"]
+    arguments += ["--encoder_path", tmp_path, "--decoder_path", tmp_path, "--width", 48]
+    arguments += ["--height", 32, "--num_context_frames", 9, "--num_input_frames", 5]
+    arguments += ["--tokenizer_compression_factor", "4,8,8"]
+    arguments += ["--video_save_name", tmp_path / "out.mp4", "--disable_diffusion_decoder"]
+    code, message = run_main("infer.py", arguments, monkeypatch, capsys)
+    assert code == 2
+    assert message.count("\n") == 1 and "not a readable safetensors file" in message
+
+
+def test_values_outside_the_range_are_refused_with_the_fix(tmp_path: Path) -> None:
+    write_native(tmp_path, small_network())
+    tokenizer = load_tokenizer(tmp_path, device="cpu")
+    video = random_video(1, 3, 5, 16, 16)
+    pixels = ((video + 1) * 127.5).round()
+    pixels[0, 0, 0, 0, :2] = torch.tensor([0.0, 255.0])
+    with pytest.raises(TokenizerError, match=r"\[0, 255\].*divide 8-bit pixels by 127.5"):
+        tokenizer.encode(pixels)
+    video[0, 1, 2, 3, 4] = float("nan")
+    with pytest.raises(TokenizerError, match="NaN"):
+        tokenizer.encode(video)
+    video[0, 1, 2, 3, 4] = 1.1
+    with pytest.raises(TokenizerError, match=r"1\.1\]"):
+        tokenizer.encode(video)
+
+
+def test_a_rounding_over_the_range_is_taken(tmp_path: Path) -> None:
+    write_native(tmp_path, small_network())
+    tokenizer = load_tokenizer(tmp_path, device="cpu")
+    video = torch.ones(1, 3, 5, 16, 16, dtype=torch.bfloat16)
+    after_one = torch.tensor(1.0078125, dtype=torch.bfloat16)
+    assert after_one > 1
+    tokenizer.encode(video * after_one)
+    tokenizer.encode(-video * after_one)
+
+
+def test_torchscript_that_is_fixed_to_one_size_is_refused_at_another(tmp_path: Path) -> None:
+    class Fixed(nn.Module):
+        """Right at the size that the probe has, as a trace with its sizes baked in."""
+
+        def forward(self, video: Tensor) -> Tensor:
+            return video[:, 0, ::4, ::8, ::8].int()[:, :3, :8, :8]
+
+    write_script(Fixed(), tmp_path / "encoder.jit", torch.zeros(1, 3, 9, 64, 64))
+    encoder = ScriptEncoder(tmp_path / "encoder.jit", torch.device("cpu"), None)
+    assert encoder.encode(torch.zeros(1, 3, 9, 64, 64)).shape == (1, 3, 8, 8)
+    with pytest.raises(TokenizerError, match="cannot take clips of this size"):
+        encoder.encode(torch.zeros(1, 3, 9, 64, 128))
