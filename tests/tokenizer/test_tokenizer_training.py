@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizer_training_case import read_rows, small_config
 
 from cosmos_posttrain import config as config_module
 from cosmos_posttrain.errors import (
@@ -26,70 +25,11 @@ from cosmos_posttrain.training.tokenizer.losses import (
     psnr,
     reconstruction_loss,
     ssim,
+    ssim_loss,
 )
 from cosmos_posttrain.training.tokenizer.trainer import train
-from cosmos_posttrain.video import write_mp4
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two synthetic videos: smooth coloured patterns that move."""
-    folder = tmp_path_factory.mktemp("videos")
-    y, x = torch.meshgrid(torch.arange(40.0), torch.arange(56.0), indexing="ij")
-    for number in range(2):
-        frames = []
-        for time in range(24):
-            waves = [
-                torch.sin((x * (number + 1) + shift * y) / 9 + time / 5 + shift)
-                for shift in range(3)
-            ]
-            frames.append((torch.stack(waves) + 1) * 127.5)
-        write_mp4(folder / f"{number}.mp4", torch.stack(frames, dim=1).to(torch.uint8), fps=10)
-    return folder
-
-
-def small_config(videos: Path, output: Path, **changes: Any) -> TokenizerTrainConfig:
-    values: dict[str, Any] = {
-        "output_dir": str(output),
-        "max_steps": 6,
-        "batch_size": 2,
-        "image_batch_size": 3,
-        "image_every": 3,
-        "recenter_steps": 4,
-        "num_threads": 1,
-        "save_every": 3,
-        "validate_every": 3,
-        "num_validation_clips": 1,
-        "dtype": "float32",
-        "network": {
-            "channels": 4,
-            "channels_mult": [1, 2],
-            "num_res_blocks": 1,
-            "attn_resolutions": [],
-            "patch_size": 4,
-            "z_channels": 4,
-            "spatial_compression": 8,
-            "temporal_compression": 4,
-            "embedding_dim": 3,
-            "levels": [8, 5, 5],
-        },
-        "data": DataConfig(
-            videos=str(videos),
-            photographs=False,
-            heights=[32, 40],
-            num_frames=5,
-            crop_sizes=[[32, 32], [32, 48]],
-            max_stride=2,
-            validation_fraction=0.25,
-        ),
-    }
-    return TokenizerTrainConfig(**values | changes)
-
-
-def read_rows(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_resumed_run_equals_an_uninterrupted_one(
@@ -227,6 +167,38 @@ def test_psnr_and_ssim_match_scikit_image() -> None:
     assert psnr(noisy, video).item() == pytest.approx(expected, abs=1e-3)
     scores = [structural_similarity(a, b, channel_axis=-1) for a, b in zip(*pixels, strict=True)]
     assert ssim(noisy, video).item() == pytest.approx(sum(scores) / 2, abs=1e-3)
+
+
+def test_ssim_term_is_one_minus_ssim_with_gradients_everywhere() -> None:
+    torch.manual_seed(0)
+    video = torch.rand(2, 3, 3, 16, 16) * 2 - 1
+    noisy = (video * 0.9 + 0.1 * torch.randn(video.shape)).clamp(-1, 1).requires_grad_()
+    term = ssim_loss(noisy, video)
+    # The measure rounds to 8 bits, the term does not.
+    assert term.item() == pytest.approx(1 - ssim(noisy, video).mean().item(), abs=2e-4)
+    (gradient,) = torch.autograd.grad(term, noisy)
+    assert (gradient != 0).all()
+    assert ssim_loss(video, video) == pytest.approx(0, abs=1e-6)
+    only = LossConfig(l1=0, l2=0, gradient=0, ssim=2.0)
+    assert reconstruction_loss(noisy, video, only).item() == pytest.approx(2 * term.item())
+
+
+def test_a_run_of_a_release_without_newer_options_can_be_continued(
+    videos: Path, tmp_path: Path
+) -> None:
+    import yaml
+
+    train(small_config(videos, tmp_path, max_steps=2))
+    recorded = tmp_path / "train.yaml"
+    values = yaml.safe_load(recorded.read_text())
+    for key in ("adversarial", "precision", "compile"):
+        del values[key]
+    for key in ("ssim", "entropy", "perceptual", "flow"):
+        del values["loss"][key]
+    recorded.write_text(yaml.safe_dump(values))
+    train(small_config(videos, tmp_path, max_steps=2))
+    with pytest.raises(OutputFolderError, match="another loss"):
+        train(small_config(videos, tmp_path, max_steps=2, loss=LossConfig(ssim=0.1)))
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("tokenizer_*.yaml")), ids=lambda p: p.stem)

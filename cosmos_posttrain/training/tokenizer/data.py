@@ -143,7 +143,12 @@ class ClipSource:
             clip = clip.flip(-1)
         if _uniform(generator) < 0.5:
             clip = clip.flip(1)
-        return augment_colors(clip.float() / 127.5 - 1, self.config.color_strength, generator)
+        return augment_colors(
+            clip.float() / 127.5 - 1,
+            self.config.color_strength,
+            generator,
+            self.config.desaturation,
+        )
 
     def _level(self, source: Source, crop: tuple[int, int], generator: Generator) -> Tensor:
         """One of the sizes that the crop fits into."""
@@ -222,13 +227,16 @@ class ClipSource:
         return torch.stack(clips)
 
 
-def augment_colors(clip: Tensor, strength: float, generator: Generator) -> Tensor:
+def augment_colors(
+    clip: Tensor, strength: float, generator: Generator, desaturation: float = 0.0
+) -> Tensor:
     """Random channel mixing, gain, offset and gamma, the same for all frames of a clip.
 
     Args:
         clip: (3, T, H, W) in [-1, 1].
         strength: 0 changes nothing.
         generator: where the numbers are drawn from.
+        desaturation: most that is taken off the saturation, 0 nothing, 1 down to grey.
 
     Returns:
         (3, T, H, W) in [-1, 1].
@@ -241,7 +249,7 @@ def augment_colors(clip: Tensor, strength: float, generator: Generator) -> Tenso
     unit = (clip + 1) / 2
     unit = unit ** torch.exp(0.5 * strength * amount[0])
     gain = torch.exp(0.4 * strength * (amount[1] + 0.5 * amount[2:5]))
-    saturation = 1 + strength * 0.6 * amount[5]
+    saturation = (1 + strength * 0.6 * amount[5]) * (1 - desaturation * (amount[7] + 1) / 2)
     gray = unit.mean(dim=0, keepdim=True)
     unit = gray + (unit - gray) * saturation
     unit = unit * gain[:, None, None, None] + 0.15 * strength * amount[6]

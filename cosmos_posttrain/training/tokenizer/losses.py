@@ -33,13 +33,24 @@ def multiscale_gradient(reconstruction: Tensor, video: Tensor, num_scales: int) 
 
 
 def reconstruction_loss(reconstruction: Tensor, video: Tensor, config: LossConfig) -> Tensor:
-    """The weighted sum of L1, L2 and the multi-scale gradient term."""
+    """The weighted sum of L1, L2, the multi-scale gradient term and, where asked for, SSIM."""
     error = reconstruction - video
     loss = config.l1 * error.abs().mean() + 4 * config.l2 * error.square().mean()
     if config.gradient > 0:
         term = multiscale_gradient(reconstruction, video, config.gradient_scales)
         loss = loss + config.gradient * term
+    if config.ssim > 0:
+        loss = loss + config.ssim * ssim_loss(reconstruction, video)
     return loss
+
+
+def ssim_loss(reconstruction: Tensor, video: Tensor) -> Tensor:
+    """1 - mean structural similarity, without rounding or clamping, so it has gradients.
+
+    Returns:
+        () float32 in [0, 2].
+    """
+    return 1 - _ssim_map((reconstruction + 1) * 127.5, (video + 1) * 127.5).mean()
 
 
 def psnr(reconstruction: Tensor, video: Tensor) -> Tensor:
@@ -58,7 +69,13 @@ def ssim(reconstruction: Tensor, video: Tensor) -> Tensor:
     Returns:
         (B,) float32, the mean over frames, channels and windows.
     """
-    x, y = (_to_pixels(v).transpose(1, 2).flatten(0, 2)[:, None] for v in (reconstruction, video))
+    score = _ssim_map(_to_pixels(reconstruction), _to_pixels(video))
+    return score.unflatten(0, (video.shape[0], -1)).flatten(1).mean(1)
+
+
+def _ssim_map(reconstruction: Tensor, video: Tensor) -> Tensor:
+    """SSIM of each window: (B, 3, T, H, W) in [0, 255] -> (B * T * 3, 1, H - 6, W - 6)."""
+    x, y = (v.transpose(1, 2).flatten(0, 2)[:, None] for v in (reconstruction, video))
     window = 7
     unbiased = window**2 / (window**2 - 1)
     mean_x, mean_y = F.avg_pool2d(x, window, 1), F.avg_pool2d(y, window, 1)
@@ -66,10 +83,9 @@ def ssim(reconstruction: Tensor, video: Tensor) -> Tensor:
     var_y = unbiased * (F.avg_pool2d(y * y, window, 1) - mean_y**2)
     cov = unbiased * (F.avg_pool2d(x * y, window, 1) - mean_x * mean_y)
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    score = ((2 * mean_x * mean_y + c1) * (2 * cov + c2)) / (
+    return ((2 * mean_x * mean_y + c1) * (2 * cov + c2)) / (
         (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
     )
-    return score.unflatten(0, (video.shape[0], -1)).flatten(1).mean(1)
 
 
 def _to_pixels(video: Tensor) -> Tensor:

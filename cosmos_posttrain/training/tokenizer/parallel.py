@@ -1,0 +1,139 @@
+"""Data parallelism of tokenizer training: plain torch.distributed, gloo or NCCL.
+
+Flows in: the launcher's environment (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``). Flows out: this
+process's share of a batch, and sums over all processes. The tokenizers are small enough for one
+GPU, so nothing here needs Megatron. Without a launcher every method is the identity.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cosmos_posttrain.errors import ConfigError
+
+# The slowest thing that ranks wait for is rank 0 validating and writing pictures.
+_TIMEOUT = timedelta(minutes=60)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """Reads what torchrun sets; one process where it did not."""
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+    @property
+    def is_first(self) -> bool:
+        """True in the process that writes, prints and validates."""
+        return self.rank == 0
+
+    def device(self, name: str) -> torch.device:
+        """The device of this process; ``auto`` is its GPU where there is one.
+
+        Raises:
+            ConfigError: if there are fewer GPUs than processes on this machine.
+        """
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu":
+            return torch.device("cpu")
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        if index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"this machine has {torch.cuda.device_count()} CUDA devices, too few for process "
+                f"{index + 1} on it; start fewer processes, or set device=cpu."
+            )
+        return torch.device("cuda", index)
+
+    def start(self, device: torch.device) -> None:
+        """Makes the process group, where there are several processes, and waits for all."""
+        if self.size == 1:
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            dist.init_process_group("nccl", timeout=_TIMEOUT, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=_TIMEOUT)
+        dist.barrier()
+
+    def stop(self) -> None:
+        """Takes the process group down."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def barrier(self) -> None:
+        """Waits for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+    def wrap(self, module: nn.Module, device: torch.device) -> nn.Module:
+        """The module with gradients averaged over the processes and rank 0's weights."""
+        if self.size == 1:
+            return module
+        ids = [device.index] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This process's rows of (B, ...), of which there are B / size."""
+        return batch.chunk(self.size)[self.rank]
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the processes, without gradients."""
+        value = value.detach()
+        if self.size == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """(b, ...) of each process -> (b * size, ...) in rank order, without gradients."""
+        rows = rows.detach()
+        if self.size == 1:
+            return rows
+        rows = rows.contiguous()
+        parts = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    def gather_with_gradients(self, rows: Tensor) -> Tensor:
+        """As :meth:`gather`, for a loss of all rows that every process computes alike.
+
+        The gradient of the own rows comes back multiplied by ``size``, which makes up for
+        DistributedDataParallel's average.
+        """
+        if self.size == 1:
+            return rows
+        gathered: Tensor = _GatherRows.apply(rows, self)
+        return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    """:meth:`Ranks.gather_with_gradients`; its backward needs no communication."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ranks: Ranks = ctx.ranks
+        return ranks.share(gradient) * ranks.size, None
