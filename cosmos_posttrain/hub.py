@@ -1,7 +1,8 @@
 """A Hugging Face id or a local path becomes a local path.
 
 Flows in: ``nvidia/...`` or a path. Flows out: an existing local path. Downloads go through
-``huggingface_hub`` (``HF_HOME``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE`` work as usual).
+``huggingface_hub`` (``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` work as
+usual); what can go wrong becomes one sentence.
 """
 
 from __future__ import annotations
@@ -12,14 +13,26 @@ from pathlib import Path
 
 from cosmos_posttrain.errors import UserError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 def looks_like_hub_id(path: str) -> bool:
     """True for ``owner/name`` (with an optional ``@revision``) that is not an existing path."""
     if Path(path).exists() or not _HUB_ID.fullmatch(path):
         return False
-    return Path(path).suffix not in {".jit", ".pt", ".mp4", ".json", ".safetensors"}
+    return Path(path.partition("@")[0]).suffix not in {
+        ".jit",
+        ".pt",
+        ".mp4",
+        ".json",
+        ".safetensors",
+    }
+
+
+def split_revision(hub_id: str) -> tuple[str, str | None]:
+    """``owner/name@revision`` -> name and revision; the revision is None where it is not given."""
+    name, _, revision = hub_id.partition("@")
+    return name, revision or None
 
 
 def resolve(path: str | Path, allow_patterns: Sequence[str] | None = None) -> Path:
@@ -41,40 +54,49 @@ def resolve(path: str | Path, allow_patterns: Sequence[str] | None = None) -> Pa
             f"{text} does not exist; give an existing path or a Hugging Face id such as "
             "nvidia/Cosmos-1.0-Autoregressive-4B."
         )
-    return _download(text, allow_patterns)
-
-
-def _download(hub_id: str, allow_patterns: Sequence[str] | None) -> Path:
     import huggingface_hub
-    from huggingface_hub import errors
 
-    name, _, revision = hub_id.partition("@")
+    name, revision = split_revision(text)
     try:
         return Path(
             huggingface_hub.snapshot_download(
                 name,
-                revision=revision or None,
+                revision=revision,
                 allow_patterns=list(allow_patterns) if allow_patterns else None,
             )
         )
-    except errors.GatedRepoError as error:
-        raise UserError(
+    except Exception as error:  # its HTTP library's own errors differ between versions
+        raise explain(error, name, revision) from error
+
+
+def explain(error: Exception, name: str, revision: str | None) -> UserError:
+    """What went wrong with a repository, and what to do about it, in one sentence."""
+    from huggingface_hub import errors
+
+    causes = [error, error.__cause__, error.__context__]
+
+    def is_a(kind: type[BaseException]) -> bool:
+        return any(isinstance(cause, kind) for cause in causes)
+
+    # A gated repository is also one that was not found, so the order matters.
+    if is_a(errors.GatedRepoError):
+        return UserError(
             f"{name} is gated; accept its licence on its Hugging Face page, then set HF_TOKEN."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(f"{name} has no revision {revision!r}; check the name.") from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
+        )
+    if is_a(errors.RevisionNotFoundError):
+        return UserError(f"{name} has no revision {revision!r}; check the name.")
+    if is_a(errors.RepositoryNotFoundError):
+        return UserError(
             f"{name} is neither a local path nor a Hugging Face repository that you may read; "
             "check the spelling, or set HF_TOKEN."
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(
+        )
+    if is_a(errors.OfflineModeIsEnabled) or is_a(errors.LocalEntryNotFoundError):
+        return UserError(
             f"{name} is not a local path and not in the Hugging Face cache, and the hub cannot be "
-            "reached; download it where there is a network, then set HF_HOME or give its folder."
-        ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"{name} could not be downloaded ({type(error).__name__}); check the network, or give "
-            "a local folder."
-        ) from error
+            "reached (offline, or no network); download it where there is a network (python -m "
+            "cosmos_posttrain.download), then set HF_HOME or give its folder."
+        )
+    return UserError(
+        f"{name} could not be downloaded ({type(error).__name__}); check the network, or give a "
+        "local folder."
+    )

@@ -1,16 +1,15 @@
-"""Conversion of a checkpoint into another form: ``model.pt``, or Megatron's distributed folder.
+"""Conversion of a checkpoint into another form.
 
-Flows in: any model path that ``open_source`` reads. Flows out: a folder with ``model.pt`` and
-``config.json`` (format ``pt``), or with ``weights/`` and ``context/`` (format ``megatron``), and a
-small ``conversion.json`` that says what it was made from. Weights keep their dtype and every bit.
+Flows in: any model path that ``open_source`` reads. Flows out: a folder in one of ``FORMATS`` (see
+``targets``), and a small ``conversion.json`` that says what it was made from. Weights keep their
+dtype and every bit.
 
 A folder appears under its name only when it is complete. No model is built and no GPU is used;
-memory is needed for the weights once.
+memory is needed for a few tensors of one layer at a time.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -22,12 +21,11 @@ from typing import Any
 from cosmos_posttrain.checkpoint import context
 from cosmos_posttrain.checkpoint.source import Source, open_source
 from cosmos_posttrain.errors import CheckpointError, ConfigError, OutputFolderError
-from cosmos_posttrain.models.config import to_reference
 
-FORMATS = ("pt", "megatron")
+FORMATS = ("pt", "megatron", "nemo", "safetensors")
 MARKER = "conversion.json"
-# What a conversion writes into its target, in the order in which it is moved there.
-_ENTRIES = ("weights", "context", "model.pt", "config.json", MARKER)
+# What a checkpoint in any form consists of, whoever wrote it: --overwrite replaces these.
+_KNOWN = ("weights", "context", "model.pt", "config.json", "model*.safetensors*", MARKER)
 
 
 @dataclass
@@ -35,12 +33,13 @@ class ConvertConfig:
     """Settings of ``convert_checkpoint.py``.
 
     Attributes:
-        source: a Hugging Face id, a folder with model.pt and config.json, a checkpoint or run
-            folder of this package.
+        source: any model path, see ``open_source``.
         target: the folder to write.
-        target_format: ``pt`` or ``megatron``.
+        target_format: one of ``FORMATS``.
         overwrite: replace what an earlier conversion (or checkpoint) left in the target.
         verify: read the written tensors back and compare each with the source's.
+        model_config: config.json or size of a source that does not say what it holds.
+        max_shard_gb: largest file of a ``safetensors`` target, in 10^9 bytes.
     """
 
     source: str = ""
@@ -48,6 +47,8 @@ class ConvertConfig:
     target_format: str = ""
     overwrite: bool = False
     verify: bool = False
+    model_config: str | None = None
+    max_shard_gb: float = 5.0
 
     def validate(self) -> None:
         """Refuses settings that are missing or unknown.
@@ -55,19 +56,20 @@ class ConvertConfig:
         Raises:
             ConfigError: lists every problem.
         """
-        problems = [f"--{name} is missing" for name in ("source", "target") if not self[name]]
+        problems = [
+            f"--{name} is missing" for name in ("source", "target") if not getattr(self, name)
+        ]
         if self.target_format not in FORMATS:
             problems.append(
                 f"--target_format {self.target_format or '(not given)'} is not one of "
                 f"{', '.join(FORMATS)}"
             )
+        if not 0 < self.max_shard_gb < float("inf"):
+            problems.append(f"--max_shard_gb {self.max_shard_gb} must be above 0")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             problems.append("conversion runs in one process: start it with plain python")
         if problems:
             raise ConfigError("; ".join(problems) + ".")
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)
 
 
 def convert(config: ConvertConfig) -> None:
@@ -76,10 +78,10 @@ def convert(config: ConvertConfig) -> None:
     Raises:
         ConfigError: settings that are missing or unknown.
         CheckpointError: the source is missing or damaged, or ``verify`` found a difference.
-        OutputFolderError: the target holds something else.
+        OutputFolderError: the target holds something else, or the disk is too small.
     """
     config.validate()
-    source = open_source(config.source)
+    source = open_source(config.source, model_config=config.model_config)
     if source.path is None:
         raise CheckpointError(
             f"{config.source} has no files to convert; name a checkpoint, for example one that "
@@ -90,35 +92,59 @@ def convert(config: ConvertConfig) -> None:
     if _is_complete(target, source, wanted, config.overwrite):
         print(f"{config.target} already holds this conversion; nothing to do.")
         return
+    from cosmos_posttrain.checkpoint import plain, targets
+
+    weights = plain.open_weights(source)
+    num_bytes = targets.num_bytes(weights)
+    _check_space(target, num_bytes)
     temporary = target.with_name(f".{target.name}.converting")
     # Left there by a conversion that was killed.
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        count, num_bytes = _write(source, config.target_format, temporary)
+        targets.write(
+            source, weights, config.target_format, temporary, int(config.max_shard_gb * 1e9)
+        )
         if config.verify:
-            _verify(source, temporary)
+            targets.verify(weights, open_source(temporary))
         _write_marker(temporary, {"source": str(source.path), **wanted})
         _move(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     compared = ", each compared with the source's" if config.verify else ""
+    count = len(weights.tensors())
     print(f"wrote {config.target}: {count} tensors, {num_bytes / 1e9:.3f} GB{compared}.")
+
+
+def _check_space(target: Path, num_bytes: int) -> None:
+    existing = next(folder for folder in target.parents if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise OutputFolderError(
+            f"{target} needs {num_bytes / 1e9:.1f} GB but only {free / 1e9:.1f} GB are free there; "
+            "make room, or choose another --target."
+        )
 
 
 def _files(source: Source) -> list[Path]:
     assert source.path is not None
     if source.kind == "pt":
         return [source.path / "model.pt", source.path / "config.json"]
-    weights = [path for path in source.path.glob("weights/*") if path.is_file()]
-    context_files = [source.path / "context" / name for name in ("model.json", "data.json")]
+    if source.kind == "safetensors":
+        from cosmos_posttrain.checkpoint import safetensors_file
+
+        return [*safetensors_file.files(source.path), source.path / "config.json"]
+    weights = [path for path in source.weights.iterdir() if path.is_file()]
+    names = ("model.json", "data.json", "io.json", "model.yaml")
+    context_files = [source.path / "context" / name for name in names]
     return sorted(weights) + [path for path in context_files if path.is_file()]
 
 
 def _fingerprint(source: Source) -> str:
     """Tells sources apart without reading them: names, sizes and times of their files."""
     assert source.path is not None
-    stats = [(str(p.relative_to(source.path)), p.stat()) for p in _files(source)]
+    files = [path for path in _files(source) if path.exists()]
+    stats = [(str(p.relative_to(source.path)), p.stat()) for p in files]
     text = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -151,7 +177,8 @@ def _is_complete(target: Path, source: Source, wanted: dict[str, str], overwrite
             f"{marker.get('target_format')} that differs from this one; choose another folder, or "
             "give --overwrite."
         )
-    if marker.get("files") != _sizes(target):
+    recorded = marker.get("files")
+    if not isinstance(recorded, dict) or recorded != _sizes(target, list(recorded)):
         raise OutputFolderError(
             f"{target} holds this conversion, but files were changed or removed since; give "
             "--overwrite to write it again."
@@ -168,74 +195,15 @@ def _read_marker(target: Path) -> dict[str, Any] | None:
         return None
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file that belongs to a conversion, apart from the marker."""
-    files = [path for name in _ENTRIES[:-1] for path in [folder / name, *folder.glob(f"{name}/*")]]
-    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(files) if p.is_file()}
+def _sizes(folder: Path, names: list[str]) -> dict[str, int]:
+    """Bytes of the files that are there."""
+    paths = {name: folder / name for name in names}
+    return {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
 
 
 def _write_marker(folder: Path, values: dict[str, Any]) -> None:
-    context.write_json(folder / MARKER, {**values, "files": _sizes(folder)})
-
-
-def _write(source: Source, target_format: str, folder: Path) -> tuple[int, int]:
-    """Writes the weights and the config; returns the number of tensors and their bytes."""
-    import torch
-
-    from cosmos_posttrain.checkpoint import mapping, plain
-
-    if target_format == "pt":
-        # Parts of a stacked tensor would keep, and save, the whole of it: copy those.
-        copy = source.kind != "pt"
-        state = {k: v.clone() if copy else v for k, v in plain.read_reference(source)}
-        state = {name: state[name] for name in mapping.reference_names(source.config)}
-        torch.save(state, folder / "model.pt")
-        dtype = next(iter(state.values())).dtype
-        values = to_reference(_with_dtype(source, dtype).config)
-        context.write_json(folder / "config.json", values)
-    else:
-        state = dict(plain.read_megatron(source))
-        (folder / "weights").mkdir()
-        plain.write_megatron(folder / "weights", source.config, state.items())
-        dtype = next(iter(state.values())).dtype
-        context.write_context(folder, _with_dtype(source, dtype).config, source.data)
-    return len(state), sum(tensor.nbytes for tensor in state.values())
-
-
-def _with_dtype(source: Source, dtype: object) -> Source:
-    """The source with the dtype that its weights really have."""
-    params_dtype = str(dtype).removeprefix("torch.")
-    config = dataclasses.replace(source.config, params_dtype=params_dtype)
-    return dataclasses.replace(source, config=config)
-
-
-def _verify(source: Source, written: Path) -> None:
-    """Reads everything back.
-
-    Raises:
-        CheckpointError: names the first tensor that differs.
-    """
-    import torch
-
-    from cosmos_posttrain.checkpoint import plain
-
-    pairs = zip(
-        plain.read_reference(source), plain.read_reference(open_source(written)), strict=True
-    )
-    for (name, before), (name_after, after) in pairs:
-        assert name == name_after
-        # As bytes: NaN must equal itself.
-        same = before.dtype == after.dtype and before.shape == after.shape
-        if not same or not torch.equal(_as_bytes(before), _as_bytes(after)):
-            raise CheckpointError(
-                f"{name} differs after writing; nothing was kept. Check the disk and try again."
-            )
-
-
-def _as_bytes(tensor: Any) -> Any:
-    import torch
-
-    return tensor.contiguous().view(torch.uint8)
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    context.write_json(folder / MARKER, {**values, "files": _sizes(folder, names)})
 
 
 def _move(temporary: Path, target: Path) -> None:
@@ -243,12 +211,15 @@ def _move(temporary: Path, target: Path) -> None:
     if not target.exists() or not any(target.iterdir()):
         temporary.replace(target)
         return
-    for name in reversed(_ENTRIES):
-        old = target / name
-        if old.is_dir() and not old.is_symlink():
-            shutil.rmtree(old)
+    marker = _read_marker(target) or {}
+    old = {target / Path(name).parts[0] for name in marker.get("files", {})}
+    old |= {path for pattern in _KNOWN for path in target.glob(pattern)}
+    old |= {target / path.name for path in temporary.iterdir()}
+    # The marker goes first and comes last: without it the folder counts as incomplete.
+    for path in sorted(old, key=lambda path: path.name != MARKER):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
         else:
-            old.unlink(missing_ok=True)
-    for name in _ENTRIES:
-        if (temporary / name).exists():
-            (temporary / name).replace(target / name)
+            path.unlink(missing_ok=True)
+    for path in sorted(temporary.iterdir(), key=lambda path: path.name == MARKER):
+        path.replace(target / path.name)

@@ -13,14 +13,15 @@ from typing import Any, Protocol
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
+from cosmos_posttrain.checkpoint import guard
+from cosmos_posttrain.checkpoint.torch_dist import PREFIX, is_torch_dist
 from cosmos_posttrain.distributed.cpu_device import cpu_device
 from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.models.builder import CosmosGPTModel
-
-# NeMo wraps its models once, so all its keys start with this.
-PREFIX = "module."
 
 
 class ShardedOptimizer(Protocol):
@@ -57,25 +58,24 @@ def save(folder: Path, model: CosmosGPTModel, optimizer: ShardedOptimizer | None
         dist_checkpointing.save(state, str(folder), validate_access_integrity=False)
 
 
-def is_dist_checkpoint(folder: Path) -> bool:
-    """True where the folder holds a Megatron torch_dist checkpoint."""
-    return (folder / "metadata.json").is_file() and any(folder.glob("*.distcp"))
-
-
 def load(folder: Path, model: CosmosGPTModel, optimizer: ShardedOptimizer | None = None) -> None:
     """Reads the weights (and the optimizer's state) into a built model, at its own layout.
 
     Raises:
         CheckpointError: the folder is damaged, or does not fit the model.
     """
-    if not is_dist_checkpoint(folder):
+    if not is_torch_dist(folder):
         raise CheckpointError(f"{folder} holds no Megatron torch_dist checkpoint; check the path.")
+    # Megatron reads the index and the common file without a guard of its own.
+    index = guard.check_folder(folder)
     with cpu_device():
         wanted = _model_state(model)
         if optimizer is not None:
             wanted["optimizer"] = optimizer.sharded_state_dict(
                 wanted, is_loading=True, metadata=_metadata()
             )
+        keys = [value.key for value in nested_values(wanted) if isinstance(value, ShardedBase)]
+        guard.check_tensors(folder, index, keys)
         try:
             state = dist_checkpointing.load(
                 wanted,

@@ -7,24 +7,26 @@ contract of its data, and that loads its weights into a built model at any layou
 from __future__ import annotations
 
 import dataclasses
-import json
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosmos_posttrain import hub
-from cosmos_posttrain.checkpoint import context
+from cosmos_posttrain.checkpoint import context, infer_config, nemo_context
 from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.geometry import LatentShape
-from cosmos_posttrain.models.config import PRESETS, ModelConfig, from_reference, preset
+from cosmos_posttrain.models.config import PRESETS, ModelConfig, preset
 
 if TYPE_CHECKING:
-    import torch
-
     from cosmos_posttrain.models.builder import CosmosGPTModel
 
-HUB_PATTERNS = ("model.pt", "config.json")
+# What to ask a Hugging Face repository for, in this order, until a model is there.
+HUB_FORMS = (
+    ("model.pt", "config.json"),
+    ("model*.safetensors", "model.safetensors.index.json", "config.json"),
+    ("nemo/*",),
+)
+ZARR_SCRIPT = "scripts/convert_zarr_checkpoint.py"
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Source:
 
     Attributes:
         path: where it lies; None for fresh weights.
-        kind: ``random``, ``pt`` or ``megatron``.
+        kind: ``random``, ``pt``, ``safetensors``, ``megatron`` (of this package), ``nemo`` or
+            ``torch_dist`` (Megatron-LM's).
         config: the model's numbers.
         data: what it was trained on (``contract`` and more); None where that is not recorded.
     """
@@ -48,32 +51,41 @@ class Source:
         """The contract of the data that the model was trained on."""
         return (self.data or {}).get("contract")
 
+    @property
+    def weights(self) -> Path:
+        """The torch_dist folder of a source that has one."""
+        assert self.path is not None and self.kind in ("megatron", "nemo", "torch_dist")
+        return self.path if self.kind == "torch_dist" else self.path / "weights"
+
     def load_weights(self, model: CosmosGPTModel) -> None:
         """Fills a built model's parameters on this rank.
 
         Raises:
             CheckpointError: the weights are damaged or do not fit.
         """
-        if self.kind == "pt":
-            assert self.path is not None
-            _load_pt(self.path, self.config, model)
-        elif self.kind == "megatron":
+        if self.kind == "megatron":
             from cosmos_posttrain.checkpoint import dist
 
-            assert self.path is not None
-            dist.load(self.path / "weights", model)
+            dist.load(self.weights, model)
+        elif self.kind != "random":
+            _load_plain(self, model)
 
 
 def open_source(
-    path: str | Path, vocab_size: int | None = None, latent_shape: LatentShape | None = None
+    path: str | Path,
+    vocab_size: int | None = None,
+    latent_shape: LatentShape | None = None,
+    model_config: str | None = None,
 ) -> Source:
     """Finds out what ``path`` is; reads configs only.
 
     Args:
-        path: ``random:<size>`` or ``tiny``, a Hugging Face id, a folder with ``model.pt`` and
-            ``config.json`` (or the ``model.pt`` itself), one of our checkpoints, or a run folder.
+        path: ``random:<size>`` or ``tiny``, a Hugging Face id, a folder with ``model.pt`` or
+            safetensors and ``config.json`` (or the file itself), one of our checkpoints, a run
+            folder, a NeMo 2 folder, or a Megatron torch_dist folder.
         vocab_size: vocabulary of fresh weights; None means the size's own.
         latent_shape: the grid to build the model for; None means the checkpoint's own.
+        model_config: a ``config.json`` or a size, for folders that do not say what they hold.
 
     Raises:
         CheckpointError: nothing there that could be read.
@@ -83,81 +95,133 @@ def open_source(
     name = text.removeprefix("random:")
     if text.startswith("random:") or (text in PRESETS and not Path(text).exists()):
         return Source(None, "random", preset(name, vocab_size, latent_shape))
-    source = _open_folder(hub.resolve(_allow_other_epoch(text), HUB_PATTERNS))
+    named = infer_config.named_config(model_config) if model_config else None
+    source = _open_folder(_local(text), named)
     if latent_shape is not None:
         config = dataclasses.replace(source.config, latent_shape=latent_shape)
         source = dataclasses.replace(source, config=config)
     return source
 
 
-def _allow_other_epoch(text: str) -> str:
-    """A checkpoint path that differs from an existing one only in its epoch."""
-    found = None if Path(text).exists() else context.find_checkpoint(Path(text))
-    return str(found or text)
-
-
-def _open_folder(path: Path) -> Source:
-    folder = path.parent if path.is_file() else path
-    checkpoint = context.find_checkpoint(folder)
-    if checkpoint is not None:
-        config = context.read_model_config(checkpoint)
-        return Source(checkpoint, "megatron", config, context.read_data(checkpoint))
-    if (folder / "model.pt").is_file():
-        return Source(folder, "pt", _read_reference_config(folder))
+def _local(text: str) -> Path:
+    """A local path for any spelling; downloads what a Hugging Face id names."""
+    if not Path(text).exists():
+        # A checkpoint path that differs from an existing one only in its epoch.
+        text = str(context.find_checkpoint(Path(text)) or text)
+    if not hub.looks_like_hub_id(text):
+        return hub.resolve(text)
+    for patterns in HUB_FORMS:
+        folder = hub.resolve(text, patterns)
+        if any(next(folder.glob(pattern), None) for pattern in patterns[:1]):
+            return folder
     raise CheckpointError(
-        f"{path} holds no model: neither model.pt with config.json, nor a checkpoint of this "
-        "package (weights/ and context/), nor a run folder with checkpoints in it."
+        f"{text} holds no model: neither model.pt, nor safetensors, nor a nemo folder."
     )
 
 
-def _read_reference_config(folder: Path) -> ModelConfig:
-    path = folder / "config.json"
-    if not path.is_file():
+def _open_folder(path: Path, named: ModelConfig | None) -> Source:
+    folder = path.parent if path.is_file() else path
+    checkpoint = context.find_checkpoint(folder.parent if folder.name == "weights" else folder)
+    if checkpoint is not None:
+        config = named or context.read_model_config(checkpoint)
+        return Source(checkpoint, "megatron", config, context.read_data(checkpoint))
+    if (folder / "model.pt").is_file():
+        return Source(folder, "pt", named or _config_beside(folder, "a model.pt"))
+    if any((folder / n).is_file() for n in ("model.safetensors", "model.safetensors.index.json")):
+        return Source(folder, "safetensors", named or _config_beside(folder, "safetensors"))
+    source = _open_torch_dist(folder, named)
+    if source is not None:
+        return source
+    raise CheckpointError(
+        f"{path} holds no model: neither model.pt or safetensors with config.json, nor a "
+        "checkpoint of this package, NeMo or Megatron (weights/ and context/), nor a run folder "
+        "with checkpoints in it."
+    )
+
+
+def _config_beside(folder: Path, what: str) -> ModelConfig:
+    if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder} has a model.pt but no config.json; copy the one that belongs to it there."
+            f"{folder} has {what} but no config.json; copy the one that belongs to it there, or "
+            "give --model_config."
         )
-    try:
-        return from_reference(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); download it again.") from error
+    return infer_config.read_reference_config(folder / "config.json")
 
 
-def read_pt(folder: Path) -> dict[str, torch.Tensor]:
-    """Maps the tensors of a ``model.pt`` into memory; executes nothing.
+def _open_torch_dist(folder: Path, named: ModelConfig | None) -> Source | None:
+    """A NeMo 2 folder, the folder around it, its ``weights``, or one of Megatron-LM's."""
+    candidates = [folder / "nemo", folder]
+    candidates += [folder.parent] if folder.name == "weights" else []
+    for nemo in candidates:
+        if nemo_context.has_context(nemo):
+            if not (nemo / "weights").is_dir():
+                raise CheckpointError(
+                    f"{nemo} is a NeMo checkpoint without weights/; copy or download it again."
+                )
+            _check_form(nemo / "weights")
+            known = nemo_context.read(nemo) if named is None else {}
+            return _inferred(nemo, "nemo", known, named)
+    for plain in (folder, folder / "weights", *_newest_iteration(folder)):
+        if (plain / "metadata.json").is_file() or next(plain.glob("*.distcp"), None):
+            _check_form(plain)
+            beside = [f / "config.json" for f in (plain, plain.parent)]
+            for path in beside if named is None else []:
+                if path.is_file():
+                    named = infer_config.read_reference_config(path)
+                    break
+            return _inferred(plain, "torch_dist", {}, named)
+    return None
 
-    Raises:
-        CheckpointError: the file is truncated, or holds anything but tensors.
-    """
-    import torch
 
-    path = folder / "model.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
+def _newest_iteration(folder: Path) -> list[Path]:
+    """Megatron-LM's save folder names its newest checkpoint in a text file."""
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        return []
+    iteration = tracker.read_text(encoding="utf-8").strip()
+    return [folder / f"iter_{int(iteration):07d}"] if iteration.isdecimal() else []
+
+
+def _check_form(weights: Path) -> None:
+    """Refuses zarr, and folders that hold no weights."""
+    from cosmos_posttrain.checkpoint.torch_dist import is_torch_dist
+
+    if any(weights.glob("*/.zarray")):
         raise CheckpointError(
-            f"{path} holds more than tensors and was not executed; use a file from a source that "
-            "you trust, saved as a plain state dict."
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated; download it again.") from error
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise CheckpointError(f"{path} is not a flat state dict of tensors; convert it first.")
-    return state
+            f"{weights} is in Megatron's old zarr format; convert it with {ZARR_SCRIPT}, then give "
+            "the folder that it wrote."
+        )
+    if not is_torch_dist(weights):
+        raise CheckpointError(
+            f"{weights} holds no Megatron torch_dist weights (.metadata and *.distcp); copy or "
+            "download it again."
+        )
 
 
-def _load_pt(folder: Path, config: ModelConfig, model: CosmosGPTModel) -> None:
+def _inferred(folder: Path, kind: str, known: dict[str, Any], named: ModelConfig | None) -> Source:
+    """A foreign torch_dist folder, with the numbers that its context and shapes tell."""
+    from cosmos_posttrain.checkpoint import plain
+    from cosmos_posttrain.checkpoint.torch_dist import TorchDistReader
+
+    weights = folder / "weights" if kind == "nemo" else folder
+    reader = TorchDistReader(weights)
+    config = named or infer_config.from_shapes(plain.model_shapes(reader), known, str(folder))
+    dtypes = {reader.dtypes[key] for key in reader.shapes if key.endswith("linear_fc2.weight")}
+    params_dtype = str(min(dtypes, key=str, default=config.params_dtype)).removeprefix("torch.")
+    return Source(folder, kind, dataclasses.replace(config, params_dtype=params_dtype))
+
+
+def _load_plain(source: Source, model: CosmosGPTModel) -> None:
+    """Each rank reads the whole of each of its tensors, one by one, and keeps its part."""
     import torch
     from megatron.core import parallel_state
 
-    from cosmos_posttrain.checkpoint import mapping
+    from cosmos_posttrain.checkpoint import mapping, plain
     from cosmos_posttrain.models.naming import parameters_by_disk_name
 
-    state = read_pt(folder)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    mapping.check_reference_shapes(shapes, config, str(folder / "model.pt"))
+    weights = plain.open_weights(source)
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     with torch.no_grad():
         for name, parameter in parameters_by_disk_name(model):
-            whole = mapping.to_megatron(name, state.__getitem__, config)
-            parameter.copy_(mapping.shard(name, whole, rank, size))
+            parameter.copy_(mapping.shard(name, weights.megatron(name), rank, size))

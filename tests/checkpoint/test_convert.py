@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,25 +121,60 @@ def test_settings_that_do_not_fit(source: Path, tmp_path: Path) -> None:
 
 def test_the_script_exits_with_2_in_one_sentence(source: Path, tmp_path: Path) -> None:
     arguments = ["--source", source, "--target", tmp_path / "t", "--target_format"]
-    for wrong in ("nemo", "safetensors"):
-        finished = run_script(["convert_checkpoint.py", *arguments, wrong])
-        assert finished.returncode == 2
-        assert finished.stderr.startswith("error: ") and finished.stderr.count("\n") == 1
+    finished = run_script(["convert_checkpoint.py", *arguments, "gguf"])
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: ") and finished.stderr.count("\n") == 1
     finished = run_script(["convert_checkpoint.py", *arguments, "pt", "--verify"])
     assert (finished.returncode, finished.stderr) == (0, "")
     assert "25 tensors" in finished.stdout  # 11 in each of 2 layers, and 3
 
 
-def test_verify_finds_one_changed_number(
+@pytest.mark.parametrize(
+    ("form", "writer"),
+    [
+        ("pt", "pt_file.PtWriter"),
+        ("safetensors", "safetensors_file.SafetensorsWriter"),
+        ("megatron", "torch_dist.TorchDistWriter"),
+    ],
+)
+def test_verify_finds_one_changed_bit(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, writer: str
+) -> None:
+    module, name = writer.split(".")
+    kind = getattr(importlib.import_module(f"cosmos_posttrain.checkpoint.{module}"), name)
+    real_add = kind.add
+
+    def add_damaged(self: Any, name: str, tensor: torch.Tensor, *rest: Any) -> None:
+        if name.endswith(("model.norm.weight", "final_layernorm.weight")):
+            tensor = tensor.clone()
+            tensor.view(torch.uint8)[3] ^= 1
+        real_add(self, name, tensor, *rest)
+
+    monkeypatch.setattr(kind, "add", add_damaged)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight differs"):
+        _convert(source, tmp_path / "target", form, verify=True)
+    assert _names(tmp_path) == {"source"}
+
+
+def test_a_target_of_one_form_replaces_another(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    convert(ConvertConfig(str(source), str(target), "safetensors", max_shard_gb=1e-5))
+    assert len(list(target.glob("*.safetensors"))) > 2
+    assert (target / "README.md").is_file()
+    (target / "notes.md").write_text("mine")
+    _convert(source, target, "nemo", overwrite=True)
+    assert _names(target) == {"weights", "context", "conversion.json", "notes.md"}
+    _convert(source, target, "nemo")
+    (target / "weights" / "common.pt").unlink()
+    with pytest.raises(OutputFolderError, match="changed or removed"):
+        _convert(source, target, "nemo")
+
+
+def test_a_disk_that_is_too_small(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save_damaged(state: dict[str, torch.Tensor], path: Path) -> None:
-        changed = state["model.norm.weight"].clone()
-        changed[3] += 1
-        real_save({**state, "model.norm.weight": changed}, path)
-
-    real_save = torch.save
-    monkeypatch.setattr(torch, "save", save_damaged)
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight differs"):
-        _convert(source, tmp_path / "target", "pt", verify=True)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(OutputFolderError, match="are free there"):
+        _convert(source, tmp_path / "new" / "target", "pt")
     assert _names(tmp_path) == {"source"}

@@ -89,11 +89,6 @@ def test_configs_that_are_missing_damaged_or_of_another_model(folder: Path) -> N
     _refused(folder, "no config.json")
 
 
-@needs_golden
-def test_video2world_is_refused() -> None:
-    _refused(case_dir("video2world_5b_like"), "Video2World")
-
-
 def test_foreign_and_missing_folders(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("nothing")
     _refused(tmp_path, "holds no model")

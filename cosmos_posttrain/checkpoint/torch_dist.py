@@ -1,0 +1,230 @@
+"""torch_dist folders (Megatron's distributed checkpoints) read and written a piece at a time.
+
+Flows in: a folder that any layout wrote. Flows out: one tensor, or one layer of a stacked tensor,
+with memory for just that. And the other way round: layers one after the other become a folder that
+Megatron loads at any layout. No process group and no model is needed.
+
+A folder holds ``.metadata`` (the index: shape, dtype and pieces of every key, and the file and
+offset of every piece), ``*.distcp`` (the pieces, each in ``torch.save``'s format), ``common.pt``
+and ``metadata.json``.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from cosmos_posttrain.checkpoint import guard
+from cosmos_posttrain.checkpoint.context import write_json
+from cosmos_posttrain.errors import CheckpointError
+
+# NeMo wraps its models once, so all its keys start with this.
+PREFIX = "module."
+# A new file is begun after this many bytes, so that no single file becomes unwieldy.
+MAX_FILE_BYTES = 5 * 10**9
+BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+def is_torch_dist(folder: Path) -> bool:
+    """True where the folder holds a complete torch_dist checkpoint."""
+    return (folder / guard.METADATA_FILE).is_file() and any(folder.glob("*.distcp"))
+
+
+class _Window(io.RawIOBase):
+    """A part of an open file that looks like a file of its own."""
+
+    def __init__(self, file: Any, offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._position = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer).cast("B")
+        size = max(0, min(len(view), self._length - self._position))
+        self._file.seek(self._offset + self._position)
+        count: int = self._file.readinto(view[:size])
+        self._position += count
+        return count
+
+
+class TorchDistReader:
+    """Tensors of a torch_dist folder.
+
+    Args:
+        folder: the folder with the index.
+
+    Attributes:
+        shapes: shape of every tensor by its key; other objects are left out.
+        dtypes: their dtypes.
+
+    Raises:
+        CheckpointError: the index is missing, damaged, or holds code.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        self.folder = folder
+        metadata = guard.read_metadata(folder)
+        tensors = {
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        self.shapes = {key: tuple(entry.size) for key, entry in tensors.items()}
+        self.dtypes: dict[str, torch.dtype] = {
+            key: entry.properties.dtype for key, entry in tensors.items()
+        }
+        self._chunks = {key: entry.chunks for key, entry in tensors.items()}
+        self._places = {
+            (index.fqn, tuple(index.offset)): place
+            for index, place in metadata.storage_data.items()
+            if index.offset is not None
+        }
+
+    def read(self, key: str, layer: int | None = None) -> Tensor:
+        """One whole tensor, or one entry along its first axis.
+
+        Raises:
+            CheckpointError: a piece is missing or damaged.
+        """
+        shape = self.shapes[key]
+        first = [0] * len(shape) if layer is None else [layer, *[0] * (len(shape) - 1)]
+        sizes = list(shape) if layer is None else [1, *shape[1:]]
+        result, filled = None, 0
+        for chunk in self._chunks[key]:
+            low = [max(a, b) for a, b in zip(first, chunk.offsets, strict=True)]
+            ends = zip(first, sizes, chunk.offsets, chunk.sizes, strict=True)
+            high = [min(a + n, b + m) for a, n, b, m in ends]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            piece = self._read_piece(key, tuple(chunk.offsets)).reshape(tuple(chunk.sizes))
+            piece = piece[_region(low, high, chunk.offsets)]
+            filled += piece.numel()
+            if list(piece.shape) == sizes:
+                result = piece
+                break
+            if result is None:
+                result = torch.empty(sizes, dtype=self.dtypes[key])
+            result[_region(low, high, first)] = piece
+        if result is None or filled != result.numel():
+            raise CheckpointError(f"{self.folder} lacks parts of {key}; restore the checkpoint.")
+        return result if layer is None else result[0]
+
+    def _read_piece(self, key: str, offsets: tuple[int, ...]) -> Tensor:
+        place = self._places.get((key, offsets))
+        if place is None or getattr(place, "transform_descriptors", None):
+            raise CheckpointError(
+                f"{self.folder} holds {key} in a form that is not torch_dist's own (missing or "
+                "compressed pieces); restore the checkpoint."
+            )
+        try:
+            with (self.folder / place.relative_path).open("rb") as file:
+                window: Any = _Window(file, place.offset, place.length)
+                piece = torch.load(window, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{self.folder} holds more than a tensor as {key}, which was not executed; use a "
+                "checkpoint from a source that you trust."
+            ) from error
+        except (RuntimeError, OSError, EOFError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.folder} is damaged ({key}); restore the checkpoint."
+            ) from error
+        if not isinstance(piece, Tensor):
+            raise CheckpointError(f"{self.folder} holds no tensor as {key}; restore it.")
+        return piece
+
+
+def _region(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
+
+
+class TorchDistWriter:
+    """Writes a torch_dist folder one tensor, or one layer, after the other.
+
+    Args:
+        folder: an existing empty folder. It is readable only after ``finish``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._num_files = 0
+        self._file: IO[bytes] | None = None
+        self._entries: dict[str, Any] = {}
+        self._places: dict[Any, Any] = {}
+
+    def add(self, key: str, tensor: Tensor, layer: int | None = None, num_layers: int = 0) -> None:
+        """Writes a whole tensor, or layer ``layer`` of ``num_layers`` of a stacked one."""
+        from torch.distributed.checkpoint import filesystem, metadata
+
+        piece = own_storage(tensor if layer is None else tensor.unsqueeze(0))
+        size = piece.shape if layer is None else torch.Size([num_layers, *tensor.shape])
+        offsets = torch.Size([layer or 0, *[0] * (piece.dim() - 1)])
+        entry = self._entries.get(key)
+        if entry is None:
+            properties = metadata.TensorProperties(dtype=piece.dtype)
+            entry = metadata.TensorStorageMetadata(properties, size, [])
+            self._entries[key] = entry
+        assert entry.size == size and entry.properties.dtype == piece.dtype, key
+        entry.chunks.append(metadata.ChunkStorageMetadata(offsets, piece.shape))
+        file, name = self._open()
+        start = file.tell()
+        torch.save(piece, file)
+        place = filesystem._StorageInfo(name, start, file.tell() - start)
+        self._places[metadata.MetadataIndex(key, offsets)] = place
+
+    def _open(self) -> tuple[IO[bytes], str]:
+        if self._file is not None and self._file.tell() > MAX_FILE_BYTES:
+            self._file.close()
+            self._file = None
+        if self._file is None:
+            self._file = (self._folder / f"__0_{self._num_files}.distcp").open("wb")
+            self._num_files += 1
+        return self._file, f"__0_{self._num_files - 1}.distcp"
+
+    def finish(self) -> None:
+        """Writes the index; the folder is complete after this."""
+        from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+        self.close()
+        torch.save({}, self._folder / guard.COMMON_FILE)
+        index = Metadata(self._entries, storage_data=self._places, storage_meta=StorageMeta())
+        with (self._folder / guard.METADATA_FILE).open("wb") as file:
+            pickle.dump(index, file)
+        write_json(self._folder / "metadata.json", BACKEND)
+
+    def close(self) -> None:
+        """Closes the file that is being written."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def own_storage(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous and without the storage of a larger one behind it."""
+    tensor = tensor.detach().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

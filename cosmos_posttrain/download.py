@@ -1,0 +1,291 @@
+"""``python -m cosmos_posttrain.download``: everything that a recipe needs, for air-gapped clusters.
+
+Flows in: a recipe's size, or Hugging Face ids. Flows out: one folder to carry over:
+
+    TARGET/owner/name/...     the files that this package reads of each repository
+    TARGET/download.json      which revision of what, with size and sha256 of every file
+    TARGET/SHA256SUMS         the same sums, for ``sha256sum -c``
+
+Every script takes ``TARGET/owner/name`` where it takes a Hugging Face id. A download that was
+interrupted goes on where it stopped, at the same revision. ``--verify`` compares the folder with
+its sums and needs no network.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cosmos_posttrain import hub
+from cosmos_posttrain.cli import Flag, parse
+from cosmos_posttrain.errors import ConfigError, UserError, run_cli
+
+RECORD, SUMS = "download.json", "SHA256SUMS"
+RECIPES = ("4B", "12B", "5B-Video2World", "13B-Video2World")
+_MODEL = "nvidia/Cosmos-1.0-Autoregressive-{}"
+_TOKENIZERS = "nvidia/Cosmos-0.1-Tokenizer-DV4x8x8,nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
+_TEXT_ENCODER = "google-t5/t5-11b"
+_LICENCES = ("LICENSE*", "NOTICE*")
+
+# For each role: sets of files, the first of which that a repository has is taken whole.
+_FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "model": (
+        ("model.pt", "config.json"),
+        ("model*.safetensors", "model.safetensors.index.json", "config.json"),
+        ("nemo/*",),
+    ),
+    "tokenizer": (("encoder.jit", "decoder.jit"), ("model.safetensors", "config.json")),
+    "text encoder": (
+        ("model*.safetensors", "model.safetensors.index.json", "*.json", "spiece.model"),
+        ("pytorch_model*.bin", "*.json", "spiece.model"),
+    ),
+}
+
+
+@dataclass
+class DownloadConfig:
+    """What to fetch, and where to.
+
+    Attributes:
+        target: the folder.
+        recipe: a model size; adds its model, two tokenizers and, for Video2World, T5-11B.
+        models: further ids ``owner/name[@revision]``, separated by commas.
+        tokenizers: ids of tokenizers; replaces the recipe's.
+        text_encoder: id of a T5 encoder; replaces the recipe's.
+        verify: only compare the folder with its sums.
+    """
+
+    target: str = ""
+    recipe: str = ""
+    models: str = ""
+    tokenizers: str = ""
+    text_encoder: str = ""
+    verify: bool = False
+
+    def wanted(self) -> dict[str, str]:
+        """The role of every repository.
+
+        Raises:
+            ConfigError: lists every problem.
+        """
+        tokenizers = self.tokenizers or (_TOKENIZERS if self.recipe else "")
+        text_encoder = self.text_encoder
+        if self.recipe.endswith("Video2World"):
+            text_encoder = text_encoder or _TEXT_ENCODER
+        model = _MODEL.format(self.recipe) if self.recipe else ""
+        roles = {"model": f"{model},{self.models}", "tokenizer": tokenizers}
+        roles["text encoder"] = text_encoder
+        found = {
+            hub_id.strip(): role
+            for role, ids in roles.items()
+            for hub_id in ids.split(",")
+            if hub_id.strip()
+        }
+        problems = [] if self.target else ["--target is missing: name a folder"]
+        if not found:
+            problems.append("nothing to download: give --recipe, --models or --tokenizers")
+        problems += [
+            f"{hub_id} is not an id such as nvidia/Cosmos-1.0-Autoregressive-4B[@revision]"
+            for hub_id in found
+            if not hub.looks_like_hub_id(hub_id)
+        ]
+        if problems:
+            raise ConfigError("; ".join(problems) + ".")
+        return found
+
+
+FLAGS = (
+    Flag("--target", "target", "folder to fill, or to verify"),
+    Flag("--recipe", "recipe", "everything for one model size", choices=RECIPES),
+    Flag("--models", "models", "further ids owner/name[@revision], separated by commas"),
+    Flag("--tokenizers", "tokenizers", "tokenizer ids instead of the recipe's"),
+    Flag("--text_encoder", "text_encoder", "T5 id; Video2World recipes bring google-t5/t5-11b"),
+    Flag("--verify", "verify", "only compare the folder with its checksums; needs no network"),
+)
+
+
+def download(config: DownloadConfig) -> None:
+    """Fills the folder; goes on with what an interrupted download left.
+
+    Raises:
+        ConfigError: nothing to do, or an id that is none.
+        UserError: a repository that cannot be read, or files that arrived damaged.
+    """
+    wanted = config.wanted()
+    target = Path(config.target)
+    record = _read_record(target)
+    for hub_id, role in wanted.items():
+        name, revision = hub.split_revision(hub_id)
+        entry = record["repositories"].get(name)
+        if entry is None:
+            entry = record["repositories"][name] = _look_up(name, revision, role)
+        elif revision not in (None, entry["requested"], entry["commit"]):
+            raise UserError(
+                f"{target} already has {name} at {entry['requested'] or entry['commit']}, not "
+                f"{revision}; choose another --target for that revision."
+            )
+        # Written before the files, so that a later run takes the same revision.
+        _write_record(target, record)
+        _fetch(target, name, entry)
+        _write_record(target, record)
+    _write_sums(target, record)
+    total = sum(info["size"] for _, info in _recorded_files(record))
+    print(f"{target}: {total / 1e9:.2f} GB complete; give these paths instead of the ids:")
+    for name, entry in record["repositories"].items():
+        print(f"  {entry['role']:<12} {target / name}")
+
+
+def _look_up(name: str, revision: str | None, role: str) -> dict[str, Any]:
+    """Asks the hub for the commit and the files that are needed."""
+    import huggingface_hub
+
+    try:
+        info = huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True)
+    except Exception as error:  # its HTTP library's own errors differ between versions
+        raise hub.explain(error, name, revision) from error
+    siblings = {item.rfilename: item for item in info.siblings or []}
+    files = {}
+    for path in _choose(name, role, list(siblings)):
+        item = siblings[path]
+        known = item.lfs.sha256 if item.lfs is not None else None
+        files[path] = {"size": item.size, "sha256": known, "blob": item.blob_id, "done": False}
+    return {"role": role, "requested": revision, "commit": info.sha, "files": files}
+
+
+def _choose(name: str, role: str, paths: Sequence[str]) -> list[str]:
+    for form in _FORMS[role]:
+        chosen = [p for p in paths if any(_matches(p, pattern) for pattern in form)]
+        if any(_matches(p, form[0]) for p in chosen):
+            return chosen + [p for p in paths if any(_matches(p, one) for one in _LICENCES)]
+    raise UserError(f"{name} holds no {role} that this package reads; check the id.")
+
+
+def _matches(path: str, pattern: str) -> bool:
+    if "/" in path and "/" not in pattern:
+        return False
+    return fnmatch.fnmatchcase(path, pattern)
+
+
+def _fetch(target: Path, name: str, entry: dict[str, Any]) -> None:
+    """Downloads what is not there yet, and checks every file as it arrives."""
+    import huggingface_hub
+
+    folder = target / name
+    for number, (path, info) in enumerate(entry["files"].items(), 1):
+        local = folder / path
+        if info["done"] and local.is_file() and local.stat().st_size == info["size"]:
+            continue
+        size = (info["size"] or 0) / 1e9
+        print(f"[{number}/{len(entry['files'])}] {name}/{path} ({size:.2f} GB)", flush=True)
+        try:
+            huggingface_hub.hf_hub_download(name, path, revision=entry["commit"], local_dir=folder)
+        except Exception as error:  # its HTTP library's own errors differ between versions
+            raise hub.explain(error, name, entry["requested"]) from error
+        _check_arrival(local, info)
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+
+
+def _check_arrival(local: Path, info: dict[str, Any]) -> None:
+    """Compares a new file with what the hub says of it, and records its sum."""
+    data_sum = _sha256(local)
+    if info["sha256"] is not None:
+        same = data_sum == info["sha256"]
+    else:
+        data = local.read_bytes()  # a small file: git's own sum is all that is known
+        blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
+        same = info["blob"] in (None, blob.hexdigest())
+    if not same:
+        local.unlink()
+        raise UserError(f"{local} arrived damaged and was removed; run the same command again.")
+    info |= {"size": local.stat().st_size, "sha256": data_sum, "done": True}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_record(target: Path) -> dict[str, Any]:
+    path = target / RECORD
+    if not path.is_file():
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UserError(f"{target} holds something else than a download; name a new folder.")
+        return {"repositories": {}}
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for _, info in _recorded_files(record):
+            info["size"], info["sha256"], info["done"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged; restore it, or download anew.") from error
+    return record
+
+
+def _write_record(target: Path, record: dict[str, Any]) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    _write(target / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _recorded_files(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Paths below the target, with what is known of them."""
+    for name, entry in record["repositories"].items():
+        for path, info in entry["files"].items():
+            yield f"{name}/{path}", info
+
+
+def _write_sums(target: Path, record: dict[str, Any]) -> None:
+    lines = [f"{info['sha256']}  {path}\n" for path, info in _recorded_files(record)]
+    _write(target / SUMS, "".join(sorted(lines, key=lambda line: line.split()[1])))
+
+
+def verify(target: Path) -> None:
+    """Compares a folder with its sums.
+
+    Raises:
+        UserError: names every file that is missing, unfinished or different.
+    """
+    if not (target / RECORD).is_file():
+        raise UserError(f"{target} has no {RECORD}; it is not a download of this command.")
+    record = _read_record(target)
+    problems, count, total = [], 0, 0
+    for path, info in _recorded_files(record):
+        local = target / path
+        if not info["done"]:
+            problems.append(f"{path} was not downloaded")
+        elif not local.is_file():
+            problems.append(f"{path} is missing")
+        elif local.stat().st_size != info["size"] or _sha256(local) != info["sha256"]:
+            problems.append(f"{path} differs")
+        count, total = count + 1, total + (info["size"] or 0)
+    if problems:
+        raise UserError(
+            f"{target}: {'; '.join(problems)}; copy it again, or run the download again."
+        )
+    print(f"{target}: {count} files, {total / 1e9:.2f} GB, all as downloaded.")
+
+
+def main() -> None:
+    """Parses the command line, and downloads or verifies."""
+    description = "Downloads everything that a recipe needs into one folder, with checksums."
+    config = parse(DownloadConfig, FLAGS, None, "python -m cosmos_posttrain.download", description)
+    if config.verify:
+        if not config.target:
+            raise ConfigError("--target is missing: name the folder to verify.")
+        verify(Path(config.target))
+    else:
+        download(config)
+
+
+if __name__ == "__main__":
+    run_cli(main)

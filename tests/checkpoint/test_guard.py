@@ -1,0 +1,171 @@
+"""Files with code in them: refused in one sentence, and nothing is executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
+from cosmos_posttrain.checkpoint import context, dist, guard, plain
+from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
+from cosmos_posttrain.checkpoint.load import load_model
+from cosmos_posttrain.checkpoint.source import open_source
+from cosmos_posttrain.errors import CheckpointError
+from cosmos_posttrain.models.config import preset
+
+
+class _Call:
+    """Pickles as a call of any function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return load_model("random:tiny", seed=3)
+
+
+@pytest.fixture
+def checkpoint(model: Any, tmp_path: Path) -> Path:
+    """As training writes it, through Megatron."""
+    folder = tmp_path / "default" / "checkpoints" / "epoch=0-step=9"
+    (folder / "weights").mkdir(parents=True)
+    dist.save(folder / "weights", model.module)
+    context.write_context(folder, model.config)
+    return folder
+
+
+def _refused(checkpoint: Path, model: Any, sentence: str) -> None:
+    """By everything that opens a torch_dist folder."""
+    with pytest.raises(CheckpointError, match=sentence):
+        dist.load(checkpoint / "weights", model.module)
+    with pytest.raises(CheckpointError, match=sentence):
+        load_model(checkpoint)
+
+
+def test_what_megatron_writes_is_read(checkpoint: Path, model: Any) -> None:
+    metadata = guard.check_folder(checkpoint / "weights")
+    assert "module.output_layer.weight" in metadata.state_dict_metadata
+    source = open_source(checkpoint)
+    parameters = dict(plain.read_megatron(source))
+    assert torch.equal(parameters["output_layer.weight"], model.module.output_layer.weight)
+
+
+@pytest.mark.parametrize("where", ["whole", "inside", "attribute"])
+def test_code_in_the_index(checkpoint: Path, model: Any, tmp_path: Path, where: str) -> None:
+    index = checkpoint / "weights" / ".metadata"
+    bomb = _Call(Path.touch, tmp_path / "executed")
+    metadata = guard.read_metadata(checkpoint / "weights")
+    if where == "inside":
+        metadata.planner_data = {"x": bomb}
+    elif where == "attribute":
+        metadata.something_else = bomb
+    index.write_bytes(pickle.dumps(bomb if where == "whole" else metadata))
+    _refused(checkpoint, model, "holds more than tables.*not executed")
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(CheckpointError, match="not executed"):
+        convert(ConvertConfig(str(checkpoint), str(tmp_path / "target"), "pt"))
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        _Call(os.system, "true"),
+        _Call(eval, "1"),
+        _Call(getattr, Path, "touch"),
+        _Call(getattr, Metadata, "__init__"),
+        _Call(subprocess.run, ["true"]),
+        _Call(torch.load, "x"),
+        _Call(torch.hub.load, "x"),
+        _Call(__import__, "os"),
+    ],
+    ids=lambda call: f"{call.call[0].__module__}.{call.call[0].__name__}",
+)
+def test_functions_that_an_index_may_not_name(tmp_path: Path, call: _Call) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({}, {"x": call}, {})))
+    with pytest.raises(CheckpointError, match="is not allowed"):
+        guard.read_metadata(tmp_path)
+
+
+def test_code_in_the_common_file(checkpoint: Path, model: Any, tmp_path: Path) -> None:
+    bomb = _Call(Path.touch, tmp_path / "executed")
+    torch.save({"x": bomb}, checkpoint / "weights" / "common.pt")
+    _refused(checkpoint, model, "common.pt holds more than plain values and was not executed")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_code_instead_of_a_tensor(model: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    (folder / "weights").mkdir(parents=True)
+    context.write_context(folder, model.config)
+    bomb = tmp_path / "bomb.pt"
+    torch.save(_Call(Path.touch, tmp_path / "executed"), bomb)
+    writer = plain.TorchDistWriter(folder / "weights")
+    for name, tensor in plain.read_megatron(open_source(_saved(model, tmp_path))):
+        key, layer = plain.disk_key(name)
+        writer.add(key, tensor, layer, model.config.num_layers)
+    writer.finish()
+    with (folder / "weights" / "__0_0.distcp").open("r+b") as file:
+        file.write(bomb.read_bytes())  # over the first tensor, the embedding
+    with pytest.raises(CheckpointError, match=r"damaged|not executed"):
+        convert(ConvertConfig(str(folder), str(tmp_path / "target"), "pt"))
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "target").exists()
+
+
+def _saved(model: Any, tmp_path: Path) -> Path:
+    folder = tmp_path / "saved"
+    (folder / "weights").mkdir(parents=True)
+    dist.save(folder / "weights", model.module)
+    context.write_context(folder, model.config)
+    return folder
+
+
+def test_an_object_where_a_tensor_belongs(checkpoint: Path, model: Any, tmp_path: Path) -> None:
+    """torch would unpickle it without a guard, because the index says that it is an object."""
+    weights = checkpoint / "weights"
+    torch.save(_Call(Path.touch, tmp_path / "executed"), weights / "bomb.distcp")
+    size = (weights / "bomb.distcp").stat().st_size
+    metadata = guard.read_metadata(weights)
+    for key in ("module.output_layer.weight", "module.decoder.layers.mlp.linear_fc1.weight"):
+        metadata.state_dict_metadata[key] = BytesStorageMetadata()
+        place = filesystem._StorageInfo("bomb.distcp", 0, size)
+        metadata.storage_data[MetadataIndex(key)] = place
+    (weights / ".metadata").write_bytes(pickle.dumps(metadata))
+    _refused(checkpoint, model, "pickled object instead of a tensor")
+    with pytest.raises(CheckpointError, match=r"lacks module\.decoder"):
+        convert(ConvertConfig(str(checkpoint), str(tmp_path / "target"), "pt"))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_path_out_of_the_folder(checkpoint: Path, model: Any) -> None:
+    metadata = guard.read_metadata(checkpoint / "weights")
+    next(iter(metadata.storage_data.values())).relative_path = "../../secret"
+    (checkpoint / "weights" / ".metadata").write_bytes(pickle.dumps(metadata))
+    _refused(checkpoint, model, "points outside its folder")
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x80\x04", b"not a pickle", b"\x80\x05K\x01."])
+def test_a_damaged_index(checkpoint: Path, model: Any, damage: bytes) -> None:
+    (checkpoint / "weights" / ".metadata").write_bytes(damage)
+    _refused(checkpoint, model, "damaged|not a torch_dist index")
+
+
+def test_a_missing_common_file(checkpoint: Path, model: Any) -> None:
+    (checkpoint / "weights" / "common.pt").unlink()
+    _refused(checkpoint, model, "common.pt is missing")
+
+
+def test_tiny_is_what_the_fixture_saved(checkpoint: Path) -> None:
+    assert open_source(checkpoint.with_name("epoch=3-step=9")).config == preset("tiny")
