@@ -2,36 +2,63 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from reference import SAMPLES_DIR, needs_samples
 
+from cosmos_posttrain.evaluation.palette import fit_palette
 from cosmos_posttrain.tokenizer import SHIPPED, load_tokenizer
+from cosmos_posttrain.training.tokenizer.config import DataConfig
+from cosmos_posttrain.training.tokenizer.data import ClipSource
 from cosmos_posttrain.training.tokenizer.losses import psnr
 from cosmos_posttrain.video import read_clips, to_float
 
-# Lowest PSNR in dB and lowest number of codes used over the clips. A coder that paints each block
-# in its mean colour, from a palette of 1,000 colours (k-means on the training clips), reaches 23.5,
-# 23.4 and 21.5 dB here: a network has to be better than that to be worth having.
-THRESHOLDS = {
-    "tiny-dv4x8x8": (24.5, 450),
-    "tiny-dv8x8x8": (23.7, 400),
-    "tiny-dv8x16x16": (22.2, 250),
-}
+NUM_FRAMES, HEIGHT, WIDTH = 17, 96, 160
+MARGIN_DB = 0.6
+MIN_CODE_SHARE = 0.5
+
+
+@pytest.fixture(scope="module")
+def training_clips() -> torch.Tensor:
+    """Clips as the tiny tokenizers were trained on: (N, 3, T, H, W) in [-1, 1].
+
+    Without the still photographs, with which the palette comes out 0.05 to 0.1 dB worse.
+    """
+    source = ClipSource(DataConfig(photographs=False))
+    generator = torch.Generator().manual_seed(0)
+    return source.batch(128, NUM_FRAMES, (HEIGHT, WIDTH), generator)
+
+
+@pytest.fixture(scope="module")
+def sample_clips() -> torch.Tensor:
+    """The first frames of the ten sample clips, resized: (10, 3, T, H, W) in [-1, 1]."""
+    paths = sorted(SAMPLES_DIR.glob("[0-9].mp4"))
+    assert len(paths) == 10
+    read = partial(read_clips, starts=[0], num_frames=NUM_FRAMES, height=HEIGHT, width=WIDTH)
+    return to_float(torch.stack([read(path)[0].frames for path in paths]))
+
+
+def measure(coder: Any, clips: torch.Tensor) -> tuple[float, int]:
+    """Mean PSNR in dB, and codes used over all clips."""
+    indices = torch.cat([coder.encode(clip) for clip in clips.split(1)])
+    decoded = torch.cat([coder.decode(grid) for grid in indices.split(1)])
+    return psnr(decoded, clips).mean().item(), indices.unique().numel()
 
 
 @needs_samples
 @pytest.mark.parametrize("name", SHIPPED.values())
-def test_shipped_tokenizer_beats_the_block_palette(name: str) -> None:
+def test_shipped_tokenizer_beats_the_palette_of_its_rate_and_vocabulary(
+    name: str, training_clips: torch.Tensor, sample_clips: torch.Tensor
+) -> None:
     tokenizer = load_tokenizer(name, device="cpu")
-    scores: list[torch.Tensor] = []
-    used: set[int] = set()
-    for path in sorted(SAMPLES_DIR.glob("[0-9].mp4")):
-        video = to_float(read_clips(path, [0], 17, 96, 160)[0].frames)[None]
-        indices = tokenizer.encode(video)
-        scores.append(psnr(tokenizer.decode(indices), video))
-        used.update(indices.unique().tolist())
-    assert len(scores) == 10
-    lowest_psnr, lowest_used = THRESHOLDS[name]
-    assert torch.cat(scores).mean() >= lowest_psnr
-    assert len(used) >= lowest_used
+    palette = fit_palette(training_clips, tokenizer.compression, tokenizer.vocab_size)
+    reached, codes_used = measure(tokenizer, sample_clips)
+    trivial, _ = measure(palette, sample_clips)
+    print(f"{name}: {reached:.2f} dB, palette {trivial:.2f} dB, {codes_used} codes used")
+    assert reached >= trivial + MARGIN_DB
+    # A vocabulary of about 1,000; one of many thousand could not occur in so few tokens.
+    if tokenizer.vocab_size <= 1200:
+        assert codes_used > MIN_CODE_SHARE * tokenizer.vocab_size
