@@ -1,9 +1,13 @@
 """Tokenizer speed: the native network against TorchScript of the same weights, in one process.
 
-Two TorchScript forms: ``published layout`` is the network as the published files are built
-(``plain_dv.py``: Conv3d on (B, C, T, H, W), explicit padding, wavelets as convolutions), ``our
-export`` what ``export_torchscript`` writes. All run in turn on the same clip; the ratio is that of
-the medians of encode + decode. Their outputs are compared first.
+Two TorchScript forms, so two ratios, each that of the medians of encode + decode seconds:
+
+- ``published layout``: the network as the published files are built (``plain_dv.py``: Conv3d on
+  (B, C, T, H, W), explicit padding, wavelets as convolutions). What native saves a user of those.
+- ``our export``: what ``export_torchscript`` writes. It is traced from the native layers and so has
+  their layout: expect about 1, the rest being what ``tokenizer/folding.py`` folds.
+
+All run in turn on the same clip; their outputs are compared first.
 
     python benchmarks/bench_tokenizer.py                       # CPU, float32, one thread
     python benchmarks/bench_tokenizer.py --device cuda --dtype bfloat16 --compile
@@ -12,12 +16,16 @@ the medians of encode + decode. Their outputs are compared first.
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 import warnings
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, not installed
+
 from plain_dv import plain_torchscript
 
 from cosmos_posttrain.tokenizer.export import export_torchscript
@@ -117,7 +125,7 @@ def show(result: dict) -> None:
     print(f"{result['case']}  {result['device']} {result['dtype']}, {result['threads']} thread(s)")
     for form, values in result["forms"].items():
         speedup = result["native_speedup_over"].get(form)
-        ratio = "" if speedup is None else f"  native is {speedup:.2f}x as fast"
+        ratio = "" if speedup is None else f"  native is {speedup:.2f}x as fast as this"
         print(
             f"  {form:18s} encode {values['encode_frames_per_second']:8.1f}  "
             f"decode {values['decode_frames_per_second']:8.1f} frames/s{ratio}"

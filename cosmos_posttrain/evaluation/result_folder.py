@@ -140,6 +140,15 @@ class ResultFolder:
         np.savez(temporary, counts=self.counts, num_rows=np.int64(len(self.rows)))
         temporary.replace(self.folder / _COUNTS_FILE)
 
+    def abandon(self) -> None:
+        """Removes what :meth:`start` wrote, unless a video is finished: nothing was evaluated."""
+        if self.rows:
+            return
+        for name in _OURS:
+            (self.folder / name).unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
     def finish(self, metrics: dict[str, Any]) -> None:
         """Writes the metrics, which makes the folder complete, and removes what they replace."""
         write_json(self.folder / METRICS_FILE, metrics)

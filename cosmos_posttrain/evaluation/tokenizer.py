@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.data.sources import Source, sources_sha256
-from cosmos_posttrain.errors import PartialFailureError, VideoError
+from cosmos_posttrain.errors import PartialFailureError, UserError, VideoError
 from cosmos_posttrain.evaluation import quality
 from cosmos_posttrain.evaluation.figures import contact_sheet
 from cosmos_posttrain.evaluation.media import check_size, list_media, read_clip
@@ -67,7 +67,11 @@ def run(config: TokenizerEvalConfig) -> dict[str, Any]:
     if metrics is not None:
         print(f"{config.output} is complete already; nothing to do.", flush=True)
     else:
-        _evaluate(config, tokenizer, sources, folder)
+        try:
+            _evaluate(config, tokenizer, sources, folder)
+        except UserError:  # the tokenizer cannot take these clips
+            folder.abandon()
+            raise
         metrics = _summary(config, tokenizer, folder)
         if metrics["num_clips"]:
             _draw_sheet(config, tokenizer, sources, folder)

@@ -45,7 +45,7 @@ class _EncoderModule(nn.Module):
         indices = self.quantizer.codes_to_indices(codes)
         # FSQ has no loss of its own; the published signature has a place for one.
         loss = codes.new_zeros(1)
-        return indices, codes.to(video.dtype).permute(0, 4, 1, 2, 3), loss
+        return indices, codes.type_as(video).permute(0, 4, 1, 2, 3), loss
 
 
 class _DecoderModule(nn.Module):
@@ -59,8 +59,9 @@ class _DecoderModule(nn.Module):
 
     def forward(self, indices: Tensor) -> Tensor:
         codes = self.quantizer.indices_to_codes(indices)
-        weight = self.post_quant_conv.conv3d.weight
-        video: Tensor = self.decoder(self.post_quant_conv(codes.to(weight.dtype)))
+        # Follows the weights' dtype when the file is run, where .to() would keep today's.
+        codes = codes.type_as(self.post_quant_conv.conv3d.weight)
+        video: Tensor = self.decoder(self.post_quant_conv(codes))
         return video
 
 
@@ -133,7 +134,7 @@ def network_from_scripts(scripts: Mapping[Path, torch.jit.ScriptModule]) -> DVNe
     tensors: dict[str, Tensor] = {}
     for module in scripts.values():
         tensors.update(parameters_only(script_tensors(module)))
-    config = _config_beside(first)
+    config = config_beside(first)
     if config is None:
         config = infer_config(tensors, script_levels(scripts[first], first), first)
     network = DVNetwork(config)
@@ -141,7 +142,7 @@ def network_from_scripts(scripts: Mapping[Path, torch.jit.ScriptModule]) -> DVNe
     return network.to(next(iter(tensors.values())).dtype).eval()
 
 
-def _config_beside(file: Path) -> DVConfig | None:
+def config_beside(file: Path) -> DVConfig | None:
     """The file's own ``config.json``; None if there is none or it does not describe a network."""
     path = file.with_name(CONFIG_FILE)
     return DVConfig.from_file(path) if path.is_file() and describes_network(path) else None

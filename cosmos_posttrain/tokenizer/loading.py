@@ -22,6 +22,7 @@ from cosmos_posttrain.geometry import Compression, parse_compression
 from cosmos_posttrain.tokenizer import SHIPPED
 from cosmos_posttrain.tokenizer.export import (
     AUTOENCODER_FILE,
+    config_beside,
     import_torchscript,
     network_from_scripts,
 )
@@ -120,13 +121,18 @@ def load_tokenizer_pair(
     return tokenizer
 
 
-def load_network(path: str | Path) -> DVNetwork:
+def load_network(path: str | Path, compression: Compression | None = None) -> DVNetwork:
     """The network of any path that :func:`load_tokenizer` takes, on the CPU, in its own dtype.
+
+    Args:
+        path: as :func:`load_tokenizer`'s.
+        compression: which one ``tiny`` means; nothing else is refused for it.
 
     Raises:
         TokenizerError: if it cannot be loaded, or TorchScript that is no DV network.
     """
-    files = [_locate(path, role, None) for role in ("encoder", "decoder")]
+    local = _resolve(path, compression)
+    files = [_locate(local, role, compression) for role in ("encoder", "decoder")]
     if files[0].is_dir():
         return read_network(files[0])
     return network_from_scripts({file: load_script(file) for file in files})
@@ -276,6 +282,8 @@ def _load_scripts(
         )
     encoder = ScriptEncoder(encoder_file, device, dtype)
     decoder = ScriptDecoder(decoder_file, device, dtype)
+    for file, half in ((encoder_file, encoder), (decoder_file, decoder)):
+        _check_config_beside(file, half.compression)
     same = encoder.compression == decoder.compression and encoder.levels == decoder.levels
     if native is False or not same:
         return encoder, decoder  # the caller refuses halves of two tokenizers
@@ -293,6 +301,16 @@ def _load_scripts(
             raise
         return encoder, decoder
     return backend, backend
+
+
+def _check_config_beside(file: Path, compression: Compression) -> None:
+    """Refuses a file whose folder's ``config.json`` says another rate."""
+    config = config_beside(file)
+    if config is not None and config.compression != compression:
+        raise TokenizerError(
+            f"{file} compresses by {compression.name}, but the {CONFIG_FILE} beside it says "
+            f"{config.compression.name}; put the right one there, or remove it."
+        )
 
 
 def _code_difference(encoder: ScriptEncoder, backend: NativeBackend) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,11 @@ from cosmos_posttrain.tokenizer.layers import (
     ResidualBlock,
     StreamCache,
 )
+
+_POSITIVE = (
+    "channels", "channels_mult", "num_res_blocks", "resolution", "in_channels", "out_channels",
+    "z_channels",
+)  # fmt: skip
 
 
 def _log2(value: int) -> int:
@@ -85,9 +91,10 @@ class DVConfig:
             items = value if kind is tuple and isinstance(value, tuple) else (value,)
             expected = int if kind is tuple else kind
             if not all(isinstance(item, (expected, int)) for item in items):
+                wanted = "a list of whole numbers" if kind is tuple else f"of type {kind.__name__}"
                 raise TokenizerError(
                     f"the tokenizer's config cannot be used: {field.name} is {value!r}, it must "
-                    f"be of type {kind.__name__}."
+                    f"be {wanted}."
                 )
         fixed = {
             "patch_method": "haar",
@@ -103,6 +110,10 @@ class DVConfig:
             for key, value in fixed.items()
             if getattr(self, key) != value
         ]
+        for key in _POSITIVE:
+            value = getattr(self, key)
+            if min(value if isinstance(value, tuple) else (value,), default=1) < 1:
+                problems.append(f"{key} is {value}, it must be positive")
         for key in ("patch_size", "spatial_compression", "temporal_compression"):
             value = getattr(self, key)
             if value < 1 or value & (value - 1):
@@ -113,6 +124,8 @@ class DVConfig:
             problems.append(f"channels_mult {self.channels_mult} has too few levels")
         if len(self.levels) != self.embedding_dim or min(self.levels, default=0) < 2:
             problems.append(f"levels {self.levels} do not fit embedding_dim {self.embedding_dim}")
+        elif math.prod(self.levels) > 2**31:
+            problems.append(f"levels {self.levels} make more tokens than int32 can number")
         if problems:
             raise TokenizerError(f"the tokenizer's config cannot be used: {'; '.join(problems)}.")
 

@@ -19,6 +19,14 @@ from cosmos_posttrain.geometry import ClipGeometry, Compression
 _RANGE_TOLERANCE = 1e-2
 
 
+def _check_tensor(value: object, what: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TokenizerError(
+            f"the {what} is a {type(value).__name__}; the tokenizer takes a torch.Tensor: "
+            "torch.as_tensor makes one."
+        )
+
+
 class EncoderBackend(Protocol):
     """Something that encodes; checks nothing."""
 
@@ -120,6 +128,7 @@ class VideoTokenizer:
             TokenizerError: if the video is not float, not of that shape, or not in [-1, 1].
             GeometryError: if its size cannot be represented.
         """
+        _check_tensor(video, "video")
         if not video.is_floating_point():
             raise TokenizerError(
                 f"the video is {str(video.dtype).removeprefix('torch.')}; the tokenizer takes "
@@ -158,6 +167,7 @@ class VideoTokenizer:
         Raises:
             TokenizerError: if the indices are not integers of that shape and range.
         """
+        _check_tensor(indices, "token grid")
         if indices.is_floating_point() or indices.dtype == torch.bool or indices.ndim != 4:
             raise TokenizerError(
                 f"the indices are {str(indices.dtype).removeprefix('torch.')} of shape "
@@ -165,6 +175,7 @@ class VideoTokenizer:
             )
         if indices.numel() == 0:
             raise TokenizerError("the token grid is empty; the decoder needs at least one token.")
+        indices = indices.long()
         low, high = (int(value) for value in indices.aminmax())
         if low < 0 or high >= self.vocab_size:
             raise TokenizerError(

@@ -76,7 +76,7 @@ def check_fit(tensors: Mapping[str, Tensor], config: DVConfig, source: Path) -> 
     """The learned tensors, if they are those of a network of this config.
 
     Raises:
-        TokenizerError: if some are missing, extra, or of another shape.
+        TokenizerError: if some are missing, extra, of another shape, not floats, or not finite.
     """
     with torch.device("meta"):
         expected = DVNetwork(config).state_dict()
@@ -89,6 +89,18 @@ def check_fit(tensors: Mapping[str, Tensor], config: DVConfig, source: Path) -> 
             raise TokenizerError(
                 f"{source} {what} tensor {names[0]} (and {len(names) - 1} more): its weights are "
                 f"not those of the {config.compression.name} network that its config describes."
+            )
+    for name, tensor in found.items():
+        if not tensor.is_floating_point():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise TokenizerError(
+                f"{source} has the {dtype} tensor {name}; weights must be float32, bfloat16 or "
+                "float16: convert them."
+            )
+        if not tensor.isfinite().all():
+            raise TokenizerError(
+                f"{source} has values in tensor {name} that are infinite or not a number (NaN): "
+                "its training diverged, or the file is damaged; take an earlier save."
             )
     return found
 

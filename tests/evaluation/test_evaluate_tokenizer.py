@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cosmos_posttrain.errors import PartialFailureError, UserError
+from cosmos_posttrain.errors import PartialFailureError, TokenizerError, UserError
 from cosmos_posttrain.evaluation import media, quality
 from cosmos_posttrain.evaluation import tokenizer as evaluation
 from cosmos_posttrain.evaluation.tokenizer_config import TokenizerEvalConfig
@@ -294,3 +294,18 @@ def test_a_bad_command_line_exits_with_2(
     done = subprocess.run([*script, *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_a_tokenizer_that_cannot_take_the_clips_leaves_nothing_behind(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(TOKENIZER, device="cpu")
+
+    def refuse(video: torch.Tensor) -> torch.Tensor:
+        raise TokenizerError("it cannot take clips of this size.")
+
+    monkeypatch.setattr(tokenizer, "encode", refuse)
+    monkeypatch.setattr(evaluation, "load_tokenizer_pair", lambda *_, **__: tokenizer)
+    with pytest.raises(TokenizerError, match="of this size"):
+        evaluation.run(config_of(videos, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 import warnings
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_tokenizer_network import random_video, small_network
 from torch import Tensor, nn
 
 from cosmos_posttrain.errors import TokenizerError
 from cosmos_posttrain.tokenizer import load_tokenizer
+from cosmos_posttrain.tokenizer.export import export_torchscript
 from cosmos_posttrain.tokenizer.torchscript import ScriptEncoder
 from cosmos_posttrain.tokenizer.weights_io import write_native
 from cosmos_posttrain.video import write_mp4
@@ -163,3 +166,71 @@ def test_torchscript_that_is_fixed_to_one_size_is_refused_at_another(tmp_path: P
     assert encoder.encode(torch.zeros(1, 3, 9, 64, 64)).shape == (1, 3, 8, 8)
     with pytest.raises(TokenizerError, match="cannot take clips of this size"):
         encoder.encode(torch.zeros(1, 3, 9, 64, 128))
+
+
+def _change_config(folder: Path, **changes: object) -> None:
+    values = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def _change_weight(folder: Path, change: Callable[[Tensor], Tensor]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "encoder.conv_in.0.conv3d.weight"
+    tensors[name] = change(tensors[name])
+    save_file(tensors, folder / "model.safetensors")
+
+
+UNUSABLE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "weights that are not a number": (
+        lambda folder: _change_weight(folder, lambda t: t * float("nan")),
+        "infinite or not a number",
+    ),
+    "quantised weights": (
+        lambda folder: _change_weight(folder, lambda t: t.to(torch.int8)),
+        "has the int8 tensor",
+    ),
+    "a negative width": (
+        lambda folder: _change_config(folder, channels=-4),
+        "channels is -4, it must be positive",
+    ),
+    "a width that is no number": (
+        lambda folder: _change_config(folder, channels_mult=[1, "two"]),
+        "it must be a list of whole numbers",
+    ),
+    "more tokens than int32 has": (
+        lambda folder: _change_config(folder, levels=[2**16] * 3),
+        "more tokens than int32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_unusable_folders_are_refused(case: str, tmp_path: Path) -> None:
+    spoil, sentence = UNUSABLE[case]
+    write_native(tmp_path, small_network())
+    spoil(tmp_path)
+    with pytest.raises(TokenizerError, match=sentence) as error:
+        load_tokenizer(tmp_path, device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_torchscript_beside_a_config_of_another_rate_is_refused(tmp_path: Path) -> None:
+    export_torchscript(small_network("dv4x8x8"), tmp_path)
+    assert load_tokenizer(tmp_path, device="cpu").compression.name == "4x8x8"
+    write_native(tmp_path, small_network("dv8x8x8"))
+    (tmp_path / "model.safetensors").unlink()
+    for native in (None, True, False):
+        with pytest.raises(TokenizerError, match=r"by 4x8x8, but the config\.json .* says 8"):
+            load_tokenizer(tmp_path, device="cpu", native=native)
+
+
+def test_what_is_no_tensor_is_refused_and_every_integer_dtype_decodes(tmp_path: Path) -> None:
+    write_native(tmp_path, small_network())
+    tokenizer = load_tokenizer(tmp_path, device="cpu")
+    with pytest.raises(TokenizerError, match="the video is a ndarray"):
+        tokenizer.encode(random_video(1, 3, 5, 16, 16).numpy())
+    with pytest.raises(TokenizerError, match="the token grid is a list"):
+        tokenizer.decode([[[[1]]]])
+    grid = torch.arange(8).reshape(1, 2, 2, 2)
+    for dtype in (torch.uint8, torch.uint16, torch.int32):
+        assert torch.equal(tokenizer.decode(grid.to(dtype)), tokenizer.decode(grid))

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,17 @@ def test_export_runs_without_this_package(script_folder: Path) -> None:
         "assert 'cosmos_posttrain' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-I", "-c", code], check=True)
+
+
+def test_export_runs_in_another_dtype(script_folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        encoder, decoder = (
+            torch.jit.load(script_folder / f"{half}.jit").to(torch.bfloat16)
+            for half in ("encoder", "decoder")
+        )
+    indices, codes, _ = encoder(torch.zeros(1, 3, 9, 16, 16, dtype=torch.bfloat16))
+    assert codes.dtype == decoder(indices).dtype == torch.bfloat16
 
 
 def test_torchscript_comes_back_as_native(script_folder: Path) -> None:

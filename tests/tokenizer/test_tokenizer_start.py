@@ -98,6 +98,20 @@ def test_a_shipped_tokenizer_and_a_hub_id_can_be_named(
     assert config.compression.name == "4x8x8"
 
 
+def test_files_and_tiny_are_taken_as_elsewhere(
+    videos: Path, sources: dict[str, Path], network: DVNetwork
+) -> None:
+    file = str(sources["script"] / "encoder.jit")
+    _, weights = load_start(small_config(videos, Path("run"), init_from=file))
+    assert weights is not None
+    assert all(torch.equal(tensor, network.state_dict()[n]) for n, tensor in weights.items())
+    rate = {"temporal_compression": 8, "channels_mult": [1, 2, 2]}
+    tiny = small_config(videos, Path("run"), init_from="tiny")
+    tiny.network |= rate
+    with pytest.raises(TokenizerError, match="not those of the 8x8x8 network"):
+        load_start(tiny)  # the tiny one of the config's rate, which has other widths
+
+
 @pytest.mark.parametrize("form", ["native", "script"])
 def test_weights_of_another_rate_are_refused_with_both_rates(
     form: str, sources: dict[str, Path], videos: Path, tmp_path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tokenizer_training_case import read_rows, small_config
 
 from cosmos_posttrain import config as config_module
 from cosmos_posttrain.errors import (
+    CheckpointError,
     ConfigError,
     NonFiniteLossError,
     OutputFolderError,
@@ -18,7 +20,13 @@ from cosmos_posttrain.errors import (
 )
 from cosmos_posttrain.tokenizer import load_tokenizer
 from cosmos_posttrain.training.tokenizer import trainer
-from cosmos_posttrain.training.tokenizer.config import DataConfig, LossConfig, TokenizerTrainConfig
+from cosmos_posttrain.training.tokenizer.config import (
+    DataConfig,
+    LossConfig,
+    OptimizerConfig,
+    TokenizerTrainConfig,
+    validate,
+)
 from cosmos_posttrain.training.tokenizer.data import ClipSource, augment_colors
 from cosmos_posttrain.training.tokenizer.losses import (
     multiscale_gradient,
@@ -101,6 +109,40 @@ def test_other_contents_and_another_run_are_not_overwritten(videos: Path, tmp_pa
     train(small_config(videos, output, max_steps=1))
     with pytest.raises(OutputFolderError, match="another seed"):
         train(small_config(videos, output, max_steps=1, seed=5))
+
+
+def test_a_complete_run_says_so_and_a_damaged_checkpoint_is_refused(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(videos, tmp_path / "run", max_steps=1)
+    train(config)
+    capsys.readouterr()
+    train(config)
+    assert "is complete already" in capsys.readouterr().out
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    for damaged in (checkpoint.read_bytes()[:1000], b"", b"garbage"):
+        checkpoint.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="cannot be read") as error:
+            train(config)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: 0} for name in ("num_threads", "log_every", "validate_every", "save_every")),
+        {"num_validation_clips": 0},
+        {"loss": LossConfig(gradient_scales=6)},
+        {"optimizer": OptimizerConfig(beta2=1.0)},
+        {"data": DataConfig(heights=[0])},
+        {"data": DataConfig(pan_probability=1.5)},
+    ],
+)
+def test_settings_that_would_fail_later_are_refused_first(
+    changes: dict[str, Any], videos: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"must"):
+        validate(small_config(videos, tmp_path, **changes))
 
 
 def test_non_finite_loss_stops_before_the_weights_change(videos: Path, tmp_path: Path) -> None:

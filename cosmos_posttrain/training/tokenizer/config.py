@@ -128,9 +128,8 @@ class TokenizerTrainConfig:
         output_dir: gets ``config.json``, ``model.safetensors``, ``metrics.jsonl``, checkpoints.
         network: fields of the tokenizer's ``config.json``, see ``tokenizer.network.DVConfig``;
             may be left out with ``init_from``, whose own sizes are taken then.
-        init_from: tokenizer to start from: a native folder, a folder with ``encoder.jit`` and
-            ``decoder.jit``, a Hugging Face id, or a shipped name; None starts from seeded random
-            weights.
+        init_from: tokenizer to start from, any path that ``load_tokenizer`` takes; None starts
+            from seeded random weights.
         max_steps: optimizer steps.
         noise_steps: first steps in which uniform noise stands for the rounding, which spreads the
             latents over the codes before any of them can die.
@@ -230,9 +229,22 @@ def _job_checks(config: TokenizerTrainConfig) -> list[tuple[bool, str]]:
         ),
         (config.max_steps >= 1, f"max_steps {config.max_steps} must be at least 1"),
         (min(config.batch_size, config.image_batch_size) >= 1, "batch sizes must be at least 1"),
+        *(
+            (getattr(config, name) >= 1, f"{name} {getattr(config, name)} must be at least 1")
+            for name in (
+                *("num_threads", "log_every", "validate_every", "save_every"),
+                "num_validation_clips",
+            )
+        ),
         (config.image_every >= 0, f"image_every {config.image_every} must not be negative"),
         (optimizer.lr > 0, f"optimizer.lr {optimizer.lr} must be positive"),
-        (0 <= optimizer.ema_decay < 1, f"ema_decay {optimizer.ema_decay} must be in [0, 1)"),
+        *(
+            (
+                0 <= getattr(optimizer, name) < 1,
+                f"optimizer.{name} {getattr(optimizer, name)} must be in [0, 1)",
+            )
+            for name in ("ema_decay", "beta1", "beta2")
+        ),
         (config.dtype in dtypes, f"dtype {config.dtype!r} must be float16, bfloat16 or float32"),
         (
             config.device in ("auto", "cpu", "cuda"),
@@ -247,12 +259,19 @@ def _job_checks(config: TokenizerTrainConfig) -> list[tuple[bool, str]]:
 
 def _data_checks(data: DataConfig) -> list[tuple[bool, str]]:
     return [
-        (bool(data.heights), "data.heights is empty; list at least one height"),
+        (
+            min(data.heights, default=0) >= 1,
+            f"data.heights {data.heights} must list at least one height, each at least 1",
+        ),
         (
             bool(data.crop_sizes) and all(len(s) == 2 and min(s) > 0 for s in data.crop_sizes),
             f"data.crop_sizes {data.crop_sizes} must list [height, width] pairs",
         ),
         (0 < data.validation_fraction < 1, "data.validation_fraction must be between 0 and 1"),
+        (
+            0 <= data.pan_probability <= 1,
+            f"data.pan_probability {data.pan_probability} must be in [0, 1]",
+        ),
         (data.max_stride >= 1, f"data.max_stride {data.max_stride} must be at least 1"),
     ]
 
@@ -260,7 +279,14 @@ def _data_checks(data: DataConfig) -> list[tuple[bool, str]]:
 def _loss_checks(config: TokenizerTrainConfig) -> list[tuple[bool, str]]:
     loss, adversarial = config.loss, config.adversarial
     optional = ("ssim", "entropy", "perceptual", "flow")
+    # The finest crop must leave two pixels at the coarsest scale of the gradient term.
+    smallest = min((min(size) for size in config.data.crop_sizes if size), default=0)
     return [
+        (
+            loss.gradient <= 0 or 1 <= loss.gradient_scales <= smallest.bit_length() - 1,
+            f"loss.gradient_scales {loss.gradient_scales} must be at least 1 and leave two pixels "
+            "of data.crop_sizes at the coarsest scale",
+        ),
         *((getattr(loss, n) >= 0, f"loss.{n} {getattr(loss, n)} is negative") for n in optional),
         (loss.entropy_temperature > 0, "loss.entropy_temperature must be positive"),
         (

@@ -8,6 +8,7 @@ GPU, so nothing here needs Megatron. Without a launcher every method is the iden
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -87,6 +88,8 @@ class Ranks:
         """The module with gradients averaged over the processes and rank 0's weights."""
         if self.size == 1:
             return module
+        # They differ along axes of one entry only, as channels-last kernels of 3x1x1 have.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         ids = [device.index] if device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
 

@@ -1,8 +1,8 @@
 """Where a tokenizer training starts: the network, its first weights, and checks of both.
 
 Flows in: the config and the clips. Flows out: a network that is ready to train. Weights come from a
-seed (and then from the data, see ``init``), or from another tokenizer: a native folder, a folder of
-TorchScript files as published, a Hugging Face id, or a shipped name.
+seed (and then from the data, see ``init``), or from another tokenizer: any path that
+``load_tokenizer`` takes.
 """
 
 from __future__ import annotations
@@ -14,17 +14,11 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from cosmos_posttrain import hub, tokenizer
 from cosmos_posttrain.errors import ConfigError, TokenizerError
 from cosmos_posttrain.geometry import ClipGeometry
-from cosmos_posttrain.tokenizer.export import import_torchscript
+from cosmos_posttrain.tokenizer.loading import load_network
 from cosmos_posttrain.tokenizer.network import DVConfig, DVNetwork
-from cosmos_posttrain.tokenizer.weights_io import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    check_fit,
-    read_tensors,
-)
+from cosmos_posttrain.tokenizer.weights_io import check_fit
 from cosmos_posttrain.training.tokenizer.config import DataConfig, TokenizerTrainConfig
 from cosmos_posttrain.training.tokenizer.data import ClipSource
 from cosmos_posttrain.training.tokenizer.init import (
@@ -32,8 +26,6 @@ from cosmos_posttrain.training.tokenizer.init import (
     initialize_decoder,
     initialize_quantizer,
 )
-
-_HUB_FILES = ("encoder.jit", "decoder.jit", CONFIG_FILE, WEIGHTS_FILE)
 
 
 def seeded_generator(seed: int, step: int) -> Generator:
@@ -76,31 +68,16 @@ def load_start(config: TokenizerTrainConfig) -> tuple[DVConfig, Mapping[str, Ten
     if config.init_from is None:
         assert wanted is not None
         return wanted, None
-    folder = _locate(config.init_from)
-    if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
-        own, source = DVConfig.from_file(folder / CONFIG_FILE), folder / WEIGHTS_FILE
-        tensors: Mapping[str, Tensor] = read_tensors(source)
-    elif (folder / "encoder.jit").is_file():
-        network = import_torchscript(folder)
-        own, source, tensors = network.config, folder, network.state_dict()
-    else:
-        raise TokenizerError(
-            f"{config.init_from} holds neither {CONFIG_FILE} and {WEIGHTS_FILE} nor encoder.jit "
-            "and decoder.jit; give a tokenizer's folder to --init_from."
-        )
+    # A rate tells which one ``tiny`` means.
+    network = load_network(config.init_from, None if wanted is None else wanted.compression)
+    own, tensors = network.config, network.state_dict()
     if wanted is not None and wanted.compression != own.compression:
         raise TokenizerError(
             f"{config.init_from} compresses by {own.compression.name}, but the config's network "
             f"by {wanted.compression.name}; give weights of that rate, or leave the network "
             "section out."
         )
-    return wanted or own, check_fit(tensors, wanted or own, source)
-
-
-def _locate(init_from: str) -> Path:
-    if init_from in tokenizer.SHIPPED.values():
-        return Path(tokenizer.__file__).parent / "weights" / init_from
-    return hub.resolve(init_from, allow_patterns=_HUB_FILES)
+    return wanted or own, check_fit(tensors, wanted or own, Path(config.init_from))
 
 
 def build_network(

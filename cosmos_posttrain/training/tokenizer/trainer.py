@@ -17,13 +17,14 @@ import contextlib
 import copy
 import math
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cosmos_posttrain import config as config_module
-from cosmos_posttrain.errors import NonFiniteLossError, OutputFolderError
+from cosmos_posttrain.errors import CheckpointError, NonFiniteLossError, OutputFolderError
 from cosmos_posttrain.tokenizer.weights_io import write_native
 from cosmos_posttrain.training.tokenizer.adversarial import Adversary
 from cosmos_posttrain.training.tokenizer.config import (
@@ -307,15 +308,28 @@ class _Trainer:
         temporary.replace(output / CHECKPOINT)
 
     def resume(self, path: Path) -> None:
-        """Continues from a checkpoint, if there is one."""
+        """Continues from a checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: if it is damaged.
+        """
         if not path.is_file():
             return
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.network.load_state_dict(state["network"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.adversary is not None:
-            self.adversary.load_state_dict(state["adversary"])
-        self.completed_steps = state["completed_steps"]
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.network.load_state_dict(state["network"])
+            self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.adversary is not None:
+                self.adversary.load_state_dict(state["adversary"])
+            self.completed_steps = state["completed_steps"]
+        except (RuntimeError, ValueError, KeyError, OSError, EOFError, UnpicklingError) as error:
+            reason = (str(error).strip() or "it ends early").splitlines()[0]
+            raise CheckpointError(
+                f"{path} cannot be read ({reason}); copy it again, or remove the run's folder to "
+                "start anew."
+            ) from error
         if self.ranks.is_first:
-            print(f"continuing after step {self.completed_steps}", flush=True)
+            is_complete = self.completed_steps >= self.config.max_steps
+            said = "is complete already; nothing to do" if is_complete else "continues"
+            print(f"{path.parent} {said} after step {self.completed_steps}.", flush=True)
