@@ -19,7 +19,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cosmos_posttrain import hub
@@ -149,7 +149,12 @@ def _look_up(name: str, revision: str | None, role: str) -> dict[str, Any]:
         info = huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True)
     except Exception as error:  # its HTTP library's own errors differ between versions
         raise hub.explain(error, name, revision) from error
-    siblings = {item.rfilename: item for item in info.siblings or []}
+    # A path that leads out of the folder is no file of a model.
+    siblings = {
+        item.rfilename: item
+        for item in info.siblings or []
+        if not {"..", "/"} & set(PurePosixPath(item.rfilename).parts)
+    }
     files = {}
     for path in _choose(name, role, list(siblings)):
         item = siblings[path]
@@ -283,8 +288,14 @@ def main() -> None:
         if not config.target:
             raise ConfigError("--target is missing: name the folder to verify.")
         verify(Path(config.target))
-    else:
+        return
+    try:
         download(config)
+    except OSError as error:
+        raise UserError(
+            f"{config.target} cannot be written ({error.strerror or error}); make room or name "
+            "another --target, then run the same command again."
+        ) from error
 
 
 if __name__ == "__main__":

@@ -185,3 +185,10 @@ def test_settings(tmp_path: Path) -> None:
         download(DownloadConfig(str(tmp_path), models=MODEL))
     with pytest.raises(UserError, match=r"has no download\.json"):
         verify(tmp_path)
+
+
+def test_a_target_that_cannot_be_written(hub: hub_server.Hub, tmp_path: Path) -> None:
+    (tmp_path / "all").write_text("a file")
+    finished = _run(hub, tmp_path, "--models", MODEL, "--target", str(tmp_path / "all" / "in"))
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert "cannot be written" in finished.stderr and finished.stderr.count("\n") == 1

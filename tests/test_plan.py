@@ -292,6 +292,8 @@ def test_models_from_files(tmp_path: Path) -> None:
         ("--latent_shape 5,40", "latent shape"),
         ("--global_batch_size 1 --micro_batch_size 2", "no layout"),
         ("--gpu_memory_gb -1", "must be above 0"),
+        ("--gpus 100000000", "must be at most 100000"),
+        ("--gpus 2 --gpus_per_node 100000000 --gpu_memory_gb 1", "must be at most 1000"),
     ],
 )
 def test_bad_input_is_one_sentence(

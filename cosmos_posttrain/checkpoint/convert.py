@@ -87,28 +87,35 @@ def convert(config: ConvertConfig) -> None:
             f"{config.source} has no files to convert; name a checkpoint, for example one that "
             "training wrote."
         )
-    target = Path(config.target).absolute()
-    wanted = {"target_format": config.target_format, "source_files": _fingerprint(source)}
-    if _is_complete(target, source, wanted, config.overwrite):
-        print(f"{config.target} already holds this conversion; nothing to do.")
-        return
+    target = Path(config.target).resolve()
     from cosmos_posttrain.checkpoint import plain, targets
 
+    wanted = _identity(source, config)
+    if _is_complete(target, source, wanted, config.overwrite):
+        if config.verify:
+            targets.verify(plain.open_weights(source), open_source(target))
+        compared = ", and every tensor equals the source's" if config.verify else ""
+        print(f"{config.target} already holds this conversion{compared}; nothing to do.")
+        return
     weights = plain.open_weights(source)
     num_bytes = targets.num_bytes(weights)
-    _check_space(target, num_bytes)
-    temporary = target.with_name(f".{target.name}.converting")
-    # Left there by a conversion that was killed.
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = _temporary(target)
     try:
-        targets.write(
-            source, weights, config.target_format, temporary, int(config.max_shard_gb * 1e9)
-        )
+        _check_space(target, num_bytes)
+        # Left there by a conversion that was killed.
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        max_shard_bytes = int(config.max_shard_gb * 1e9)
+        targets.write(source, weights, config.target_format, temporary, max_shard_bytes)
         if config.verify:
             targets.verify(weights, open_source(temporary))
         _write_marker(temporary, {"source": str(source.path), **wanted})
         _move(temporary, target)
+    except OSError as error:
+        raise OutputFolderError(
+            f"{config.target} cannot be written ({error.strerror or error}); make room, or choose "
+            "another --target."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     compared = ", each compared with the source's" if config.verify else ""
@@ -116,12 +123,32 @@ def convert(config: ConvertConfig) -> None:
     print(f"wrote {config.target}: {count} tensors, {num_bytes / 1e9:.3f} GB{compared}.")
 
 
+def _identity(source: Source, config: ConvertConfig) -> dict[str, Any]:
+    """What makes one conversion the same as another: compared with the target's marker."""
+    identity: dict[str, Any] = {
+        "target_format": config.target_format,
+        "source_files": _fingerprint(source),
+    }
+    if config.target_format == "safetensors":
+        identity["max_shard_gb"] = config.max_shard_gb
+    return identity
+
+
+def _temporary(target: Path) -> Path:
+    """Where the conversion is written: beside the target, from where it is renamed.
+
+    A mounted volume cannot be renamed to, and what is beside it lies on another disk.
+    """
+    folder = target if target.is_mount() else target.parent
+    return folder / f".{target.name}.converting"
+
+
 def _check_space(target: Path, num_bytes: int) -> None:
-    existing = next(folder for folder in target.parents if folder.exists())
+    existing = next(folder for folder in (target, *target.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise OutputFolderError(
-            f"{target} needs {num_bytes / 1e9:.1f} GB but only {free / 1e9:.1f} GB are free there; "
+            f"{target} needs {num_bytes / 1e9:.3f} GB but only {free / 1e9:.3f} GB are free there; "
             "make room, or choose another --target."
         )
 
@@ -141,15 +168,19 @@ def _files(source: Source) -> list[Path]:
 
 
 def _fingerprint(source: Source) -> str:
-    """Tells sources apart without reading them: names, sizes and times of their files."""
+    """Tells sources apart without reading them: their config, and their files' names, sizes, times.
+
+    The config counts because ``--model_config`` may have replaced the folder's own.
+    """
     assert source.path is not None
     files = [path for path in _files(source) if path.exists()]
     stats = [(str(p.relative_to(source.path)), p.stat()) for p in files]
-    text = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
+    entries: list[Any] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    text = json.dumps([source.config.to_json(), *entries])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _is_complete(target: Path, source: Source, wanted: dict[str, str], overwrite: bool) -> bool:
+def _is_complete(target: Path, source: Source, wanted: dict[str, Any], overwrite: bool) -> bool:
     """True where the target holds this very conversion; False where it may be written.
 
     Raises:
@@ -163,7 +194,7 @@ def _is_complete(target: Path, source: Source, wanted: dict[str, str], overwrite
         )
     if target.exists() and not target.is_dir():
         raise OutputFolderError(f"{target} is a file; choose a folder as --target.")
-    if overwrite or not target.is_dir() or not any(target.iterdir()):
+    if overwrite or _is_empty(target):
         return False
     marker = _read_marker(target)
     if marker is None:
@@ -184,6 +215,11 @@ def _is_complete(target: Path, source: Source, wanted: dict[str, str], overwrite
             "--overwrite to write it again."
         )
     return True
+
+
+def _is_empty(target: Path) -> bool:
+    """Absent, or nothing in it but what a killed conversion onto a mounted volume left."""
+    return not target.is_dir() or all(path == _temporary(target) for path in target.iterdir())
 
 
 def _read_marker(target: Path) -> dict[str, Any] | None:
@@ -208,7 +244,7 @@ def _write_marker(folder: Path, values: dict[str, Any]) -> None:
 
 def _move(temporary: Path, target: Path) -> None:
     """Gives the complete folder its name; files of other kinds in the target stay."""
-    if not target.exists() or not any(target.iterdir()):
+    if temporary.parent != target and _is_empty(target):
         temporary.replace(target)
         return
     marker = _read_marker(target) or {}

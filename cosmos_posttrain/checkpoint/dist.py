@@ -8,14 +8,16 @@ done; or the same model with the folder's weights.
 from __future__ import annotations
 
 import logging
+import pickle
+import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from cosmos_posttrain.checkpoint import guard
 from cosmos_posttrain.checkpoint.torch_dist import PREFIX, is_torch_dist
@@ -77,15 +79,20 @@ def load(folder: Path, model: CosmosGPTModel, optimizer: ShardedOptimizer | None
         keys = [value.key for value in nested_values(wanted) if isinstance(value, ShardedBase)]
         guard.check_tensors(folder, index, keys)
         try:
-            state = dist_checkpointing.load(
-                wanted,
-                str(folder),
-                validate_access_integrity=False,
-                strict=StrictHandling.RAISE_UNEXPECTED,
-            )
-        except (CheckpointingException, OSError, EOFError, RuntimeError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise CheckpointError(f"{folder} cannot be loaded into this model: {reason}") from error
+            with warnings.catch_warnings():
+                # About pieces that torch did not write: they are refused, in our words.
+                warnings.filterwarnings("ignore", message="Detected pickle protocol")
+                state = dist_checkpointing.load(
+                    wanted,
+                    str(folder),
+                    validate_access_integrity=False,
+                    strict=StrictHandling.RAISE_UNEXPECTED,
+                )
+        except (CheckpointException, Exception) as error:  # the former is no Exception
+            raise CheckpointError(
+                f"{folder} cannot be loaded into this model ({_reason(error)}); restore the "
+                "checkpoint, or give the one that belongs to it."
+            ) from error
         loaded_optimizer = state.pop("optimizer", None)
         weights = {key.removeprefix(PREFIX): value for key, value in state.items()}
         result = model.load_state_dict(weights, strict=False)
@@ -97,6 +104,16 @@ def load(folder: Path, model: CosmosGPTModel, optimizer: ShardedOptimizer | None
             )
         if optimizer is not None:
             optimizer.load_state_dict(loaded_optimizer)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong, on the first rank where torch collects them."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds more than tensors, which was not executed"
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
 def quiet_megatron_logging() -> None:

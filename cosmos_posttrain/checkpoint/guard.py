@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import pickle
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -97,13 +98,70 @@ def read_metadata(folder: Path) -> Any:
         ) from error
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
         raise CheckpointError(f"{path} is damaged; restore the checkpoint.") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointError(f"{path} is not a torch_dist index; restore the checkpoint.")
-    for info in metadata.storage_data.values():
+    try:
+        if not isinstance(metadata, Metadata):
+            raise TypeError("no index")
+        _check_tables(path, metadata)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a torch_dist index ({error}); restore the checkpoint."
+        ) from error
+    return metadata
+
+
+def _check_tables(path: Path, metadata: Any) -> None:
+    """Makes sure that the index's tables hold what torch expects there.
+
+    Raises:
+        CheckpointError: a piece lies outside the folder.
+        TypeError, AttributeError, ValueError: anything else that is wrong.
+    """
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    for key, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            for chunk in entry.chunks:
+                axes = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+                if any(low < 0 or size < 0 or low + size > whole for low, size, whole in axes):
+                    raise ValueError(f"a piece of {key} lies outside it")
+    for index, info in metadata.storage_data.items():
         name = str(info.relative_path)
         if Path(name).name != name:
             raise CheckpointError(f"{path} points outside its folder ({name}); it was not read.")
-    return metadata
+        if min(info.offset, info.length) < 0:
+            raise ValueError(f"{index.fqn} has no place")
+
+
+def load(file: Any, where: str, damaged: str) -> Any:
+    """``torch.load`` of plain values and tensors, onto the CPU.
+
+    Args:
+        file: a path or an open file.
+        where: what to call it in messages.
+        damaged: what to say and to advise where it cannot be read, without a full stop.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds more than that; nothing was executed.
+        FileNotFoundError: it does not exist.
+    """
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            # About pickles that torch did not write; they are refused anyway, or plain.
+            warnings.simplefilter("ignore")
+            # A path is mapped into memory, not copied.
+            mapped = isinstance(file, Path)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except FileNotFoundError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{where} holds more than tensors and plain values and was not executed; use a file "
+            "from a source that you trust."
+        ) from error
+    except Exception as error:  # a damaged file raises whatever its bytes happen to mean
+        raise CheckpointError(f"{where} {damaged}.") from error
 
 
 def check_folder(folder: Path) -> Any:
@@ -115,26 +173,20 @@ def check_folder(folder: Path) -> Any:
     Raises:
         CheckpointError: see ``read_metadata``; or ``common.pt`` holds more than plain values.
     """
-    import torch
-
     metadata = read_metadata(folder)
     common = folder / COMMON_FILE
     try:
-        torch.load(common, map_location="cpu", weights_only=True)
+        with common.open("rb") as file:
+            values = load(file, str(common), "is damaged; restore the checkpoint")
     except FileNotFoundError as error:
         raise CheckpointError(f"{common} is missing; restore the checkpoint.") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{common} holds more than plain values and was not executed; use a checkpoint from a "
-            "source that you trust."
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{common} is damaged; restore the checkpoint.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{common} holds no table; restore the checkpoint.")
     return metadata
 
 
 def check_tensors(folder: Path, index: Any, keys: Iterable[str]) -> None:
-    """Makes sure that what is about to be loaded is tensors: other objects are pickles.
+    """Makes sure that what is about to be loaded is whole tensors: other objects are pickles.
 
     Raises:
         CheckpointError: names the first key that is something else.
@@ -142,8 +194,14 @@ def check_tensors(folder: Path, index: Any, keys: Iterable[str]) -> None:
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
     for key in keys:
-        if isinstance(index.state_dict_metadata.get(key), BytesStorageMetadata):
+        entry = index.state_dict_metadata.get(key)
+        if isinstance(entry, BytesStorageMetadata):
             raise CheckpointError(
                 f"{folder} holds a pickled object instead of a tensor as {key}, which was not "
                 "executed; use a checkpoint from a source that you trust."
             )
+        # torch would leave what no piece covers as it is.
+        if entry is not None and sum(chunk.sizes.numel() for chunk in entry.chunks) < (
+            entry.size.numel()
+        ):
+            raise CheckpointError(f"{folder} lacks parts of {key}; restore the checkpoint.")

@@ -68,16 +68,16 @@ def from_shapes(shapes: Shapes, known: dict[str, Any], where: str) -> ModelConfi
         CheckpointError: tensors are missing that tell the sizes, or numbers that nothing tells.
     """
     measured = _measure(shapes, where)
+    rows = measured.pop("vocab_size")
     values: dict[str, Any] = {}
     for config in PRESETS.values():
         reference = to_reference(config)
-        if all(reference.get(key) == measured[key] for key in (*_CORE, "insert_cross_attn")):
-            values = reference
-    if not _pads_to(values.get("vocab_size", 0), measured["vocab_size"]):
-        values["vocab_size"] = measured["vocab_size"]
-    values.pop("vocab_size_in", None)
-    kept = ("vocab_size",)
-    values |= {key: value for key, value in measured.items() if key not in kept} | known
+        same = all(reference.get(key) == measured[key] for key in (*_CORE, "insert_cross_attn"))
+        # With another vocabulary it is another model, on a grid of its own, unless it says more.
+        if same and ("vocab_size" in known or _pads_to(config.vocab_size, rows)):
+            values = reference | {"vocab_size_in": None}
+    values = {key: value for key, value in values.items() if value is not None}
+    values = {"vocab_size": rows} | values | measured | known
     missing = [key for key in _NEEDED if values.get(key) is None]
     if values.get("apply_yarn"):
         missing += [key for key in _YARN if values.get(key) is None]

@@ -131,9 +131,12 @@ def _from_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not YAML; copy it again.") from error
-    waiting = [tree]
+    waiting, seen = [tree], set[int]()
     while waiting:
         node = waiting.pop(0)
+        if id(node) in seen:  # YAML may hold itself
+            continue
+        seen.add(id(node))
         if isinstance(node, dict):
             if _is_model(node):
                 return node

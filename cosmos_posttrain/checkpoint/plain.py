@@ -177,7 +177,14 @@ class _MegatronWeights:
                 wrong.add(f"has {key} of shape {shapes[key]} instead of {wanted}")
         used = {key for key, _ in self._places.values()}
         surplus = {self._prefix + name for name in model_shapes(self._reader)} - used
+        objects = missing & self._reader.objects
+        missing -= objects
         problems = [f"lacks {', '.join(sorted(missing))}"] if missing else []
+        if objects:
+            names = ", ".join(sorted(objects))
+            problems.append(
+                f"has a pickled object instead of a tensor as {names}, which was not executed"
+            )
         problems += [f"has surplus {', '.join(sorted(surplus))}"] if surplus else []
         problems += sorted(wrong)
         if problems:
@@ -205,6 +212,29 @@ class _MegatronWeights:
             for name, (key, _) in self._places.items()
             for part in mapping.reference_sources(name)
         }
+
+
+def check_stackable(tensors: Tensors, config: ModelConfig) -> None:
+    """torch_dist stacks the layers of one kind in one tensor, so they must be of one dtype.
+
+    Raises:
+        CheckpointError: names everything that is not.
+    """
+    kinds: dict[str, dict[torch.dtype, list[str]]] = {}
+    for name in mapping.megatron_names(config):
+        for part in mapping.reference_sources(name):
+            by_dtype = kinds.setdefault(disk_key(name)[0], {})
+            by_dtype.setdefault(tensors[part][1], []).append(part)
+    mixed = [
+        " and ".join(f"{', '.join(names)} in {dtype}" for dtype, names in by_dtype.items())
+        for by_dtype in kinds.values()
+        if len(by_dtype) > 1
+    ]
+    if mixed:
+        raise CheckpointError(
+            f"the source has {'; '.join(mixed)}, which Megatron keeps in one tensor; convert it to "
+            "pt or safetensors, or give them one dtype."
+        )
 
 
 def read_megatron(source: Source) -> Iterator[tuple[str, Tensor]]:

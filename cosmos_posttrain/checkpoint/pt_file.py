@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosmos_posttrain.checkpoint import guard
 from cosmos_posttrain.errors import CheckpointError
 
 _ROOT = "model"
@@ -42,20 +43,25 @@ def read(path: Path) -> dict[str, Tensor]:
     """Maps the tensors of a ``model.pt`` into memory; executes nothing.
 
     Raises:
-        CheckpointError: the file is truncated, or holds anything but tensors.
+        CheckpointError: the file is truncated, or holds anything but tensors of weights.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors and was not executed; use a file from a source that "
-            "you trust, saved as a plain state dict."
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated; download it again.") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    state = guard.load(
+        path, str(path), "is damaged, truncated, or not a file of torch.save's; download it again"
+    )
+    flat = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not flat or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} is not a flat state dict of tensors; convert it first.")
+    wrong = [name for name, tensor in state.items() if not _is_plain(tensor)]
+    if wrong:
+        raise CheckpointError(
+            f"{path} holds {', '.join(wrong)} in a form that is not dense floating-point numbers; "
+            "convert it first."
+        )
     return state
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.dtype in _STORAGES and tensor.layout is torch.strided and not tensor.is_meta
 
 
 class _Storage:

@@ -32,11 +32,6 @@ _DTYPES = {
 }
 
 
-def is_safetensors(folder: Path) -> bool:
-    """True where the folder holds a model in this form."""
-    return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
-
-
 def files(folder: Path) -> list[Path]:
     """The files that hold the tensors, with the index where there is one.
 

@@ -64,8 +64,9 @@ class Source:
             CheckpointError: the weights are damaged or do not fit.
         """
         if self.kind == "megatron":
-            from cosmos_posttrain.checkpoint import dist
+            from cosmos_posttrain.checkpoint import dist, plain
 
+            plain.open_weights(self)  # names everything that does not fit; Megatron does not
             dist.load(self.weights, model)
         elif self.kind != "random":
             _load_plain(self, model)
@@ -119,7 +120,18 @@ def _local(text: str) -> Path:
     )
 
 
+def _is_part_of_a_model(file: Path) -> bool:
+    """Whether a file may be given in place of its folder."""
+    names = ("model.pt", "config.json", "model*.safetensors", "model.safetensors.index.json")
+    return any(file.match(name) for name in names)
+
+
 def _open_folder(path: Path, named: ModelConfig | None) -> Source:
+    if path.is_file() and not _is_part_of_a_model(path):
+        raise CheckpointError(
+            f"{path} is a file of another name than model.pt or model.safetensors; name it so, "
+            "with its config.json beside it, and give the folder."
+        )
     folder = path.parent if path.is_file() else path
     checkpoint = context.find_checkpoint(folder.parent if folder.name == "weights" else folder)
     if checkpoint is not None:

@@ -57,12 +57,17 @@ def write(
     folder: Path,
     max_shard_bytes: int,
 ) -> None:
-    """Writes everything but the conversion's marker into an existing empty folder."""
+    """Writes everything but the conversion's marker into an existing empty folder.
+
+    Raises:
+        CheckpointError: the source is damaged, or mixes dtypes where Megatron has one tensor.
+    """
     tensors = weights.tensors()
     dtype = next(iter(tensors.values()))[1]
     # What the weights really have; a config.json may say something else.
     config = dataclasses.replace(source.config, params_dtype=str(dtype).removeprefix("torch."))
     if target_format in ("megatron", "nemo"):
+        plain.check_stackable(tensors, config)
         (folder / "weights").mkdir()
         plain.write_megatron(folder / "weights", config, _megatron(weights, config))
         context.write_context(folder, config, source.data)
@@ -128,7 +133,8 @@ def verify(weights: plain.Weights, written: Source) -> None:
         same = before.dtype == after.dtype and before.shape == after.shape
         if not same or not torch.equal(_as_bytes(before), _as_bytes(after)):
             raise CheckpointError(
-                f"{name} differs after writing; nothing was kept. Check the disk and try again."
+                f"{name} differs after writing; check the disk and convert again, with --overwrite "
+                "where the target is there."
             )
 
 

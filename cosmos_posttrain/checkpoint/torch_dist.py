@@ -79,6 +79,7 @@ class TorchDistReader:
     Attributes:
         shapes: shape of every tensor by its key; other objects are left out.
         dtypes: their dtypes.
+        objects: keys of the other objects, which are pickles.
 
     Raises:
         CheckpointError: the index is missing, damaged, or holds code.
@@ -98,6 +99,7 @@ class TorchDistReader:
         self.dtypes: dict[str, torch.dtype] = {
             key: entry.properties.dtype for key, entry in tensors.items()
         }
+        self.objects = metadata.state_dict_metadata.keys() - tensors.keys()
         self._chunks = {key: entry.chunks for key, entry in tensors.items()}
         self._places = {
             (index.fqn, tuple(index.offset)): place
@@ -121,7 +123,7 @@ class TorchDistReader:
             high = [min(a + n, b + m) for a, n, b, m in ends]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
-            piece = self._read_piece(key, tuple(chunk.offsets)).reshape(tuple(chunk.sizes))
+            piece = self._read_piece(key, chunk)
             piece = piece[_region(low, high, chunk.offsets)]
             filled += piece.numel()
             if list(piece.shape) == sizes:
@@ -134,8 +136,8 @@ class TorchDistReader:
             raise CheckpointError(f"{self.folder} lacks parts of {key}; restore the checkpoint.")
         return result if layer is None else result[0]
 
-    def _read_piece(self, key: str, offsets: tuple[int, ...]) -> Tensor:
-        place = self._places.get((key, offsets))
+    def _read_piece(self, key: str, chunk: Any) -> Tensor:
+        place = self._places.get((key, tuple(chunk.offsets)))
         if place is None or getattr(place, "transform_descriptors", None):
             raise CheckpointError(
                 f"{self.folder} holds {key} in a form that is not torch_dist's own (missing or "
@@ -143,20 +145,23 @@ class TorchDistReader:
             )
         try:
             with (self.folder / place.relative_path).open("rb") as file:
-                window: Any = _Window(file, place.offset, place.length)
-                piece = torch.load(window, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
+                window = _Window(file, place.offset, place.length)
+                where = f"{self.folder} ({key})"
+                piece = guard.load(window, where, "is damaged; restore the checkpoint")
+        except FileNotFoundError as error:
             raise CheckpointError(
-                f"{self.folder} holds more than a tensor as {key}, which was not executed; use a "
-                "checkpoint from a source that you trust."
+                f"{self.folder} lacks {place.relative_path}; restore the checkpoint."
             ) from error
-        except (RuntimeError, OSError, EOFError, ValueError) as error:
+        if (
+            not isinstance(piece, Tensor)
+            or piece.dtype != self.dtypes[key]
+            or piece.numel() != chunk.sizes.numel()
+        ):
             raise CheckpointError(
-                f"{self.folder} is damaged ({key}); restore the checkpoint."
-            ) from error
-        if not isinstance(piece, Tensor):
-            raise CheckpointError(f"{self.folder} holds no tensor as {key}; restore it.")
-        return piece
+                f"{self.folder} holds something else as {key} than its index says; restore the "
+                "checkpoint."
+            )
+        return piece.reshape(tuple(chunk.sizes))
 
 
 def _region(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:

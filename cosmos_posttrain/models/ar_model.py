@@ -120,6 +120,10 @@ class ARModel:
             ConfigError: a text too many or too few.
         """
         self.check_tokens(tokens)
+        if not tokens.numel():
+            raise GeometryError(
+                f"tokens have shape {tuple(tokens.shape)}; give at least one token of one clip."
+            )
         self.check_context(context, tokens.shape[0])
         length = tokens.shape[1]
         if self.config.is_video2world and self.module.config.sequence_parallel:

@@ -108,7 +108,8 @@ def build_model(
     model.check_tensor_parallel(parallel_state.get_tensor_model_parallel_world_size())
     model.check_pipeline_parallel(parallel_state.get_pipeline_model_parallel_world_size())
     if dtype is None:
-        dtype = DTYPES[model.params_dtype] if torch.cuda.is_available() else torch.float32
+        dtype = DTYPES.get(model.params_dtype) if torch.cuda.is_available() else None
+        dtype = dtype or torch.float32
     config = transformer_config(
         model, dtype=dtype, sequence_parallel=sequence_parallel, **overrides
     )

@@ -47,35 +47,30 @@ _REFERENCE_NAMES = {
 }
 
 
+_YARN_NAMES = ("original_latent_shape", "yarn_scale", "yarn_beta_fast", "yarn_beta_slow")
+
+
 def from_reference(values: dict[str, Any]) -> ModelConfig:
     """Reads the public reference implementation's ``config.json``.
 
     Raises:
         CheckpointError: a missing field, or a model that this package cannot build.
+        ConfigError: numbers that no model can have.
+        GeometryError: a token grid that is none.
     """
-    missing = [k for k in (*_REFERENCE_NAMES, "video_latent_shape") if values.get(k) is None]
+    needed = (*_REFERENCE_NAMES, "video_latent_shape")
+    needed += _YARN_NAMES if values.get("apply_yarn") else ()
+    missing = [name for name in needed if values.get(name) is None]
     if missing:
         raise CheckpointError(f"the model's config.json lacks {', '.join(missing)}.")
     _check_architecture(values)
-    yarn = None
-    if values.get("apply_yarn"):
-        yarn = YarnConfig(
-            original_latent_shape=parse_latent_shape(values["original_latent_shape"]),
-            scale=float(values["yarn_scale"]),
-            beta_fast=float(values["yarn_beta_fast"]),
-            beta_slow=float(values["yarn_beta_slow"]),
-        )
-    fields: dict[str, Any] = {ours: values[theirs] for theirs, ours in _REFERENCE_NAMES.items()}
-    if values.get("insert_cross_attn"):
-        fields["context_dim"] = int(values["context_dim"])
-        fields["context_len"] = int(values.get("context_len", ModelConfig.context_len))
-    config = ModelConfig(
-        **fields,
-        latent_shape=parse_latent_shape(values["video_latent_shape"]),
-        yarn=yarn,
-        params_dtype=str(values.get("precision", "bfloat16")),
-        position_scale=AxisScale(*values.get("position_scale", UNSCALED)),
-    )
+    try:
+        config = _read_numbers(values)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the model's config.json holds a value of another kind than it should ({error}); "
+            "correct it."
+        ) from error
     rows = values.get("vocab_size_in", config.input_vocab_size)
     if rows != config.input_vocab_size:
         raise CheckpointError(
@@ -84,6 +79,23 @@ def from_reference(values: dict[str, Any]) -> ModelConfig:
             "correct it."
         )
     return config
+
+
+def _read_numbers(values: dict[str, Any]) -> ModelConfig:
+    fields: dict[str, Any] = {ours: values[theirs] for theirs, ours in _REFERENCE_NAMES.items()}
+    if values.get("apply_yarn"):
+        scale, fast, slow = (float(values[name]) for name in _YARN_NAMES[1:])
+        original = parse_latent_shape(values["original_latent_shape"])
+        fields["yarn"] = YarnConfig(original, scale, fast, slow)
+    if values.get("insert_cross_attn"):
+        fields["context_dim"] = values["context_dim"]
+        fields["context_len"] = values.get("context_len", ModelConfig.context_len)
+    return ModelConfig(
+        **fields,
+        latent_shape=parse_latent_shape(values["video_latent_shape"]),
+        params_dtype=values.get("precision") or ModelConfig.params_dtype,
+        position_scale=AxisScale(*values.get("position_scale", UNSCALED)),
+    )
 
 
 def _check_architecture(values: dict[str, Any]) -> None:

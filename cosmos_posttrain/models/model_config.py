@@ -22,6 +22,12 @@ VOCAB_SIZE_MULTIPLE = 64
 NUM_SPECIAL_TOKENS = 64
 SEQ_LENGTH_MULTIPLE = 64
 
+# A damaged config must be refused, not have its tensors listed without end.
+MAX_LAYERS, MAX_COUNT = 10_000, 2**31
+
+# What weights are stored in; a model in memory has no float64.
+PARAMS_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
 ROPE_SCALINGS = ("none", "interpolate", "yarn")
 
 
@@ -72,7 +78,7 @@ class ModelConfig:
         rotary_base: theta of the RoPE.
         layernorm_epsilon: epsilon of every RMSNorm.
         yarn: YaRN settings, or None.
-        params_dtype: dtype of the stored weights, ``bfloat16`` or ``float32``.
+        params_dtype: dtype of the stored weights, one of ``PARAMS_DTYPES``.
         context_dim: width of the text embeddings; None for a base model, which takes no text.
         context_len: rows of text embeddings of one prompt, padding counted in (512 for T5-11B).
         position_scale: what positions are multiplied by (position interpolation); see ``at_grid``.
@@ -98,24 +104,12 @@ class ModelConfig:
     position_scale: AxisScale = UNSCALED
 
     def __post_init__(self) -> None:
-        names = ["num_layers", "num_attention_heads", "num_query_groups", "ffn_hidden_size"]
-        names += ["vocab_size", "context_len"]
-        wrong = [
-            f"{n} {getattr(self, n)} must be at least 1" for n in names if getattr(self, n) < 1
-        ]
-        for name in ("hidden_size", "kv_channels"):
-            # Positions along the three axes take even shares of them.
-            if getattr(self, name) < 6 or getattr(self, name) % 2:
-                wrong.append(f"{name} {getattr(self, name)} must be even and at least 6")
-        if self.context_dim is not None and self.context_dim < 1:
-            wrong.append(f"context_dim {self.context_dim} must be at least 1")
+        wrong = _impossible_numbers(self)
         if not wrong and self.num_attention_heads % self.num_query_groups:
             wrong.append(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of "
                 f"num_query_groups {self.num_query_groups}"
             )
-        if min(self.position_scale) <= 0:
-            wrong.append(f"position_scale {tuple(self.position_scale)} must be above 0")
         if wrong:
             raise ConfigError(f"no model can be built from this config: {'; '.join(wrong)}.")
 
@@ -277,7 +271,7 @@ class ModelConfig:
         """Reads what ``to_json`` wrote.
 
         Raises:
-            CheckpointError: unknown or missing keys.
+            CheckpointError: unknown or missing keys, or values of another type.
         """
         values = dict(values)
         try:
@@ -288,8 +282,49 @@ class ModelConfig:
                 values["yarn"] = YarnConfig(**yarn)
             values["position_scale"] = AxisScale(*values.get("position_scale", UNSCALED))
             return cls(**values)
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"the model config is not one of ours: {error}.") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the model config is not one of ours ({error}); restore the checkpoint."
+            ) from error
+
+
+def _impossible_numbers(config: ModelConfig) -> list[str]:
+    """What no model can have, one phrase each; numbers from a file can be of any type."""
+
+    def is_count(value: object, least: int = 1) -> bool:
+        return (
+            isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_COUNT
+        )
+
+    def is_positive(value: object) -> bool:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and 0 < value < float("inf")  # type: ignore[operator]
+
+    counts = ["num_layers", "num_attention_heads", "num_query_groups", "ffn_hidden_size"]
+    counts += ["vocab_size", "context_len", *(["context_dim"] if config.is_video2world else [])]
+    values = {name: getattr(config, name) for name in counts}
+    wrong = [f"{n} {v!r} must be at least 1" for n, v in values.items() if not is_count(v)]
+    if not wrong and config.num_layers > MAX_LAYERS:
+        wrong.append(f"num_layers {config.num_layers} must be at most {MAX_LAYERS}")
+    for name in ("hidden_size", "kv_channels"):
+        value = getattr(config, name)
+        # Positions along the three axes take even shares of them.
+        if not is_count(value, 6) or value % 2:
+            wrong.append(f"{name} {value!r} must be even and at least 6")
+    numbers: dict[str, object] = {
+        "rotary_base": config.rotary_base,
+        "layernorm_epsilon": config.layernorm_epsilon,
+        **{f"position_scale {n}": v for n, v in config.position_scale._asdict().items()},
+    }
+    if config.yarn is not None:
+        numbers |= {f"yarn {n}": getattr(config.yarn, n) for n in ("scale", "beta_slow")}
+        # Frequencies between the two are blended: they must not coincide.
+        numbers["yarn beta_fast - beta_slow"] = config.yarn.beta_fast - config.yarn.beta_slow
+    wrong += [f"{n} {v!r} must be above 0" for n, v in numbers.items() if not is_positive(v)]
+    if config.params_dtype not in PARAMS_DTYPES:
+        known = ", ".join(PARAMS_DTYPES)
+        wrong.append(f"params_dtype {config.params_dtype!r} must be one of {known}")
+    return wrong
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -20,6 +20,8 @@ from cosmos_posttrain.models.config import PRESETS, ModelConfig, from_reference,
 if TYPE_CHECKING:
     from cosmos_posttrain.plan.layouts import Cluster
 
+# Larger numbers are slips of the pen, and would take long to divide.
+MAX_GPUS, MAX_GPUS_PER_NODE = 100_000, 1_000
 DTYPE_NAMES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
 # GPUs' memory in GiB, rounded as their names are.
 GPU_MEMORY_GB = {"A100": 80.0, "H100": 80.0, "H200": 140.0, "B200": 178.0}
@@ -99,6 +101,9 @@ def validate(config: PlanConfig) -> None:
     for name in ("gpus", "gpus_per_node", "micro_batch_size", "global_batch_size", "max_layouts"):
         if getattr(config, name) < 1:
             problems.append(f"--{name} {getattr(config, name)} must be at least 1")
+    for name, most in (("gpus", MAX_GPUS), ("gpus_per_node", MAX_GPUS_PER_NODE)):
+        if getattr(config, name) > most:
+            problems.append(f"--{name} {getattr(config, name)} must be at most {most}")
     for name in ("gpu_memory_gb", "peak_tflops", "link_gb_per_second"):
         value = getattr(config, name)
         if value is not None and not 0 < value < float("inf"):

@@ -134,9 +134,9 @@ def _damaged_context(model: Path) -> None:
 
 
 CASES: list[tuple[Callable[[Path], None], list[str]]] = [
-    (_truncate, ["damaged or truncated"]),
+    (_truncate, ["damaged, truncated"]),
     (_put_code_in, ["was not executed"]),
-    (_put_bare_code_in, ["damaged or truncated"]),
+    (_put_bare_code_in, ["damaged, truncated"]),
     (
         _change_names_and_shapes,
         [

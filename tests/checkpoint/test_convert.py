@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from distributed_run import run_script
 from cosmos_posttrain.checkpoint import context, mapping
 from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
 from cosmos_posttrain.checkpoint.source import open_source
+from cosmos_posttrain.checkpoint.torch_dist import TorchDistWriter
 from cosmos_posttrain.errors import CheckpointError, ConfigError, OutputFolderError
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.models.config import ModelConfig, to_reference
@@ -37,7 +39,7 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-def _convert(source: Path, target: Path, form: str, **options: bool) -> None:
+def _convert(source: Path, target: Path, form: str, **options: Any) -> None:
     convert(ConvertConfig(str(source), str(target), form, **options))
 
 
@@ -177,4 +179,72 @@ def test_a_disk_that_is_too_small(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(OutputFolderError, match="are free there"):
         _convert(source, tmp_path / "new" / "target", "pt")
+    assert _names(tmp_path) == {"source"}
+
+
+def test_verify_compares_what_is_there_already(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    _convert(source, target, "pt")
+    _convert(source, target, "pt", verify=True)
+    state = torch.load(source / "model.pt", weights_only=True)
+    bits = state["model.norm.weight"].view(torch.uint8).numpy().tobytes()
+    data = bytearray((target / "model.pt").read_bytes())
+    data[data.index(bits) + 3] ^= 1
+    (target / "model.pt").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight differs.*--overwrite"):
+        _convert(source, target, "pt", verify=True)
+
+
+def test_other_settings_are_another_conversion(source: Path, tmp_path: Path) -> None:
+    shards, named = tmp_path / "shards", tmp_path / "named"
+    _convert(source, shards, "safetensors")
+    with pytest.raises(OutputFolderError, match="differs from this one"):
+        _convert(source, shards, "safetensors", max_shard_gb=1e-3)
+    values = json.loads((source / "config.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps({**values, "rope_theta": 1000.0}))
+    _convert(source, named, "pt")
+    with pytest.raises(OutputFolderError, match="differs from this one"):
+        _convert(source, named, "pt", model_config=str(tmp_path / "other.json"))
+
+
+def test_a_link_to_a_folder(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    _convert(source, tmp_path / "link", "pt")
+    assert (tmp_path / "link").is_symlink()
+    assert _names(tmp_path / "real") == {"model.pt", "config.json", "conversion.json"}
+
+
+def test_a_mounted_volume(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be renamed to, and what is beside it lies on another disk."""
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == volume)
+    real = Path.replace
+
+    def replace(path: Path, target: Path) -> Path:
+        if volume in (target, target.parent) and volume not in path.parents:
+            raise OSError(18, "Invalid cross-device link")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    (volume / ".volume.converting").mkdir()  # of a conversion that was killed
+    _convert(source, volume, "megatron")
+    assert _names(volume) == {"weights", "context", "conversion.json"}
+    _convert(source, volume, "pt", overwrite=True)
+    assert _names(volume) == {"model.pt", "config.json", "conversion.json"}
+
+
+def test_a_target_that_cannot_be_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OutputFolderError, match="cannot be written"):
+        _convert(source, source / "model.pt" / "target", "pt")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TorchDistWriter, "add", full)
+    with pytest.raises(OutputFolderError, match=r"cannot be written \(No space left on device\)"):
+        _convert(source, tmp_path / "target", "megatron")
     assert _names(tmp_path) == {"source"}

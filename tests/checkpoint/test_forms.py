@@ -134,6 +134,12 @@ def test_a_context_of_the_originals_classes_is_parsed_not_imported(tmp_path: Pat
     # Without a context, the shapes alone tell which published model it is; padding may differ.
     shapes["output_layer.weight"] = (64512, 5120)
     assert infer_config.from_shapes(shapes, {}, "here") == published
+    # With another vocabulary it is a model on another grid, which nothing here tells.
+    shapes["output_layer.weight"] = (1024, 5120)
+    with pytest.raises(CheckpointError, match="does not say its video_latent_shape"):
+        infer_config.from_shapes(shapes, {}, "here")
+    said = {**known, "vocab_size": 1000, "vocab_size_in": 1000}
+    assert infer_config.from_shapes(shapes, said, "here").vocab_size == 1000
     for size in ("4B", "5B-Video2World", "13B-Video2World"):
         assert infer_config.from_shapes(_stacked_shapes(preset(size)), {}, size) == preset(size)
 

@@ -102,7 +102,7 @@ def test_functions_that_an_index_may_not_name(tmp_path: Path, call: _Call) -> No
 def test_code_in_the_common_file(checkpoint: Path, model: Any, tmp_path: Path) -> None:
     bomb = _Call(Path.touch, tmp_path / "executed")
     torch.save({"x": bomb}, checkpoint / "weights" / "common.pt")
-    _refused(checkpoint, model, "common.pt holds more than plain values and was not executed")
+    _refused(checkpoint, model, "common.pt holds more than tensors and plain values and was not")
     assert not (tmp_path / "executed").exists()
 
 
@@ -144,7 +144,7 @@ def test_an_object_where_a_tensor_belongs(checkpoint: Path, model: Any, tmp_path
         metadata.storage_data[MetadataIndex(key)] = place
     (weights / ".metadata").write_bytes(pickle.dumps(metadata))
     _refused(checkpoint, model, "pickled object instead of a tensor")
-    with pytest.raises(CheckpointError, match=r"lacks module\.decoder"):
+    with pytest.raises(CheckpointError, match="pickled object instead of a tensor"):
         convert(ConvertConfig(str(checkpoint), str(tmp_path / "target"), "pt"))
     assert not (tmp_path / "executed").exists()
 

@@ -39,7 +39,7 @@ def _refused(path: Path, message: str) -> None:
 def test_a_truncated_file(folder: Path) -> None:
     data = (folder / "model.pt").read_bytes()
     (folder / "model.pt").write_bytes(data[: len(data) // 2])
-    _refused(folder, "damaged or truncated")
+    _refused(folder, "damaged, truncated")
 
 
 class _Bomb:
