@@ -55,7 +55,7 @@ def _parse_triple(value: str | Sequence[int], what: str, example: str) -> tuple[
     if isinstance(value, str):
         parts = [part.strip() for part in value.strip("()[] ").replace("x", ",").split(",")]
     else:
-        parts = list(value)
+        parts = value if isinstance(value, Sequence) else [value]
     try:
         numbers = tuple(int(str(part)) for part in parts)
     except ValueError:

@@ -57,7 +57,9 @@ def test_triples_are_read_from_sequences_and_printed() -> None:
     assert parse_compression(str(DV8X16X16)) == DV8X16X16
 
 
-@pytest.mark.parametrize("value", ["", "4,8", "4,8,8,8", "0,8,8", "-4,8,8", "4.5,8,8", "a,b,c", []])
+@pytest.mark.parametrize(
+    "value", ["", "4,8", "4,8,8,8", "0,8,8", "-4,8,8", "4.5,8,8", "a,b,c", [], 4]
+)
 def test_what_is_no_triple_is_refused_with_an_example(value: str | list[int]) -> None:
     with pytest.raises(GeometryError, match="write it like 4,8,8"):
         parse_compression(value)

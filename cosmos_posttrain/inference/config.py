@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cosmos_posttrain.cli import Flag
+from cosmos_posttrain.models.config import ROPE_SCALINGS
 
 
 @dataclass
@@ -39,6 +40,9 @@ class InferConfig:
         tensor_model_parallel_size: None means the number of processes that were started.
         layer_spec: ``torch`` or ``te``.
         dtype: None means the checkpoint's own on a GPU and float32 on the CPU.
+        rope_scaling: ``none``, ``interpolate`` or ``yarn``, where the clip's grid is larger than
+            the checkpoint's.
+        rope_scale: replaces the ratio of the two grids.
         disable_diffusion_decoder: says that the discrete tokenizer shall decode, as it always does.
         allow_tokenizer_mismatch: run with another tokenizer or geometry than the checkpoint's.
         overwrite: replace existing outputs.
@@ -72,6 +76,8 @@ class InferConfig:
     tensor_model_parallel_size: int | None = None
     layer_spec: str = "torch"
     dtype: str | None = None
+    rope_scaling: str = "none"
+    rope_scale: float | None = None
     disable_diffusion_decoder: bool = False
     allow_tokenizer_mismatch: bool = False
     overwrite: bool = False
@@ -120,6 +126,13 @@ FLAGS = (
     ),
     Flag("--layer_spec", "layer_spec", "layers of the model", choices=("torch", "te")),
     _flag("dtype", "bfloat16 or float32 (default: the checkpoint's on a GPU, float32 on the CPU)"),
+    Flag(
+        "--rope_scaling",
+        "rope_scaling",
+        "positions beyond the checkpoint's grid",
+        choices=ROPE_SCALINGS,
+    ),
+    _flag("rope_scale", "replaces the ratio of the two grids"),
     _flag("disable_diffusion_decoder", "decode with the discrete tokenizer, the only decoder here"),
     _flag("allow_tokenizer_mismatch", "run with another tokenizer or geometry than was trained"),
     _flag("overwrite", "replace existing outputs"),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cosmos_posttrain.checkpoint.load import open_at_grid
 from cosmos_posttrain.checkpoint.source import Source, open_source
 from cosmos_posttrain.data.manifest import Contract
 from cosmos_posttrain.distributed import groups
@@ -196,6 +197,8 @@ def _settings(
             "width": geometry.width,
         },
         "latent_shape": list(geometry.latent_shape),
+        "rope_scaling": config.rope_scaling,
+        "rope_scale": config.rope_scale,
         "num_input_frames": num_input_frames,
         "temperature": config.temperature,
         "top_p": config.top_p,
@@ -258,7 +261,9 @@ def make_plan(config: InferConfig) -> Plan:
         contracts.check_tokenizer(contract, tokenizer)
     notes = _notes(config, source, geometry)
     vocab_size = tokenizer.vocab_size if source.kind == "random" else None
-    source = open_source(model_path, vocab_size, geometry.latent_shape)
+    source = open_at_grid(
+        model_path, vocab_size, geometry.latent_shape, config.rope_scaling, config.rope_scale
+    )
     contracts.check_vocabulary(source.config.vocab_size, tokenizer)
     settings = _settings(config, source, tokenizer, geometry, num_input_frames)
     plan = Plan(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -168,10 +167,7 @@ def _cluster(config: PlanConfig) -> Cluster:
 
     peak = None if config.peak_tflops is None else config.peak_tflops * 1e12
     link = None if config.link_gb_per_second is None else config.link_gb_per_second * 1e9
-    with warnings.catch_warnings():
-        # Megatron's remarks on packages that a plan does not need.
-        warnings.simplefilter("ignore")
-        gpu = hardware(config.gpu, config.mfu, peak, link)
+    gpu = hardware(config.gpu, config.mfu, peak, link)
     gigabytes = config.gpu_memory_gb or GPU_MEMORY_GB[config.gpu]
     return Cluster(config.gpus, gigabytes * GIB, config.gpus_per_node, gpu)
 

@@ -1,7 +1,7 @@
 """How long an optimizer step takes, from a stated share of the GPU's peak.
 
 Flows in: a layout, a peak in FLOP/s, the share of it that matrix products reach, and the links'
-bandwidth. Flows out: seconds and tokens per second. Counted: model FLOPs (``training/metrics.py``),
+bandwidth. Flows out: seconds and tokens per second. Counted: model FLOPs (``training/flops.py``),
 the second forward pass of recomputation, the slowest pipeline stage and the pipeline's bubble,
 attention with a mask under context parallelism, and the transfers of tensor and context parallelism
 (not overlapped). Not counted: data parallelism's transfers, which overlap or are small at these
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.plan.memory import Layout, Workload
+from cosmos_posttrain.training.flops import PEAK_FLOPS, flops_per_token
 
 # NVLink bandwidth per direction in bytes/s, from the vendors' data sheets.
 LINK_BYTES_PER_SECOND = {"A100": 300e9, "H100": 450e9, "H200": 450e9, "B200": 900e9}
@@ -62,8 +63,6 @@ def hardware(
     Raises:
         ConfigError: a GPU without a known peak, and none was given.
     """
-    from cosmos_posttrain.training.metrics import PEAK_FLOPS
-
     if peak_flops is None and name not in PEAK_FLOPS:
         raise ConfigError(
             f"the peak of --gpu {name} is not known; use one of {', '.join(PEAK_FLOPS)}, or give "
@@ -94,8 +93,6 @@ class TokenFlops:
 
 def token_flops(model: ModelConfig) -> TokenFlops:
     """Splits the FLOPs that the training metrics report."""
-    from cosmos_posttrain.training.metrics import flops_per_token
-
     width = model.num_attention_heads * model.kv_channels
     attention = 6.0 * model.num_layers * width * model.seq_length
     output = 6.0 * model.vocab_size * model.hidden_size
@@ -120,8 +117,6 @@ def _transfer_bytes(work: Workload, layout: Layout) -> float:
 
 def speed(work: Workload, layout: Layout, gpu: Hardware) -> Speed:
     """Expected speed of one layout."""
-    from cosmos_posttrain.training.metrics import flops_per_token
-
     model = work.model
     flops = token_flops(model)
     # A mask stops attention's kernel from skipping the half that is masked.

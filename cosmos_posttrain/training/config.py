@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 from cosmos_posttrain.cli import Flag
 from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.models.config import ROPE_SCALINGS
+
+EMBEDDING_INITS = ("keep", "reset", "mean", "aligned")
 
 
 @dataclass
@@ -40,6 +43,12 @@ class ModelSourceConfig:
         dtype: ``bfloat16`` or ``float32``; None means bfloat16 on a GPU and float32 on the CPU.
         seed: of fresh weights.
         recompute: keep only layer inputs and compute activations again in the backward pass.
+        rope_scaling: ``none``, ``interpolate`` or ``yarn``, where the data's grid is larger than
+            the checkpoint's.
+        rope_scale: replaces the ratio of the two grids.
+        embedding_init: what becomes of the checkpoint's token embeddings and output rows at the
+            start of a run: ``keep``, ``reset``, ``mean`` or ``aligned``.
+        cooccurrence_path: the file for ``aligned``, see ``checkpoint/align.py``.
     """
 
     path: str = "nvidia/Cosmos-1.0-Autoregressive-4B"
@@ -47,6 +56,10 @@ class ModelSourceConfig:
     dtype: str | None = None
     seed: int = 1234
     recompute: bool = False
+    rope_scaling: str = "none"
+    rope_scale: float | None = None
+    embedding_init: str = "keep"
+    cooccurrence_path: str | None = None
 
 
 @dataclass
@@ -162,6 +175,24 @@ FLAGS = (
     Flag("--layer_spec", "model.layer_spec", "modules of a layer", choices=("torch", "te")),
     Flag("--dtype", "model.dtype", "bfloat16 on a GPU, float32 on the CPU unless given"),
     Flag("--recompute", "model.recompute", "recompute activations in the backward pass"),
+    Flag(
+        "--rope_scaling",
+        "model.rope_scaling",
+        "positions beyond the checkpoint's grid",
+        choices=ROPE_SCALINGS,
+    ),
+    Flag("--rope_scale", "model.rope_scale", "replaces the ratio of the two grids"),
+    Flag(
+        "--embedding_init",
+        "model.embedding_init",
+        "rows of the new tokens: the checkpoint's, fresh, its mean, or aligned by co-occurrence",
+        choices=EMBEDDING_INITS,
+    ),
+    Flag(
+        "--cooccurrence_path",
+        "model.cooccurrence_path",
+        "file of python -m cosmos_posttrain.checkpoint.align, for --embedding_init aligned",
+    ),
     Flag("--latent_shape", "data.latent_shape", "grid T,H,W of data without a manifest"),
     Flag("--vocab_size", "data.vocab_size", "vocabulary of data without a manifest"),
     Flag("--seed", "data.seed", "of the split and the order of the clips"),
@@ -192,9 +223,24 @@ def validate(config: TrainConfig, world_size: int) -> None:
     parallel = config.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         problems.append("--sequence_parallel needs --tensor_model_parallel_size above 1")
+    problems += _embedding_problems(config.model)
     if problems:
         raise ConfigError("; ".join(problems) + ".")
     _validate_batch(config, world_size)
+
+
+def _embedding_problems(model: ModelSourceConfig) -> list[str]:
+    init, path = model.embedding_init, model.cooccurrence_path
+    if init not in EMBEDDING_INITS:
+        return [f"--embedding_init {init} is not one of {', '.join(EMBEDDING_INITS)}"]
+    if init == "aligned" and path is None:
+        return [
+            "--embedding_init aligned needs --cooccurrence_path: write the file with python -m "
+            "cosmos_posttrain.checkpoint.align"
+        ]
+    if init != "aligned" and path is not None:
+        return [f"--cooccurrence_path has no effect with --embedding_init {init}: give aligned"]
+    return []
 
 
 def _validate_batch(config: TrainConfig, world_size: int) -> None:

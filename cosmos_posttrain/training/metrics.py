@@ -21,20 +21,7 @@ from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.training.config import TrainConfig
-
-# Dense bfloat16 peak in FLOP/s, from the vendors' data sheets, by a part of the device's name.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
-
-
-def flops_per_token(model: ModelConfig) -> float:
-    """Model FLOPs of forward and backward for one token (PaLM, arXiv:2204.02311, appendix B).
-
-    Six per parameter that multiplies (the embedding does not), and causal attention's scores and
-    values: 12 * layers * heads * head_dim * sequence length, halved by causality.
-    """
-    matrices = model.num_parameters - model.vocab_size * model.hidden_size
-    width = model.num_attention_heads * model.kv_channels
-    return 6.0 * matrices + 6.0 * model.num_layers * width * model.seq_length
+from cosmos_posttrain.training.flops import PEAK_FLOPS, flops_per_token
 
 
 def model_flops_utilization(tokens_per_second: float, model: ModelConfig) -> float | None:
@@ -67,7 +54,7 @@ class MetricsLog:
 
         self.file = (run / "metrics.jsonl").open("a", encoding="utf-8")
         self.tensorboard = SummaryWriter(str(run / "tb_logs"), purge_step=completed_steps)
-        self.wandb = _start_wandb(config, run)
+        self.wandb = start_wandb(config, run)
 
     def say(self, text: str) -> None:
         """Prints a line, once."""
@@ -129,7 +116,19 @@ def wants_wandb() -> bool:
     return True
 
 
-def _start_wandb(config: TrainConfig, run: Path) -> Any:
+def start_wandb(config: object, run: Path) -> Any:
+    """The W&B run of a run folder, a new one or the one that it had before.
+
+    Args:
+        config: a structured config, recorded with the run.
+        run: the folder that keeps the run's id; its parent's name is the run's.
+
+    Returns:
+        A ``wandb`` run, or None where the environment asks for none.
+
+    Raises:
+        ConfigError: it asks, but wandb is not installed.
+    """
     if not wants_wandb():
         return None
     import wandb

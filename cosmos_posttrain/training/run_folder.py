@@ -45,6 +45,9 @@ class RunFolder:
     Args:
         log_dir: the folder.
         data: what the run trains on: ``contract``, ``dataset`` (a fingerprint) and the split.
+
+    Attributes:
+        data: the same, and what the run's start recorded beside it; goes into every checkpoint.
     """
 
     def __init__(self, log_dir: str | Path, data: dict[str, Any]) -> None:
@@ -89,6 +92,11 @@ class RunFolder:
                 f"{' and '.join(different)} differ); give the same --data_path, --split_string "
                 "and --seed, or a new --log_dir to start a run from one of its checkpoints."
             )
+        self.data = {**before, **self.data}
+
+    def record(self, key: str, value: Any) -> None:
+        """Keeps something about the run's start in all its checkpoints."""
+        self.data = {**self.data, key: value}
 
     def start(self, config: TrainConfig, resumed: Progress) -> None:
         """Makes the folder, saves the config and drops what lies past the restored step."""

@@ -17,8 +17,9 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from cosmos_posttrain.checkpoint.dist import quiet_megatron_logging
-from cosmos_posttrain.checkpoint.load import parse_dtype
-from cosmos_posttrain.checkpoint.source import Source, open_source
+from cosmos_posttrain.checkpoint.embedding_transfer import Transfer, plan_transfer
+from cosmos_posttrain.checkpoint.load import open_at_grid, parse_dtype
+from cosmos_posttrain.checkpoint.source import Source
 from cosmos_posttrain.data.dataset import TokenDataset
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.cpu_device import cpu_device
@@ -69,26 +70,48 @@ class Trainer:
         self.folder = RunFolder(config.log_dir, data.describe(self.train_data, config.data))
         self.resume_from = self.folder.newest()
         source = self._open_source()
-        self._check_fit(source)
+        self.transfer = self._plan_transfer(source)
+        self.model_config = source.config if self.transfer is None else self.transfer.config
+        self._check_fit()
         self._set_up(source)
 
     def _open_source(self) -> Source:
         """The model to start from, or the run's own last checkpoint, for this data's grid."""
-        path = self.resume_from or self.config.model.path
-        source = open_source(path, self.train_data.vocab_size, self.train_data.latent_shape)
-        if source.config.vocab_size != self.train_data.vocab_size:
+        settings = self.config.model
+        return open_at_grid(
+            self.resume_from or settings.path,
+            self.train_data.vocab_size,
+            self.train_data.latent_shape,
+            settings.rope_scaling,
+            settings.rope_scale,
+        )
+
+    def _plan_transfer(self, source: Source) -> Transfer | None:
+        """Other rows for the new tokens, at the start of a run only; None keeps the rows."""
+        settings, vocab_size = self.config.model, self.train_data.vocab_size
+        if self.resume_from is None and settings.embedding_init != "keep":
+            contract = self.folder.data["contract"]
+            return plan_transfer(
+                source,
+                settings.embedding_init,
+                vocab_size,
+                None if contract is None else contract["tokenizer"],
+                settings.cooccurrence_path,
+                settings.seed,
+            )
+        if source.config.vocab_size != vocab_size:
             raise ConfigError(
                 f"the model predicts {source.config.vocab_size} tokens but the data set has a "
-                f"vocabulary of {self.train_data.vocab_size}; use a tokenizer with the same number "
-                "of codes, or start from random:<size>."
+                f"vocabulary of {vocab_size}; use a tokenizer with the same number of codes, give "
+                "--embedding_init aligned, mean or reset, or start from random:<size>."
             )
-        return source
+        return None
 
-    def _check_fit(self, source: Source) -> None:
+    def _check_fit(self) -> None:
         """Refuses sizes that do not divide, before process groups exist."""
         sizes = self.parallelism
-        source.config.check_tensor_parallel(sizes.tensor)
-        source.config.check_pipeline_parallel(sizes.pipeline)
+        self.model_config.check_tensor_parallel(sizes.tensor)
+        self.model_config.check_pipeline_parallel(sizes.pipeline)
         groups.check_world(sizes)
         length, parallel = self.train_data.seq_length, self.config.parallel
         pieces = (sizes.tensor if parallel.sequence_parallel else 1) * (
@@ -106,7 +129,7 @@ class Trainer:
         self.dtype = parse_dtype(config.model.dtype) or (
             torch.bfloat16 if torch.cuda.is_available() else torch.float32
         )
-        self.model = self._build(source)
+        self.model = self._build()
         self.ddp = self._wrap(self.model)
         optimizer = build_optimizer(config, self.ddp, self.dtype)
         self.optimizer = CheckpointableOptimizer(optimizer)
@@ -118,14 +141,16 @@ class Trainer:
                 self.resume_from, self.model, self.optimizer, self.schedule
             )
         else:
-            source.load_weights(self.model)
+            (self.transfer or source).load_weights(self.model)
             optimizer.reload_model_params()
+        if self.transfer is not None:
+            self.folder.record("embedding_transfer", self.transfer.describe())
         self.val_data = self._open_validation()
         self.folder.start(config, self.progress)
         self.log = MetricsLog(config, self.folder.run, self.progress.completed_steps)
         self._announce(source)
 
-    def _build(self, source: Source) -> CosmosGPTModel:
+    def _build(self) -> CosmosGPTModel:
         recompute: dict[str, Any] = {}
         if self.config.model.recompute:
             recompute = {
@@ -134,7 +159,7 @@ class Trainer:
                 "recompute_num_layers": 1,
             }
         return build_model(
-            source.config,
+            self.model_config,
             dtype=self.dtype,
             layer_spec=self.config.model.layer_spec,
             sequence_parallel=self.config.parallel.sequence_parallel,
@@ -169,7 +194,7 @@ class Trainer:
         config, say = self.config, self.log.say
         sizes = self.parallelism
         say(
-            f"{source.config.num_parameters / 1e6:,.1f}M parameters, "
+            f"{self.model_config.num_parameters / 1e6:,.1f}M parameters, "
             f"{len(self.train_data)} training clips of {self.train_data.seq_length} tokens "
             f"{tuple(self.train_data.latent_shape)}, TP {sizes.tensor} PP {sizes.pipeline} "
             f"CP {sizes.context} DP {parallel_state.get_data_parallel_world_size()}, {self.dtype}"
@@ -180,6 +205,8 @@ class Trainer:
             before, after = source.contract["tokenizer"], self.folder.data["contract"]["tokenizer"]
             if before["sha256"] != after["sha256"]:
                 say(f"tokenizer swap: the model saw {before['id']}, the data is {after['id']}")
+        if self.transfer is not None:
+            say(self.transfer.sentence())
         steps = math.ceil(config.max_epochs * len(self.train_data) / config.global_batch_size)
         if steps < config.max_steps:
             say(

@@ -147,6 +147,20 @@ def test_a_model_pt_runs_at_its_own_grid_or_says_that_it_does_not(
     ]
 
 
+def test_rope_scaling_reaches_the_model_and_the_settings(inputs: Path, tmp_path: Path) -> None:
+    config = trained_config(inputs, tmp_path, width=96, allow_tokenizer_mismatch=True)
+    plain = make_plan(config)
+    scaled = make_plan(dataclasses.replace(config, rope_scaling="interpolate"))
+    given = make_plan(dataclasses.replace(config, rope_scaling="yarn", rope_scale=3.0))
+    assert plain.source.config.position_scale == (1.0, 1.0, 1.0)
+    assert scaled.source.config.position_scale == (1.0, 1.0, 0.5)
+    assert given.source.config.yarn is not None and given.source.config.yarn.scale == 3.0
+    # A clip made with another scaling is another clip.
+    assert plain.settings != scaled.settings != given.settings
+    with pytest.raises(UserError, match=r"rope_scale 0\.5 must be at least 1"):
+        make_plan(dataclasses.replace(config, rope_scaling="yarn", rope_scale=0.5))
+
+
 def test_another_vocabulary_is_refused_whatever_the_flags(inputs: Path, tmp_path: Path) -> None:
     model = write_published(tmp_path / "model", vocab_size=512)
     config = trained_config(

@@ -59,7 +59,7 @@ def test_wandb_gets_the_same_when_the_environment_asks(
     )
     metrics = ModuleType("cosmos_posttrain.training.metrics")
     metrics.wants_wandb = lambda: True  # type: ignore[attr-defined]
-    metrics._start_wandb = lambda config, folder: run  # type: ignore[attr-defined]
+    metrics.start_wandb = lambda config, folder: run  # type: ignore[attr-defined]
     wandb = ModuleType("wandb")
     wandb.Image = lambda pixels: pixels.shape  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, metrics.__name__, metrics)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,11 @@ from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.config import PRESETS
 from cosmos_posttrain.training import data
 from cosmos_posttrain.training.config import TrainConfig, validate
-from cosmos_posttrain.training.metrics import flops_per_token
+from cosmos_posttrain.training.flops import flops_per_token
 from cosmos_posttrain.training.optimizer import build_schedule
 from cosmos_posttrain.training.run_folder import Progress
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_validate_lists_every_problem_at_once() -> None:
@@ -106,3 +110,20 @@ def test_checkpoint_names_count_as_documented() -> None:
 def test_flops_of_the_published_sizes() -> None:
     # 6 N D dominates: 4B without its input embedding is 3.75e9 parameters; attention adds a tenth.
     assert flops_per_token(PRESETS["4B"]) == pytest.approx(6 * 3.75e9 * 1.22, rel=0.03)
+
+
+def test_flops_of_a_text_model() -> None:
+    """Against the base model: cross-attention, its text projected once per clip; no more rows."""
+    model, base = PRESETS["5B-Video2World"], PRESETS["4B"]
+    hidden, queries, keys = 4096, 4096, 1024
+    matrices = 2 * hidden * queries + 2 * 128 + hidden
+    text = 2 * 1024 * keys * 512 / model.seq_length
+    scores = 12 * 512 * queries + 6 * queries * (model.seq_length - base.seq_length)
+    added = flops_per_token(model) - flops_per_token(base)
+    assert added == pytest.approx(16 * (6 * (matrices + text) + scores), rel=1e-9)
+
+
+def test_flops_need_no_torch() -> None:
+    """A plan starts in a second."""
+    code = "import sys, cosmos_posttrain.training.flops as f; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, timeout=60)

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,9 +60,9 @@ class RunLog:
         self.tensorboard = SummaryWriter(str(logs), purge_step=completed_steps)
         self.wandb: Any = None
         if _asks_for_wandb():
-            from cosmos_posttrain.training.metrics import _start_wandb
+            from cosmos_posttrain.training.metrics import start_wandb
 
-            self.wandb = _start_wandb(cast(Any, config), logs)
+            self.wandb = start_wandb(config, logs)
 
     def write(self, row: dict[str, Any]) -> None:
         """Records one step; ``row["step"]`` counts from 0."""

@@ -1,0 +1,32 @@
+"""Model FLOPs of a training step, and the peaks that they are compared with. No torch.
+
+Flows in: a model's numbers. Flows out: FLOPs of forward and backward for one token, as the metrics
+and the planner report them.
+"""
+
+from __future__ import annotations
+
+from cosmos_posttrain.models.config import ModelConfig
+
+# Dense bfloat16 peak in FLOP/s, from the vendors' data sheets, by a part of the device's name.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+
+def flops_per_token(model: ModelConfig) -> float:
+    """Model FLOPs of forward and backward for one token (PaLM, arXiv:2204.02311, appendix B).
+
+    Six per parameter that multiplies (the embedding does not), and causal attention's scores and
+    values: 12 * layers * heads * head_dim * sequence length, halved by causality.
+
+    A Video2World model also attends to all ``context_len`` rows of its text, without a mask. It
+    projects them to keys and values once per clip, not once per token.
+    """
+    width = model.num_attention_heads * model.kv_channels
+    matrices = float(model.num_parameters - model.input_vocab_size * model.hidden_size)
+    attention = 6.0 * model.num_layers * width * model.seq_length
+    if model.context_dim is not None:
+        keys = model.num_query_groups * model.kv_channels
+        projections = model.num_layers * 2 * model.context_dim * keys
+        matrices -= projections * (1 - model.context_len / model.seq_length)
+        attention += 12.0 * model.num_layers * width * model.context_len
+    return 6.0 * matrices + attention
