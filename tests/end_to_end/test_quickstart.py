@@ -24,7 +24,8 @@ def test_quickstart_twice(tmp_path: Path) -> None:
     assert sum(losses[-20:]) / 20 < 2 / 3 * sum(losses[:5]) / 5
     second = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, timeout=600)
     assert second.returncode == 0, second.stderr
-    assert second.stdout.count("nothing to do") == 3
+    assert second.stdout.count("is complete already") == 2  # both preparations
+    assert second.stdout.count("nothing to do: ") == 3  # the three trainings
 
 
 def test_quickstart_refuses_unknown_arguments() -> None:
