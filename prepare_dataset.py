@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from cosmos_posttrain.cli import parse
-from cosmos_posttrain.data.prepare import FLAGS, PrepareConfig, prepare
 from cosmos_posttrain.errors import run_cli
+from cosmos_posttrain.prepare.prepare import FLAGS, PrepareConfig, prepare
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cosmos_posttrain.cli import Flag, parse
 from cosmos_posttrain.errors import run_cli
-from cosmos_posttrain.training.tokenizer.config import TokenizerTrainConfig
+from cosmos_posttrain.tokenizer_training.config import TokenizerTrainConfig
 
 FLAGS = (
     Flag("--output_dir", "output_dir", "folder for the weights, metrics and checkpoint"),
@@ -23,7 +23,7 @@ def main() -> None:
     config = parse(
         TokenizerTrainConfig, FLAGS, None, "train_tokenizer.py", "Trains a video tokenizer."
     )
-    from cosmos_posttrain.training.tokenizer.trainer import train
+    from cosmos_posttrain.tokenizer_training.trainer import train
 
     train(config)
 

@@ -14,7 +14,7 @@ import torch
 
 from cosmos_posttrain import generate, load_model
 from cosmos_posttrain.models.attention import CachedSelfAttention
-from cosmos_posttrain.models.config import PRESETS
+from cosmos_posttrain.models.presets import PRESETS
 
 
 def seconds(model, prompt: torch.Tensor, num_tokens: int) -> tuple[float, torch.Tensor]:

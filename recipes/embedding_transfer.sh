@@ -67,7 +67,7 @@ for SEED in $SEEDS; do
         --data_path "$OUTPUT/tokens_old" --val_check_interval 100 "model.seed=$SEED"
 
     step "seed $SEED: which old tokens stand where a new token stands, in the training videos"
-    python -m cosmos_posttrain.checkpoint.align --old_data_path "$OUTPUT/tokens_old" \
+    python -m cosmos_posttrain.transfer --old_data_path "$OUTPUT/tokens_old" \
         --new_data_path "$OUTPUT/tokens_new" --output "$RUNS/cooccurrence.safetensors" \
         --split_string 10,3,0 --seed "$SEED"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 TESTS_DIR = Path(__file__).resolve().parent
 REPOSITORY_DIR = TESTS_DIR.parent
 
-# Helpers beside this file (reference, distributed_run) are imported from every subfolder.
+# The package of helpers beside this file is imported from every subfolder.
 sys.path.insert(0, str(TESTS_DIR))
 
 # Rounding differs between thread counts, and parallel workers must not oversubscribe the cores.

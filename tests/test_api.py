@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from distributed_run import run_script
+from helpers.distributed_run import run_script
 
 import cosmos_posttrain
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from distributed_run import REPOSITORY_DIR, run_script
+from helpers.distributed_run import REPOSITORY_DIR, run_script
 
 from cosmos_posttrain import config
 from cosmos_posttrain.cli import Flag, parse

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_run import run_script
+from helpers.distributed_run import run_script
 from safetensors.torch import load_file, save_file
 
 from cosmos_posttrain import doctor

@@ -8,10 +8,10 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import hub_server
 import pytest
 import torch
-from distributed_run import run_script
+from helpers import hub_server
+from helpers.distributed_run import run_script
 
 from cosmos_posttrain.checkpoint import mapping
 from cosmos_posttrain.checkpoint.convert import ConvertConfig
@@ -19,7 +19,8 @@ from cosmos_posttrain.checkpoint.convert import convert as convert_here
 from cosmos_posttrain.download import RECIPES, DownloadConfig, download, verify
 from cosmos_posttrain.errors import ConfigError, UserError
 from cosmos_posttrain.geometry import LatentShape
-from cosmos_posttrain.models.config import ModelConfig, to_reference
+from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.reference_config import to_reference
 
 CONFIG = ModelConfig(1, 32, 4, 2, 12, 48, 100, LatentShape(2, 2, 3))
 MODEL, TOKENIZER, TEXT = "acme/model", "acme/tokenizer", "acme/t5"

@@ -10,10 +10,10 @@ import pytest
 
 from cosmos_posttrain.cli import parse
 from cosmos_posttrain.config import merge
-from cosmos_posttrain.data.prepare import FLAGS as PREPARE_FLAGS
-from cosmos_posttrain.data.prepare import PrepareConfig
 from cosmos_posttrain.inference.config import FLAGS as INFER_FLAGS
 from cosmos_posttrain.inference.config import InferConfig
+from cosmos_posttrain.prepare.prepare import FLAGS as PREPARE_FLAGS
+from cosmos_posttrain.prepare.prepare import PrepareConfig
 from cosmos_posttrain.training.config import FLAGS as TRAIN_FLAGS
 from cosmos_posttrain.training.config import TrainConfig
 
@@ -58,6 +58,6 @@ def test_shipped_configs_load(path: Path) -> None:
     elif path.name.startswith("train"):
         merge(TrainConfig, path)
     else:
-        from cosmos_posttrain.training.tokenizer.config import TokenizerTrainConfig
+        from cosmos_posttrain.tokenizer_training.config import TokenizerTrainConfig
 
         merge(TokenizerTrainConfig, path)

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_posttrain.errors import CheckpointError
-from cosmos_posttrain.models.config import PRESETS, ModelConfig, from_reference, to_reference
+from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.presets import PRESETS
+from cosmos_posttrain.models.reference_config import from_reference, to_reference
 
 Shapes = Mapping[str, tuple[int, ...]]
 

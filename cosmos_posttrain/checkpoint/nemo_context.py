@@ -15,7 +15,8 @@ from typing import Any
 
 from cosmos_posttrain.checkpoint.context import read_json, write_json
 from cosmos_posttrain.errors import CheckpointError
-from cosmos_posttrain.models.config import VOCAB_SIZE_MULTIPLE, ModelConfig, to_reference
+from cosmos_posttrain.models.config import VOCAB_SIZE_MULTIPLE, ModelConfig
+from cosmos_posttrain.models.reference_config import to_reference
 
 IO_FILE, YAML_FILE = "io.json", "model.yaml"
 MODULE, MODEL_CLASS, CONFIG_CLASS = "cosmos_posttrain.nemo", "CosmosModel", "CosmosConfig"

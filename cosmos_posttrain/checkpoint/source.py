@@ -15,7 +15,8 @@ from cosmos_posttrain import hub
 from cosmos_posttrain.checkpoint import context, infer_config, nemo_context
 from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.geometry import LatentShape
-from cosmos_posttrain.models.config import PRESETS, ModelConfig, preset
+from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.presets import PRESETS, preset
 
 if TYPE_CHECKING:
     from cosmos_posttrain.models.builder import CosmosGPTModel

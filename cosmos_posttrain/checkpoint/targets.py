@@ -23,7 +23,8 @@ from cosmos_posttrain.checkpoint import context, mapping, nemo_context, plain, s
 from cosmos_posttrain.checkpoint.pt_file import PtWriter
 from cosmos_posttrain.checkpoint.source import Source
 from cosmos_posttrain.errors import CheckpointError
-from cosmos_posttrain.models.config import ModelConfig, to_reference
+from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.reference_config import to_reference
 
 _CARD = """---
 library_name: cosmos_posttrain

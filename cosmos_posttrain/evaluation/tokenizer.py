@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos_posttrain.data.sources import Source, sources_sha256
 from cosmos_posttrain.errors import PartialFailureError, UserError, VideoError
 from cosmos_posttrain.evaluation import quality
 from cosmos_posttrain.evaluation.figures import contact_sheet
@@ -29,6 +28,7 @@ from cosmos_posttrain.evaluation.result_folder import SHEET_FILE, ResultFolder, 
 from cosmos_posttrain.evaluation.timing import TimedCodec, device_name, speed
 from cosmos_posttrain.evaluation.tokenizer_config import TokenizerEvalConfig
 from cosmos_posttrain.geometry import ClipGeometry
+from cosmos_posttrain.prepare.sources import Source, sources_sha256
 from cosmos_posttrain.tokenizer import VideoTokenizer, load_tokenizer_pair
 from cosmos_posttrain.video import to_float, to_uint8
 

@@ -1,210 +1,331 @@
-"""Model configs from elsewhere: the published sizes, and the reference's ``config.json``.
+"""What a Cosmos autoregressive model is, in plain numbers. No torch, no Megatron.
 
-Flows in: a size name, or a reference ``config.json``. Flows out: a ``ModelConfig``, and the same
-thing back in the reference's field names. No torch, no Megatron.
+Flows in: a checkpoint's ``context/model.json``, or numbers. Flows out: a ``ModelConfig``, and the
+same thing back as JSON; what it becomes on another token grid; how many parameters it has.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from cosmos_posttrain.errors import CheckpointError, ConfigError
 from cosmos_posttrain.geometry import LatentShape, parse_latent_shape
-from cosmos_posttrain.models.model_config import (
-    ROPE_SCALINGS,
-    SEQ_LENGTH_MULTIPLE,
-    UNSCALED,
-    VOCAB_SIZE_MULTIPLE,
-    AxisScale,
-    ModelConfig,
-    YarnConfig,
-)
 
-__all__ = [
-    "PRESETS",
-    "ROPE_SCALINGS",
-    "VOCAB_SIZE_MULTIPLE",
-    "AxisScale",
-    "ModelConfig",
-    "YarnConfig",
-    "from_reference",
-    "preset",
-    "to_reference",
-]
+# Embedding and output rows are padded to a multiple of this, whatever the tensor parallel size, so
+# that a checkpoint's shapes do not depend on the layout that wrote it. 64000 and 64064 need none.
+VOCAB_SIZE_MULTIPLE = 64
 
-# Fields of the reference's config.json, and ours.
-_REFERENCE_NAMES = {
-    "n_layers": "num_layers",
-    "dim": "hidden_size",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_query_groups",
-    "head_dim": "kv_channels",
-    "ffn_hidden_size": "ffn_hidden_size",
-    "vocab_size": "vocab_size",
-    "rope_theta": "rotary_base",
-    "norm_eps": "layernorm_epsilon",
-}
+# Video2World models: rows behind the vocabulary that can be fed but not predicted (<bov> is the
+# first, <pad> the third), and what the length of a sequence is rounded up to.
+NUM_SPECIAL_TOKENS = 64
+SEQ_LENGTH_MULTIPLE = 64
+
+# A damaged config must be refused, not have its tensors listed without end.
+MAX_LAYERS, MAX_COUNT = 10_000, 2**31
+
+# What weights are stored in; a model in memory has no float64.
+PARAMS_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+ROPE_SCALINGS = ("none", "interpolate", "yarn")
 
 
-_YARN_NAMES = ("original_latent_shape", "yarn_scale", "yarn_beta_fast", "yarn_beta_slow")
+class AxisScale(NamedTuple):
+    """By what positions are multiplied, for each axis of the token grid."""
+
+    time: float = 1.0
+    height: float = 1.0
+    width: float = 1.0
 
 
-def from_reference(values: dict[str, Any]) -> ModelConfig:
-    """Reads the public reference implementation's ``config.json``.
+UNSCALED = AxisScale()
+
+
+@dataclass(frozen=True)
+class YarnConfig:
+    """YaRN (Peng et al., 2023, arXiv:2309.00071), applied to each axis of the 3D RoPE.
+
+    Attributes:
+        original_latent_shape: the grid (T, H, W) that the model was trained on before.
+        scale: by how much the low frequencies are slowed down.
+        beta_fast: rotations over the original length above which a frequency stays as it is.
+        beta_slow: rotations below which it is slowed down fully.
+    """
+
+    original_latent_shape: LatentShape
+    scale: float = 2.0
+    beta_fast: float = 4.0
+    beta_slow: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Cosmos autoregressive model (Llama-3 style, 3D RoPE), in Megatron's terms.
+
+    A Video2World model is one with a ``context_dim``: it attends to a text in every layer, adds an
+    absolute position embedding before every layer, and reads ``<bov>`` before the video's tokens.
+
+    Attributes:
+        num_layers: transformer layers.
+        hidden_size: width of the hidden states.
+        num_attention_heads: query heads.
+        num_query_groups: key/value heads (grouped-query attention).
+        kv_channels: width of one head.
+        ffn_hidden_size: width of the SwiGLU's two branches.
+        vocab_size: tokens that can be predicted (rows of the output layer).
+        latent_shape: the token grid (T, H, W) of one clip; positions are taken from it.
+        rotary_base: theta of the RoPE.
+        layernorm_epsilon: epsilon of every RMSNorm.
+        yarn: YaRN settings, or None.
+        params_dtype: dtype of the stored weights, one of ``PARAMS_DTYPES``.
+        context_dim: width of the text embeddings; None for a base model, which takes no text.
+        context_len: rows of text embeddings of one prompt, padding counted in (512 for T5-11B).
+        position_scale: what positions are multiplied by (position interpolation); see ``at_grid``.
 
     Raises:
-        CheckpointError: a missing field, or a model that this package cannot build.
-        ConfigError: numbers that no model can have.
-        GeometryError: a token grid that is none.
+        ConfigError: numbers that no model can have; lists all of them.
     """
-    needed = (*_REFERENCE_NAMES, "video_latent_shape")
-    needed += _YARN_NAMES if values.get("apply_yarn") else ()
-    missing = [name for name in needed if values.get(name) is None]
-    if missing:
-        raise CheckpointError(f"the model's config.json lacks {', '.join(missing)}.")
-    _check_architecture(values)
-    try:
-        config = _read_numbers(values)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the model's config.json holds a value of another kind than it should ({error}); "
-            "correct it."
-        ) from error
-    rows = values.get("vocab_size_in", config.input_vocab_size)
-    if rows != config.input_vocab_size:
-        raise CheckpointError(
-            f"the model's config.json says vocab_size_in {rows} for vocab_size "
-            f"{config.vocab_size}, but such a model has {config.input_vocab_size} embedding rows; "
-            "correct it."
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    ffn_hidden_size: int
+    vocab_size: int
+    latent_shape: LatentShape
+    rotary_base: float = 500000.0
+    layernorm_epsilon: float = 1e-5
+    yarn: YarnConfig | None = None
+    params_dtype: str = "bfloat16"
+    context_dim: int | None = None
+    context_len: int = 512
+    position_scale: AxisScale = UNSCALED
+
+    def __post_init__(self) -> None:
+        wrong = _impossible_numbers(self)
+        if not wrong and self.num_attention_heads % self.num_query_groups:
+            wrong.append(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"num_query_groups {self.num_query_groups}"
+            )
+        if wrong:
+            raise ConfigError(f"no model can be built from this config: {'; '.join(wrong)}.")
+
+    @property
+    def is_video2world(self) -> bool:
+        """Whether the model takes a text."""
+        return self.context_dim is not None
+
+    @property
+    def bov_token(self) -> int:
+        """``<bov>``, the first token of every Video2World sequence."""
+        return self.vocab_size
+
+    @property
+    def pad_token(self) -> int:
+        """``<pad>``, behind the clip's tokens, where Video2World sequences are rounded up."""
+        return self.vocab_size + 2
+
+    @property
+    def num_clip_tokens(self) -> int:
+        """Tokens of one clip: T * H * W, and ``<bov>`` before them in a Video2World model."""
+        return self.latent_shape.num_tokens + (1 if self.is_video2world else 0)
+
+    @property
+    def seq_length(self) -> int:
+        """Positions of one training sequence: the clip's tokens, padded in a Video2World model."""
+        length = self.num_clip_tokens
+        return _round_up(length, SEQ_LENGTH_MULTIPLE) if self.is_video2world else length
+
+    @property
+    def input_vocab_size(self) -> int:
+        """Tokens that can be fed (rows of the embedding)."""
+        return self.vocab_size + (NUM_SPECIAL_TOKENS if self.is_video2world else 0)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the output layer in memory and in ``weights/``."""
+        return _round_up(self.vocab_size, VOCAB_SIZE_MULTIPLE)
+
+    @property
+    def padded_input_vocab_size(self) -> int:
+        """Rows of the embedding in memory and in ``weights/``."""
+        return _round_up(self.input_vocab_size, VOCAB_SIZE_MULTIPLE)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the reference model: without the rows that only pad the vocabulary."""
+        hidden, width = self.hidden_size, self.kv_channels
+        queries, keys = self.num_attention_heads * width, self.num_query_groups * width
+        layer = hidden * (2 * queries + 2 * keys) + 2 * width  # self-attention
+        layer += 3 * hidden * self.ffn_hidden_size + 2 * hidden  # feed-forward, two norms
+        if self.context_dim is not None:
+            layer += 2 * hidden * queries + 2 * self.context_dim * keys + 2 * width + hidden
+        rows = self.input_vocab_size + self.vocab_size
+        return self.num_layers * layer + rows * hidden + hidden
+
+    @property
+    def num_padding_parameters(self) -> int:
+        """What a built model has on top of ``num_parameters``: rows that pad the vocabulary."""
+        rows = self.padded_input_vocab_size - self.input_vocab_size
+        return (rows + self.padded_vocab_size - self.vocab_size) * self.hidden_size
+
+    def at_grid(
+        self,
+        latent_shape: LatentShape,
+        rope_scaling: str = "none",
+        rope_scale: float | None = None,
+    ) -> ModelConfig:
+        """The same weights on another token grid.
+
+        Positions of a grid that is larger than the model's along an axis lie beyond what the
+        weights have seen there. ``none`` extrapolates; ``interpolate`` multiplies the positions
+        along that axis by old/new (position interpolation, Chen et al., 2023, arXiv:2306.15595);
+        ``yarn`` slows the low frequencies of all axes down by the largest new/old, as the 12B model
+        does (Peng et al., 2023, arXiv:2309.00071). Where no axis grows, nothing is scaled.
+
+        Args:
+            latent_shape: the grid (T, H, W) to use.
+            rope_scaling: one of ``ROPE_SCALINGS``.
+            rope_scale: replaces new/old; at least 1.
+
+        Raises:
+            ConfigError: an unknown scaling, or a scale below 1.
+        """
+        if rope_scaling not in ROPE_SCALINGS:
+            raise ConfigError(
+                f"there is no rope_scaling {rope_scaling!r}; use one of {', '.join(ROPE_SCALINGS)}."
+            )
+        if rope_scale is not None and not 1 <= rope_scale < float("inf"):
+            raise ConfigError(
+                f"rope_scale {rope_scale} must be at least 1; leave it out to take it from the "
+                "two grids."
+            )
+        grown = [
+            max(new / old, 1.0) for new, old in zip(latent_shape, self.latent_shape, strict=True)
+        ]
+        moved = dataclasses.replace(self, latent_shape=latent_shape)
+        if max(grown) == 1 or rope_scaling == "none":
+            return moved
+        if rope_scaling == "yarn":
+            scale = max(grown) if rope_scale is None else rope_scale
+            return dataclasses.replace(moved, yarn=self._slowed(scale))
+        factors = [
+            factor / (ratio if rope_scale is None or ratio == 1 else rope_scale)
+            for factor, ratio in zip(self.position_scale, grown, strict=True)
+        ]
+        return dataclasses.replace(moved, position_scale=AxisScale(*factors))
+
+    def _slowed(self, scale: float) -> YarnConfig:
+        """YaRN by ``scale``, on top of the model's own where it has one."""
+        if self.yarn is not None:
+            return dataclasses.replace(self.yarn, scale=self.yarn.scale * scale)
+        seen = [
+            max(1, round(size * factor))
+            for size, factor in zip(self.latent_shape, self.position_scale, strict=True)
+        ]
+        return YarnConfig(LatentShape(*seen), scale)
+
+    def check_tensor_parallel(self, size: int) -> None:
+        """Refuses a tensor parallel size that does not divide the model.
+
+        Raises:
+            ConfigError: lists every number that it does not divide, and the sizes that fit.
+        """
+        names = ["num_attention_heads", "num_query_groups", "ffn_hidden_size", "padded_vocab_size"]
+        if self.is_video2world:
+            names.append("padded_input_vocab_size")
+        wrong = [name for name in names if size < 1 or getattr(self, name) % size]
+        if wrong:
+            fitting = [
+                n
+                for n in range(1, self.num_query_groups + 1)
+                if all(getattr(self, name) % n == 0 for name in names)
+            ]
+            raise ConfigError(
+                f"--tensor_model_parallel_size {size} does not divide "
+                + ", ".join(f"{name} {getattr(self, name)}" for name in wrong)
+                + f"; use one of {', '.join(map(str, fitting))}."
+            )
+
+    def check_pipeline_parallel(self, size: int) -> None:
+        """Refuses a pipeline parallel size that does not divide the layers.
+
+        Raises:
+            ConfigError: names the number of layers.
+        """
+        if size < 1 or self.num_layers % size:
+            raise ConfigError(
+                f"--pipeline_model_parallel_size {size} does not divide the model's "
+                f"{self.num_layers} layers; use a divisor of {self.num_layers}."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a checkpoint's ``context/model.json``."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> ModelConfig:
+        """Reads what ``to_json`` wrote.
+
+        Raises:
+            CheckpointError: unknown or missing keys, or values of another type.
+        """
+        values = dict(values)
+        try:
+            values["latent_shape"] = parse_latent_shape(values["latent_shape"])
+            if values.get("yarn") is not None:
+                yarn = dict(values["yarn"])
+                yarn["original_latent_shape"] = parse_latent_shape(yarn["original_latent_shape"])
+                values["yarn"] = YarnConfig(**yarn)
+            values["position_scale"] = AxisScale(*values.get("position_scale", UNSCALED))
+            return cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the model config is not one of ours ({error}); restore the checkpoint."
+            ) from error
+
+
+def _impossible_numbers(config: ModelConfig) -> list[str]:
+    """What no model can have, one phrase each; numbers from a file can be of any type."""
+
+    def is_count(value: object, least: int = 1) -> bool:
+        return (
+            isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_COUNT
         )
-    return config
 
+    def is_positive(value: object) -> bool:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and 0 < value < float("inf")  # type: ignore[operator]
 
-def _read_numbers(values: dict[str, Any]) -> ModelConfig:
-    fields: dict[str, Any] = {ours: values[theirs] for theirs, ours in _REFERENCE_NAMES.items()}
-    if values.get("apply_yarn"):
-        scale, fast, slow = (float(values[name]) for name in _YARN_NAMES[1:])
-        original = parse_latent_shape(values["original_latent_shape"])
-        fields["yarn"] = YarnConfig(original, scale, fast, slow)
-    if values.get("insert_cross_attn"):
-        fields["context_dim"] = values["context_dim"]
-        fields["context_len"] = values.get("context_len", ModelConfig.context_len)
-    return ModelConfig(
-        **fields,
-        latent_shape=parse_latent_shape(values["video_latent_shape"]),
-        params_dtype=values.get("precision") or ModelConfig.params_dtype,
-        position_scale=AxisScale(*values.get("position_scale", UNSCALED)),
-    )
-
-
-def _check_architecture(values: dict[str, Any]) -> None:
-    """Refuses a ``config.json`` that asks for what no Cosmos model has."""
-    text = bool(values.get("insert_cross_attn"))
-    problem = None
-    if values.get("rope_dim", "3D") != "3D":
-        problem = f"a RoPE of kind {values['rope_dim']}, not 3D"
-    elif not values.get("use_qk_normalization", True):
-        problem = "no q/k normalisation"
-    elif text != bool(values.get("apply_abs_pos_emb")):
-        problem = "only one of insert_cross_attn and apply_abs_pos_emb (Video2World has both)"
-    elif text and not values.get("context_dim"):
-        problem = "cross-attention without a context_dim"
-    elif text and values.get("insert_cross_attn_every_k_layers", 1) != 1:
-        problem = "cross-attention in some layers only"
-    elif text and values.get("pad_to_multiple_of") not in (None, SEQ_LENGTH_MULTIPLE):
-        problem = f"sequences padded to a multiple of {values['pad_to_multiple_of']}, not 64"
-    if problem is not None:
-        raise CheckpointError(
-            f"the model's config.json asks for {problem}; only Cosmos autoregressive models can be "
-            "built."
-        )
-
-
-def to_reference(config: ModelConfig) -> dict[str, Any]:
-    """Writes a config in the field names of the public reference implementation."""
-    values: dict[str, Any] = {
-        theirs: getattr(config, ours) for theirs, ours in _REFERENCE_NAMES.items()
-    }
-    values |= {
-        "vocab_size_in": config.input_vocab_size,
-        "video_latent_shape": list(config.latent_shape),
-        "max_seq_len": config.seq_length,
-        "max_batch_size": 1,
-        "precision": config.params_dtype,
-        "use_qk_normalization": True,
-        "norm_type": "rmsnorm",
-        "rope_dim": "3D",
-        "pytorch_rope_version": "v2",
-        "original_seq_len": 8192,
-        "insert_cross_attn": config.is_video2world,
-        "apply_abs_pos_emb": config.is_video2world,
-        "pad_to_multiple_of": SEQ_LENGTH_MULTIPLE if config.is_video2world else None,
-        "training_type": "text_to_video" if config.is_video2world else "video_to_video",
-        "apply_yarn": config.yarn is not None,
+    counts = ["num_layers", "num_attention_heads", "num_query_groups", "ffn_hidden_size"]
+    counts += ["vocab_size", "context_len", *(["context_dim"] if config.is_video2world else [])]
+    values = {name: getattr(config, name) for name in counts}
+    wrong = [f"{n} {v!r} must be at least 1" for n, v in values.items() if not is_count(v)]
+    if not wrong and config.num_layers > MAX_LAYERS:
+        wrong.append(f"num_layers {config.num_layers} must be at most {MAX_LAYERS}")
+    for name in ("hidden_size", "kv_channels"):
+        value = getattr(config, name)
+        # Positions along the three axes take even shares of them.
+        if not is_count(value, 6) or value % 2:
+            wrong.append(f"{name} {value!r} must be even and at least 6")
+    numbers: dict[str, object] = {
+        "rotary_base": config.rotary_base,
+        "layernorm_epsilon": config.layernorm_epsilon,
+        **{f"position_scale {n}": v for n, v in config.position_scale._asdict().items()},
     }
     if config.yarn is not None:
-        values |= {
-            "original_latent_shape": list(config.yarn.original_latent_shape),
-            "yarn_scale": config.yarn.scale,
-            "yarn_beta_fast": config.yarn.beta_fast,
-            "yarn_beta_slow": config.yarn.beta_slow,
-        }
-    if config.is_video2world:
-        values |= {"context_dim": config.context_dim, "context_len": config.context_len}
-    if config.position_scale != UNSCALED:
-        # Ours alone: the reference implementation has no position interpolation.
-        values["position_scale"] = list(config.position_scale)
-    return values
+        numbers |= {f"yarn {n}": getattr(config.yarn, n) for n in ("scale", "beta_slow")}
+        # Frequencies between the two are blended: they must not coincide.
+        numbers["yarn beta_fast - beta_slow"] = config.yarn.beta_fast - config.yarn.beta_slow
+    wrong += [f"{n} {v!r} must be above 0" for n, v in numbers.items() if not is_positive(v)]
+    if config.params_dtype not in PARAMS_DTYPES:
+        known = ", ".join(PARAMS_DTYPES)
+        wrong.append(f"params_dtype {config.params_dtype!r} must be one of {known}")
+    return wrong
 
 
-_COSMOS: dict[str, Any] = {
-    "num_attention_heads": 32,
-    "num_query_groups": 8,
-    "kv_channels": 128,
-    "ffn_hidden_size": 14336,
-    "vocab_size": 64000,
-    "latent_shape": LatentShape(5, 40, 64),
-}
-
-_YARN = YarnConfig(original_latent_shape=LatentShape(3, 40, 64))
-_TINY: dict[str, Any] = {
-    "num_layers": 4,
-    "hidden_size": 192,
-    "num_attention_heads": 8,
-    "num_query_groups": 2,
-    "kv_channels": 24,
-    "ffn_hidden_size": 512,
-    "vocab_size": 1000,
-    "latent_shape": LatentShape(5, 12, 20),
-    "params_dtype": "float32",
-}
-_TEXT: dict[str, Any] = {"context_dim": 1024, "context_len": 512}
-
-# The published sizes (Cosmos World Foundation Model Platform, section 5.2), and two for the CPU.
-PRESETS: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(**_TINY),
-    "tiny-video2world": ModelConfig(**_TINY, context_dim=64, context_len=32),
-    "4B": ModelConfig(num_layers=16, hidden_size=4096, **_COSMOS),
-    "12B": ModelConfig(num_layers=40, hidden_size=5120, yarn=_YARN, **_COSMOS),
-    "5B-Video2World": ModelConfig(num_layers=16, hidden_size=4096, **_COSMOS, **_TEXT),
-    "13B-Video2World": ModelConfig(num_layers=40, hidden_size=5120, yarn=_YARN, **_COSMOS, **_TEXT),
-}
-
-
-def preset(
-    name: str, vocab_size: int | None = None, latent_shape: LatentShape | None = None
-) -> ModelConfig:
-    """A published size by name, at another vocabulary and grid where given.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
-    if name not in PRESETS:
-        raise ConfigError(f"there is no model size {name!r}; use one of {', '.join(PRESETS)}.")
-    config = PRESETS[name]
-    return dataclasses.replace(
-        config,
-        vocab_size=vocab_size or config.vocab_size,
-        latent_shape=latent_shape or config.latent_shape,
-    )
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 from cosmos_posttrain.cli import Flag, parse
 from cosmos_posttrain.errors import CheckpointError, ConfigError, run_cli
 from cosmos_posttrain.geometry import parse_latent_shape
-from cosmos_posttrain.models.config import PRESETS, ModelConfig, from_reference, preset
+from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.presets import PRESETS, preset
+from cosmos_posttrain.models.reference_config import from_reference
 
 if TYPE_CHECKING:
     from cosmos_posttrain.plan.layouts import Cluster

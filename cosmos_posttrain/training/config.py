@@ -48,7 +48,7 @@ class ModelSourceConfig:
         rope_scale: replaces the ratio of the two grids.
         embedding_init: what becomes of the checkpoint's token embeddings and output rows at the
             start of a run: ``keep``, ``reset``, ``mean`` or ``aligned``.
-        cooccurrence_path: the file for ``aligned``, see ``checkpoint/align.py``.
+        cooccurrence_path: the file for ``aligned``, see ``transfer/align.py``.
     """
 
     path: str = "nvidia/Cosmos-1.0-Autoregressive-4B"
@@ -191,7 +191,7 @@ FLAGS = (
     Flag(
         "--cooccurrence_path",
         "model.cooccurrence_path",
-        "file of python -m cosmos_posttrain.checkpoint.align, for --embedding_init aligned",
+        "file of python -m cosmos_posttrain.transfer, for --embedding_init aligned",
     ),
     Flag("--latent_shape", "data.latent_shape", "grid T,H,W of data without a manifest"),
     Flag("--vocab_size", "data.vocab_size", "vocabulary of data without a manifest"),
@@ -236,7 +236,7 @@ def _embedding_problems(model: ModelSourceConfig) -> list[str]:
     if init == "aligned" and path is None:
         return [
             "--embedding_init aligned needs --cooccurrence_path: write the file with python -m "
-            "cosmos_posttrain.checkpoint.align"
+            "cosmos_posttrain.transfer"
         ]
     if init != "aligned" and path is not None:
         return [f"--cooccurrence_path has no effect with --embedding_init {init}: give aligned"]

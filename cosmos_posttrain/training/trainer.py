@@ -17,7 +17,6 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from cosmos_posttrain.checkpoint.dist import quiet_megatron_logging
-from cosmos_posttrain.checkpoint.embedding_transfer import Transfer, plan_transfer
 from cosmos_posttrain.checkpoint.load import open_at_grid, parse_dtype
 from cosmos_posttrain.checkpoint.source import Source
 from cosmos_posttrain.data.dataset import TokenDataset
@@ -35,6 +34,7 @@ from cosmos_posttrain.training.optimizer import (
 )
 from cosmos_posttrain.training.run_folder import Progress, RunFolder
 from cosmos_posttrain.training.step import Batch, run_batches, wire_gradients
+from cosmos_posttrain.transfer.embedding import Transfer, plan_transfer
 
 
 def train(config: TrainConfig) -> Path:

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_run import run_script
+from helpers.distributed_run import run_script
 
 import convert_checkpoint
 from cosmos_posttrain.checkpoint import context, guard, mapping
 from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
 from cosmos_posttrain.errors import run_cli
 from cosmos_posttrain.geometry import LatentShape
-from cosmos_posttrain.models.config import ModelConfig, to_reference
+from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.reference_config import to_reference
 
 CONFIG = ModelConfig(2, 32, 4, 2, 12, 48, 100, LatentShape(2, 2, 3))
 

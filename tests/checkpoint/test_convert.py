@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_run import run_script
+from helpers.distributed_run import run_script
 
 from cosmos_posttrain.checkpoint import context, mapping
 from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
@@ -19,7 +19,8 @@ from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.checkpoint.torch_dist import TorchDistWriter
 from cosmos_posttrain.errors import CheckpointError, ConfigError, OutputFolderError
 from cosmos_posttrain.geometry import LatentShape
-from cosmos_posttrain.models.config import ModelConfig, to_reference
+from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.reference_config import to_reference
 
 # A vocabulary of 100 needs padding to 128 in Megatron's form, and none in the reference's.
 CONFIG = ModelConfig(2, 32, 4, 2, 12, 48, 100, LatentShape(2, 2, 3))

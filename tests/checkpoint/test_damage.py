@@ -17,7 +17,8 @@ from cosmos_posttrain.checkpoint.load import load_model
 from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.errors import CheckpointError, GeometryError, UserError
 from cosmos_posttrain.geometry import LatentShape
-from cosmos_posttrain.models.config import ModelConfig, YarnConfig, from_reference, to_reference
+from cosmos_posttrain.models.config import ModelConfig, YarnConfig
+from cosmos_posttrain.models.reference_config import from_reference, to_reference
 
 YARN = YarnConfig(LatentShape(1, 2, 3))
 CONFIG = ModelConfig(2, 32, 4, 2, 12, 48, 100, LatentShape(2, 2, 3), yarn=YARN)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from golden_ar import LOGIT_TOLERANCE, case_dir, case_io, max_difference, weights
-from reference import GOLDEN_DIR, needs_golden
+from helpers.golden_ar import LOGIT_TOLERANCE, case_dir, case_io, max_difference, weights
+from helpers.reference import GOLDEN_DIR, needs_golden
 from safetensors.torch import load_file, save_file
 
 from cosmos_posttrain.checkpoint import context, infer_config, mapping, nemo_context, plain
@@ -23,7 +23,9 @@ from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.geometry import LatentShape
-from cosmos_posttrain.models.config import ModelConfig, YarnConfig, preset, to_reference
+from cosmos_posttrain.models.config import ModelConfig, YarnConfig
+from cosmos_posttrain.models.presets import preset
+from cosmos_posttrain.models.reference_config import to_reference
 
 ALL_CASES = sorted(path.name for path in (GOLDEN_DIR / "ar").glob("*"))
 YARN = YarnConfig(LatentShape(3, 2, 3), beta_fast=5.0)

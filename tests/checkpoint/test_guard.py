@@ -18,7 +18,7 @@ from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
 from cosmos_posttrain.checkpoint.load import load_model
 from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.errors import CheckpointError
-from cosmos_posttrain.models.config import preset
+from cosmos_posttrain.models.presets import preset
 
 
 class _Call:

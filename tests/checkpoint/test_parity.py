@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_run import run_distributed
-from golden_ar import (
+from helpers.distributed_run import run_distributed
+from helpers.golden_ar import (
     CASES,
     LOGIT_TOLERANCE,
     case_dir,
@@ -19,7 +19,7 @@ from golden_ar import (
     max_difference,
     weights,
 )
-from reference import needs_golden
+from helpers.reference import needs_golden
 
 from cosmos_posttrain.checkpoint import context, dist
 from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from golden_ar import case_dir
-from reference import needs_golden
+from helpers.golden_ar import case_dir
+from helpers.reference import needs_golden
 
 from cosmos_posttrain.checkpoint import context
 from cosmos_posttrain.checkpoint.context import find_checkpoint
 from cosmos_posttrain.checkpoint.load import load_model
 from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.errors import CheckpointError, ConfigError, UserError
-from cosmos_posttrain.models.config import preset
+from cosmos_posttrain.models.presets import preset
 
 
 @pytest.fixture

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_run import run_script
+from helpers.distributed_run import run_script
 
 from cosmos_posttrain.checkpoint import context, mapping
 from cosmos_posttrain.checkpoint.pt_file import PtWriter
 from cosmos_posttrain.geometry import LatentShape
-from cosmos_posttrain.models.config import ModelConfig, to_reference
+from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.reference_config import to_reference
 
 # Converts, and samples the process's anonymous memory (not pages of files) every millisecond.
 _MEASURED = """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_run import REPOSITORY_DIR, run_script
+from helpers.distributed_run import REPOSITORY_DIR, run_script
 
 from cosmos_posttrain.checkpoint import mapping, nemo_context, plain
 from cosmos_posttrain.checkpoint.source import open_source

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data.prepared import make_videos, prepare_small
+from helpers.prepared import make_videos, prepare_small
 
 from cosmos_posttrain.data import Manifest, TokenDataset
 from cosmos_posttrain.data.indexed import ShardReader, ShardWriter, token_dtype

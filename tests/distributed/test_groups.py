@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distributed_run import run_distributed
+from helpers.distributed_run import run_distributed
 from megatron.core import parallel_state
 
 from cosmos_posttrain.distributed import groups

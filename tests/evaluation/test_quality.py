@@ -8,7 +8,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio
 
 from cosmos_posttrain.evaluation import quality
-from cosmos_posttrain.training.tokenizer import losses
+from cosmos_posttrain.tokenizer_training import losses
 from cosmos_posttrain.video import to_float
 
 

@@ -7,8 +7,8 @@ from functools import cache
 
 import pytest
 import torch
-from distributed_run import run_distributed
-from reference import GOLDEN_DIR, needs_golden
+from helpers.distributed_run import run_distributed
+from helpers.reference import GOLDEN_DIR, needs_golden
 from safetensors.torch import load_file
 
 from cosmos_posttrain import generate, load_model

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import infer_case
 import pytest
 import torch
-from distributed_run import run_script
-from infer_case import FRAMES, HEIGHT, LATENT_SHAPE, TOKENIZER, WIDTH, random_config
+from helpers import infer_case
+from helpers.distributed_run import run_script
+from helpers.infer_case import FRAMES, HEIGHT, LATENT_SHAPE, TOKENIZER, WIDTH, random_config
 
 from cosmos_posttrain import load_tokenizer
 from cosmos_posttrain.errors import OutputFolderError, PartialFailureError

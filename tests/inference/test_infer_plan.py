@@ -7,14 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import infer_case
 import pytest
-from infer_case import FRAMES, HEIGHT, LATENT_SHAPE, TOKENIZER, WIDTH, random_config
+from helpers import infer_case
+from helpers.infer_case import FRAMES, HEIGHT, LATENT_SHAPE, TOKENIZER, WIDTH, random_config
 
 from cosmos_posttrain.errors import UserError
 from cosmos_posttrain.inference.config import InferConfig
 from cosmos_posttrain.inference.plan import make_plan
-from cosmos_posttrain.models.config import preset, to_reference
+from cosmos_posttrain.models.presets import preset
+from cosmos_posttrain.models.reference_config import to_reference
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ import torch
 from cosmos_posttrain.checkpoint.load import load_model
 from cosmos_posttrain.errors import ConfigError, GeometryError
 from cosmos_posttrain.geometry import LatentShape
-from cosmos_posttrain.models.config import ModelConfig, YarnConfig, preset
+from cosmos_posttrain.models.config import ModelConfig, YarnConfig
 from cosmos_posttrain.models.norm import RMSNorm
+from cosmos_posttrain.models.presets import preset
 from cosmos_posttrain.models.rope import rotary_angles
 
 SHAPE = LatentShape(5, 4, 6)

@@ -14,15 +14,9 @@ from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import CheckpointError, ConfigError
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.models.builder import build_model
-from cosmos_posttrain.models.config import (
-    PRESETS,
-    ROPE_SCALINGS,
-    ModelConfig,
-    YarnConfig,
-    from_reference,
-    preset,
-    to_reference,
-)
+from cosmos_posttrain.models.config import ROPE_SCALINGS, ModelConfig, YarnConfig
+from cosmos_posttrain.models.presets import PRESETS, preset
+from cosmos_posttrain.models.reference_config import from_reference, to_reference
 
 # What model.json files of version 1 do not have.
 ADDED_LATER = ("context_dim", "context_len", "position_scale")

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_run import run_distributed
+from helpers.distributed_run import run_distributed
+from helpers.reference import GOLDEN_DIR, needs_golden
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -18,7 +19,6 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from reference import GOLDEN_DIR, needs_golden
 from safetensors.torch import load_file
 
 from cosmos_posttrain.checkpoint import mapping
@@ -28,8 +28,9 @@ from cosmos_posttrain.distributed.cpu_device import cpu_device, cuda_calls_mean_
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.models.absolute_positions import AbsolutePositions, sine_cosine_table
 from cosmos_posttrain.models.builder import build_model
-from cosmos_posttrain.models.config import AxisScale, preset
+from cosmos_posttrain.models.config import AxisScale
 from cosmos_posttrain.models.naming import parameters_by_disk_name
+from cosmos_posttrain.models.presets import preset
 from cosmos_posttrain.models.rope import context_parallel_positions
 
 CASE = GOLDEN_DIR / "ar" / "video2world_13b_like"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import GOLDEN_DIR, needs_golden
+from helpers.reference import GOLDEN_DIR, needs_golden
 from safetensors.torch import load_file
 from test_tokenizer_network import RATES, random_video, small_network
 from torch import Tensor, nn

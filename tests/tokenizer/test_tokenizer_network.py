@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import GOLDEN_DIR, needs_golden
+from helpers.reference import GOLDEN_DIR, needs_golden
 from safetensors.torch import load_file
 
 from cosmos_posttrain.errors import TokenizerError

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from reference import SAMPLES_DIR, needs_samples
+from helpers.reference import SAMPLES_DIR, needs_samples
 
 from cosmos_posttrain.evaluation.palette import fit_palette
 from cosmos_posttrain.tokenizer import SHIPPED, load_tokenizer
-from cosmos_posttrain.training.tokenizer.config import DataConfig
-from cosmos_posttrain.training.tokenizer.data import ClipSource
-from cosmos_posttrain.training.tokenizer.losses import psnr
+from cosmos_posttrain.tokenizer_training.config import DataConfig
+from cosmos_posttrain.tokenizer_training.data import ClipSource
+from cosmos_posttrain.tokenizer_training.losses import psnr
 from cosmos_posttrain.video import read_clips, to_float
 
 NUM_FRAMES, HEIGHT, WIDTH = 17, 96, 160

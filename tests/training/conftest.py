@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from data.prepared import make_videos, prepare_small
+from helpers.prepared import make_videos, prepare_small
 
 
 @pytest.fixture(scope="session")

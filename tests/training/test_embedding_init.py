@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from data.two_tokenizers import Coarse, prepare_pair
-from distributed_run import run_distributed
-from training.run_case import losses, make_config, run
+from helpers.distributed_run import run_distributed
+from helpers.run_case import losses, make_config, run
+from helpers.two_tokenizers import Coarse, prepare_pair
 
 from cosmos_posttrain.checkpoint import context
-from cosmos_posttrain.checkpoint.align import AlignConfig, align
 from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.training.config import TrainConfig, validate
+from cosmos_posttrain.transfer.align import align
+from cosmos_posttrain.transfer.config import AlignConfig
 
 SPLIT = "3,1,1"
 

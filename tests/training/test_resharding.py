@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_run import run_distributed
-from training.run_case import losses, make_config, run
+from helpers.distributed_run import run_distributed
+from helpers.run_case import losses, make_config, run
 
 from cosmos_posttrain.checkpoint.torch_dist import TorchDistReader
 from cosmos_posttrain.training.config import TrainConfig

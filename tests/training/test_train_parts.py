@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.run_case import make_config
+from helpers.run_case import make_config
 
 from cosmos_posttrain.checkpoint import context
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import ConfigError
-from cosmos_posttrain.models.config import PRESETS
+from cosmos_posttrain.models.presets import PRESETS
 from cosmos_posttrain.training import data
 from cosmos_posttrain.training.config import TrainConfig, validate
 from cosmos_posttrain.training.flops import flops_per_token

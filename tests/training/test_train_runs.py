@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from distributed_run import run_distributed, run_script
-from training.run_case import losses, make_config, run
+from helpers.distributed_run import run_distributed, run_script
+from helpers.run_case import losses, make_config, run
 
 from cosmos_posttrain.errors import ConfigError, NonFiniteLossError, OutputFolderError
 

@@ -9,9 +9,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
-from reference import SAMPLES_DIR, needs_samples
-from video.video_files import (
+from helpers.reference import SAMPLES_DIR, needs_samples
+from helpers.video_files import (
     ROTATE_90,
     ROTATE_180,
     ROTATE_270,
@@ -22,6 +21,7 @@ from video.video_files import (
     write_audio,
     write_video,
 )
+from PIL import Image, ImageCms
 
 from cosmos_posttrain.errors import UserError
 from cosmos_posttrain.video import (

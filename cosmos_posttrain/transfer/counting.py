@@ -1,0 +1,271 @@
+"""Which old tokens lie where a new token lies, in clips that two tokenizers have encoded.
+
+Flows in: two prepared folders of the same videos, one by each tokenizer. Flows out: a
+``Cooccurrence``.
+
+    C[v, o] = volume in which new token v and old token o overlap, summed over all pairs of clips
+
+Volume is measured in frames of the source video times the share of the picture (``overlap.py``).
+Memory is bounded: clips are read one at a time, and of all pairs (v, o) at most ``max_pairs`` are
+kept; beyond that the lightest are dropped and their share is recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cosmos_posttrain.data.manifest import Contract, DocumentRow, Manifest, from_plain
+from cosmos_posttrain.data.shards import Shard, open_shards
+from cosmos_posttrain.data.splits import split_sources
+from cosmos_posttrain.errors import DatasetError
+from cosmos_posttrain.transfer.cooccurrence import Cooccurrence
+from cosmos_posttrain.transfer.overlap import PicturePairs, frame_intervals, time_overlaps
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_BUFFERED_PAIRS = 4_000_000
+_LOG_SECONDS = 30.0
+
+
+class PairSums:
+    """Sums of volumes by key, at most ``max_pairs`` of them.
+
+    Keys are ``new * old_vocab_size + old``. What is added is collected and summed in large
+    portions.
+    """
+
+    def __init__(self, max_pairs: int) -> None:
+        self.keys: NDArray[np.int64] = np.empty(0, np.int64)
+        self.volumes: NDArray[np.float64] = np.empty(0)
+        self.dropped = 0.0
+        self._max_pairs = max_pairs
+        self._limit = min(_BUFFERED_PAIRS, max_pairs)
+        self._waiting: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []
+        self._num_waiting = 0
+
+    def add(self, keys: NDArray[np.int64], volumes: NDArray[np.float64]) -> None:
+        """Adds volumes; a key may stand there more than once."""
+        self._waiting.append((keys, volumes))
+        self._num_waiting += len(keys)
+        if self._num_waiting >= self._limit:
+            self.finish()
+
+    def finish(self) -> None:
+        """Sums what was collected; ``keys`` ascend afterwards."""
+        if not self._waiting:
+            return
+        keys = np.concatenate([self.keys, *(k for k, _ in self._waiting)])
+        volumes = np.concatenate([self.volumes, *(v for _, v in self._waiting)])
+        self._waiting, self._num_waiting = [], 0
+        order = np.argsort(keys, kind="stable")
+        keys, volumes = keys[order], volumes[order]
+        starts = np.flatnonzero(np.diff(keys, prepend=-1))
+        self.keys, self.volumes = keys[starts], np.add.reduceat(volumes, starts)
+        if len(self.keys) > self._max_pairs:
+            # Down to three quarters, so that this is done now and then and not every time.
+            num_kept = max(self._max_pairs * 3 // 4, 1)
+            heaviest = np.sort(np.argsort(-self.volumes, kind="stable")[:num_kept])
+            self.dropped += float(self.volumes.sum() - self.volumes[heaviest].sum())
+            self.keys, self.volumes = self.keys[heaviest], self.volumes[heaviest]
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """One document and where it came from."""
+
+    shard: Shard
+    row: DocumentRow
+
+    def tokens(self, contract: Contract) -> NDArray[np.int64]:
+        """(T, H * W) int64."""
+        tokens = self.shard.reader[self.row.document].astype(np.int64)
+        if tokens.min() < 0 or tokens.max() >= contract.tokenizer.vocab_size:
+            raise DatasetError(
+                f"document {self.row.document} of {self.shard.reader.prefix} holds tokens outside "
+                "the vocabulary; prepare the data set again."
+            )
+        return tokens.reshape(contract.latent_shape[0], -1)
+
+
+class PreparedFolder:
+    """One of the two data sets.
+
+    Raises:
+        DatasetError: it is missing or damaged, or has no manifest.
+    """
+
+    def __init__(self, path: str) -> None:
+        opened = open_shards(path)
+        if opened.manifest is None:
+            raise DatasetError(
+                f"{path} has no manifest, so nobody knows which frames its tokens show; prepare it "
+                "with prepare_dataset.py."
+            )
+        self.path = path
+        self.shards = opened.shards
+        self.manifest: Manifest = opened.manifest
+        self.contract = self.manifest.contract
+
+    def clips(self, wanted: dict[int, set[int]]) -> Iterator[_Clip]:
+        """Clips by shard and document number, in order."""
+        for number, documents in sorted(wanted.items()):
+            shard = self.shards[number]
+            assert shard.sidecar is not None
+            with shard.sidecar.open(encoding="utf-8") as file:
+                for document, line in enumerate(file):
+                    if document in documents:
+                        row = from_plain(DocumentRow, json.loads(line), str(shard.sidecar))
+                        yield _Clip(shard, row)
+
+    def documents(self, sources: set[str]) -> list[tuple[int, int]]:
+        """(shard, document) of every clip of the given sources."""
+        return [
+            (number, document)
+            for number, shard in enumerate(self.shards)
+            for document, source in enumerate(shard.sources)
+            if source in sources
+        ]
+
+    def training_sources(self, split_string: str, seed: int) -> set[str]:
+        """The sources that training with this split sees."""
+        sources = {source for shard in self.shards for source in shard.sources}
+        return set(split_sources(sources, split_string, seed)["train"])
+
+
+def _by_shard(documents: list[tuple[int, int]]) -> dict[int, set[int]]:
+    result: dict[int, set[int]] = {}
+    for number, document in documents:
+        result.setdefault(number, set()).add(document)
+    return result
+
+
+def _spread(documents: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """At most ``count`` of them, evenly over the whole list."""
+    if len(documents) <= count:
+        return documents
+    return [documents[i * len(documents) // count] for i in range(count)]
+
+
+def count_cooccurrence(
+    old: PreparedFolder,
+    new: PreparedFolder,
+    sources: set[str],
+    max_clips: int,
+    max_pairs: int,
+    record: dict[str, Any],
+) -> Cooccurrence:
+    """Overlaps of up to ``max_clips`` new clips with all old clips of the same videos.
+
+    Args:
+        old: encoded by the tokenizer that the model knows.
+        new: encoded by the other one.
+        sources: videos to use.
+        max_clips: largest number of new clips, spread over all of them.
+        max_pairs: largest number of token pairs to keep.
+        record: kept in the result, with the counts.
+
+    Raises:
+        DatasetError: the clips cannot be compared, or no two of them show the same frames.
+    """
+    picture = PicturePairs.of(new.contract, old.contract)
+    chosen = _spread(new.documents(sources), max_clips)
+    named = {new.shards[number].sources[document] for number, document in chosen}
+    old_clips: dict[str, list[_Clip]] = {}
+    for clip in old.clips(_by_shard(old.documents(named))):
+        old_clips.setdefault(clip.row.source, []).append(clip)
+    counter = _Counter(old.contract, new.contract, picture, max_pairs)
+    progress = _Progress(len(chosen))
+    for clip in new.clips(_by_shard(chosen)):
+        counter.add(clip, old_clips.get(clip.row.source, []))
+        progress.advance(counter)
+    if not counter.num_clip_pairs:
+        raise DatasetError(
+            f"no clip of {new.path} shows the same frames of the same video as one of {old.path}; "
+            "prepare both from the same --input_videos_dir."
+        )
+    return counter.result(record)
+
+
+class _Counter:
+    """The running sums."""
+
+    def __init__(self, old: Contract, new: Contract, picture: PicturePairs, max_pairs: int) -> None:
+        self.old, self.new, self.picture = old, new, picture
+        self.sums = PairSums(max_pairs)
+        self.occurrences: NDArray[np.int64] = np.zeros(new.tokenizer.vocab_size, np.int64)
+        self.num_clips = self.num_clip_pairs = 0
+
+    def add(self, clip: _Clip, candidates: list[_Clip]) -> None:
+        """One new clip, and the old clips of its video."""
+        when = frame_intervals(clip.row, self.new)
+        tokens: NDArray[np.int64] | None = None
+        covered = np.zeros(len(when), bool)
+        for other in candidates:
+            shared = time_overlaps(when, frame_intervals(other.row, self.old))
+            if not shared.any():
+                continue
+            tokens = clip.tokens(self.new) if tokens is None else tokens
+            old_tokens = other.tokens(self.old)
+            for i, j in np.argwhere(shared):
+                new_part = tokens[i][self.picture.new_cells] * self.old.tokenizer.vocab_size
+                keys = new_part + old_tokens[j][self.picture.old_cells]
+                self.sums.add(keys, self.picture.areas * shared[i, j])
+            covered |= shared.any(axis=1)
+            self.num_clip_pairs += 1
+        if tokens is not None:
+            self.num_clips += 1
+            seen = tokens[covered].ravel()
+            self.occurrences += np.bincount(seen, minlength=len(self.occurrences))
+
+    def result(self, record: dict[str, Any]) -> Cooccurrence:
+        """What was counted."""
+        self.sums.finish()
+        keys, volumes = self.sums.keys, self.sums.volumes
+        counts = {
+            "num_clips": self.num_clips,
+            "num_clip_pairs": self.num_clip_pairs,
+            "num_token_pairs": len(keys),
+            "num_new_tokens": int(np.count_nonzero(self.occurrences)),
+            "dropped_share": self.sums.dropped / (self.sums.dropped + float(volumes.sum())),
+        }
+        size = self.old.tokenizer.vocab_size
+        return Cooccurrence(
+            self.old.tokenizer,
+            self.new.tokenizer,
+            (keys // size).astype(np.int32),
+            (keys % size).astype(np.int32),
+            volumes.astype(np.float32),
+            self.occurrences,
+            {**record, **counts},
+        )
+
+
+class _Progress:
+    """A line now and then: rate and time left."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+        self._start = self._last = time.monotonic()
+
+    def advance(self, counter: _Counter) -> None:
+        """One clip is done."""
+        self._done += 1
+        now = time.monotonic()
+        if now - self._last > _LOG_SECONDS or self._done == self._total:
+            self._last = now
+            rate = self._done / max(now - self._start, 1e-9)
+            print(
+                f"{self._done:,}/{self._total:,} clips, {rate:.1f} clips/s, "
+                f"{(self._total - self._done) / rate:.0f} s left, {counter.num_clip_pairs:,} pairs "
+                "of clips",
+                file=sys.stderr,
+                flush=True,
+            )
