@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cosmos_posttrain.checkpoint.convert import FORMATS, ConvertConfig, convert
 from cosmos_posttrain.cli import Flag, parse
-from cosmos_posttrain.errors import run_cli
+from cosmos_posttrain.launch import run_cli
 
 FLAGS = (
     Flag("--source", "source", "Hugging Face id, checkpoint in any form, or run folder"),

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cosmos_posttrain.cli import Flag, parse
-from cosmos_posttrain.errors import ConfigError, run_cli
+from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.evaluation import tokenizer_config
+from cosmos_posttrain.launch import run_cli
 
 
 @dataclass(frozen=True)

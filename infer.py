@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from cosmos_posttrain.cli import parse
-from cosmos_posttrain.errors import run_cli
 from cosmos_posttrain.inference.config import FLAGS, InferConfig
+from cosmos_posttrain.launch import run_cli
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cosmos_posttrain.cli import parse
-from cosmos_posttrain.errors import run_cli
+from cosmos_posttrain.launch import run_cli
 from cosmos_posttrain.prepare.prepare import FLAGS, PrepareConfig, prepare
 
 

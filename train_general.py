@@ -1,6 +1,6 @@
 """Post-trains a Cosmos autoregressive base model (4B, 12B) on prepared video tokens."""
 
-from cosmos_posttrain import cli, errors
+from cosmos_posttrain import cli, launch
 from cosmos_posttrain.training.config import FLAGS, TrainConfig
 
 
@@ -13,4 +13,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run_cli(main)
+    launch.run_cli(main)

@@ -7,7 +7,6 @@ field, or one sentence that says which key does not fit.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -65,9 +64,6 @@ def to_dict(config: object) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
 
 
-def save_yaml(config: object, path: str | Path) -> None:
-    """Writes the resolved config as YAML, atomically."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
-    temporary.replace(path)
+def to_yaml(config: object) -> str:
+    """The resolved config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

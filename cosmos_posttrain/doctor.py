@@ -27,8 +27,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.cli import Flag, parse
-from cosmos_posttrain.errors import ConfigError, run_cli
+from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.launch import run_cli
 
 if TYPE_CHECKING:
     import torch
@@ -159,14 +161,14 @@ def check_tokenizer() -> Iterator[Result]:
     import torch
     from safetensors.torch import load_file
 
-    from cosmos_posttrain.distributed import groups
+    from cosmos_posttrain import launch
 
     golden = load_file(TOKENIZER_CASE / "io.safetensors")
     network, video = tokenizer_case()
-    network = network.to(groups.device())
+    network = network.to(launch.device())
     with torch.no_grad():
-        indices = network.encode(video.to(groups.device())).cpu()
-        decoded = network.decode(golden["indices"].to(groups.device())).cpu()
+        indices = network.encode(video.to(launch.device())).cpu()
+        decoded = network.decode(golden["indices"].to(launch.device())).cpu()
     wrong = int((indices != golden["indices"]).sum())
     detail = f"{wrong} of {indices.numel()} differ"
     yield Result("tokenizer indices, float32", "FAIL" if wrong else "PASS", detail)
@@ -276,14 +278,14 @@ def run_checks(quick: bool) -> Iterator[Result]:
 
 def work(output: Path) -> None:
     """What each of two processes does; rank 0 leaves the results in a file."""
-    from cosmos_posttrain.distributed import groups
+    from cosmos_posttrain import launch
 
     results = []
     specs = ("torch",) if _transformer_engine_missing() else ("torch", "te")
     for layer_spec in specs:
         for dtype in ("float32", "bfloat16"):
             results += list(check_ar(layer_spec, dtype, 2))
-    if groups.rank() == 0:
+    if launch.rank() == 0:
         output.write_text(json.dumps([asdict(result) for result in results]))
 
 
@@ -333,7 +335,7 @@ def main() -> int:
     if config.worker_output:
         work(Path(config.worker_output))
         return 0
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launch.world_size() > 1:
         raise ConfigError("start the doctor with plain python; it starts processes by itself.")
     rows = versions()
     results = list(run_checks(config.quick))

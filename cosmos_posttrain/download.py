@@ -24,7 +24,9 @@ from typing import Any
 
 from cosmos_posttrain import hub
 from cosmos_posttrain.cli import Flag, parse
-from cosmos_posttrain.errors import ConfigError, UserError, run_cli
+from cosmos_posttrain.errors import ConfigError, UserError
+from cosmos_posttrain.files import write_json, write_text
+from cosmos_posttrain.launch import run_cli
 
 RECORD, SUMS = "download.json", "SHA256SUMS"
 RECIPES = ("4B", "12B", "5B-Video2World", "13B-Video2World")
@@ -233,13 +235,7 @@ def _read_record(target: Path) -> dict[str, Any]:
 
 def _write_record(target: Path, record: dict[str, Any]) -> None:
     target.mkdir(parents=True, exist_ok=True)
-    _write(target / RECORD, json.dumps(record, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_json(target / RECORD, record)
 
 
 def _recorded_files(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -251,7 +247,7 @@ def _recorded_files(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any
 
 def _write_sums(target: Path, record: dict[str, Any]) -> None:
     lines = [f"{info['sha256']}  {path}\n" for path, info in _recorded_files(record)]
-    _write(target / SUMS, "".join(sorted(lines, key=lambda line: line.split()[1])))
+    write_text(target / SUMS, "".join(sorted(lines, key=lambda line: line.split()[1])))
 
 
 def verify(target: Path) -> None:

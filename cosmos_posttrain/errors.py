@@ -1,15 +1,12 @@
 """Exceptions that carry the process's exit code.
 
 Flows in: anything that goes wrong. Flows out: one sentence (the value, the rule, the fix) and an
-exit code. ``UserError`` and its children mean bad usage or bad input (exit code 2); every other
-``CosmosPosttrainError`` means that the job itself failed (exit code 1).
+exit code, which ``launch.run_cli`` makes the process's own. ``UserError`` and its children mean bad
+usage or bad input (exit code 2); every other ``CosmosPosttrainError`` means that the job itself
+failed (exit code 1).
 """
 
 from __future__ import annotations
-
-import os
-import sys
-from collections.abc import Callable
 
 
 class CosmosPosttrainError(Exception):
@@ -58,24 +55,3 @@ class PartialFailureError(CosmosPosttrainError):
 
 class NonFiniteLossError(CosmosPosttrainError):
     """The loss became NaN or infinite; raised before the optimizer step."""
-
-
-def is_rank_zero() -> bool:
-    """True in the process that speaks for all: RANK is 0, or there is no launcher."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def run_cli(main: Callable[[], int | None]) -> None:
-    """Runs a script's main function and turns exceptions into exit codes.
-
-    Rank 0 alone prints; the exit code is the exception's own. Ctrl-C exits with 130.
-    """
-    try:
-        code = main()
-    except CosmosPosttrainError as error:
-        if is_rank_zero():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        code = 130
-    sys.exit(code or 0)

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.checkpoint.torch_dist import TorchDistWriter
-from cosmos_posttrain.errors import CheckpointError, OutputFolderError, UserError, run_cli
+from cosmos_posttrain.errors import CheckpointError, OutputFolderError, UserError
+from cosmos_posttrain.launch import run_cli
 
 _DTYPES = {
     "bfloat16": torch.bfloat16,

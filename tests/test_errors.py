@@ -10,9 +10,8 @@ from cosmos_posttrain.errors import (
     NonFiniteLossError,
     PartialFailureError,
     UserError,
-    is_rank_zero,
-    run_cli,
 )
+from cosmos_posttrain.launch import is_rank_zero, run_cli
 
 
 def _raises(error: BaseException) -> int:

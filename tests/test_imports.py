@@ -34,7 +34,7 @@ ROOMS = (
 )
 ORDER = {room: position for position, group in enumerate(ROOMS) for room in group}
 
-MEGATRON_ROOMS = {"models", "checkpoint", "distributed", "training", "inference"}
+MEGATRON_ROOMS = {"models", "checkpoint", "distributed", "training", "inference", "nemo"}
 MEGATRON_FILES = {"data/indexed.py"}
 
 MAX_SCRIPT_LINES = 80
@@ -60,6 +60,44 @@ def room_of(path: Path) -> str:
     return "" if first == "__init__" else first
 
 
+def is_entry_point(file: str) -> bool:
+    """``__main__`` files and the package's own ``__init__`` may import any room."""
+    return file == "__init__.py" or Path(file).name == "__main__.py"
+
+
+def imported_files(path: Path) -> set[Path]:
+    """The package's files that one of them imports, also inside functions."""
+    found = set()
+    for _, name in imported_names(path.read_text()):
+        parts = name.split(".")
+        while parts and parts[0] == PACKAGE:
+            target = REPOSITORY_DIR.joinpath(*parts)
+            for file in (target.with_suffix(".py"), target / "__init__.py"):
+                if file.is_file():
+                    found.add(file)
+                    parts = []
+            parts = parts[:-1]
+    return found - {path, PACKAGE_DIR / "__init__.py"}
+
+
+def circle_in(graph: dict[Path, set[Path]]) -> list[Path]:
+    """Files that import one another in a circle; empty where there are none."""
+    done: set[Path] = set()
+
+    def visit(path: Path, way: list[Path]) -> list[Path]:
+        if path in way:
+            return way[way.index(path) :]
+        if path in done:
+            return []
+        for target in sorted(graph.get(path, ())):
+            if found := visit(target, [*way, path]):
+                return found
+        done.add(path)
+        return []
+
+    return next((found for path in sorted(graph) if (found := visit(path, []))), [])
+
+
 def problems_of(source: str, room: str, file: str, scripts: set[str]) -> list[str]:
     """What one module imports against the rules, as ``file:line: sentence``."""
     problems = []
@@ -72,8 +110,13 @@ def problems_of(source: str, room: str, file: str, scripts: set[str]) -> list[st
             problems.append(f"{file}:{line}: imports the script {root}")
         elif root == "megatron" and room not in MEGATRON_ROOMS and file not in MEGATRON_FILES:
             problems.append(f"{file}:{line}: imports {name} outside the rooms for megatron")
-        elif root == PACKAGE and room and ORDER.get(target, -1) > ORDER[room]:
-            problems.append(f"{file}:{line}: {room} imports {target}, which comes after it")
+        elif (
+            root == PACKAGE
+            and not is_entry_point(file)
+            and target not in ("", room)
+            and ORDER.get(target, -1) >= ORDER[room]
+        ):
+            problems.append(f"{file}:{line}: {room} imports {target}, not a room before it")
     return sorted(set(problems))
 
 
@@ -102,6 +145,16 @@ def test_imports_go_one_way() -> None:
     assert problems == []
 
 
+def test_no_two_files_import_each_other() -> None:
+    assert circle_in({path: imported_files(path) for path in modules()}) == []
+
+
+def test_a_circle_is_found() -> None:
+    a, b, c = Path("a"), Path("b"), Path("c")
+    assert circle_in({a: {b}, b: {c}, c: {b}}) == [b, c]
+    assert circle_in({a: {b, c}, b: {c}}) == []
+
+
 @pytest.mark.parametrize(
     ("source", "room", "file"),
     [
@@ -111,6 +164,8 @@ def test_imports_go_one_way() -> None:
         ("from megatron.core import parallel_state", "data", "data/batch.py"),
         ("import megatron.core", "evaluation", "evaluation/loss.py"),
         ("import infer", "inference", "inference/run.py"),
+        ("from cosmos_posttrain import tokenizer_training", "training", "training/step.py"),
+        ("from cosmos_posttrain.launch import rank", "hub", "hub.py"),
         ("from .rope import angles", "models", "models/builder.py"),
     ],
 )

@@ -8,12 +8,11 @@ that it was trained on and which split, ``context/state.json`` how far training 
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
+from cosmos_posttrain import files
 from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.models.config import ModelConfig
 
@@ -64,28 +63,13 @@ def find_checkpoint(path: Path) -> Path | None:
     return None
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes JSON atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Reads a JSON object of a checkpoint.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; the checkpoint is incomplete.") from error
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); restore the checkpoint.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object; restore the checkpoint.")
-    return values
+    return files.read_json(path, CheckpointError, "restore the checkpoint")
 
 
 def write_context(
@@ -97,11 +81,11 @@ def write_context(
     """Writes a checkpoint's ``context`` folder."""
     folder = checkpoint / "context"
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "model.json", model.to_json())
+    files.write_json(folder / "model.json", model.to_json())
     if data is not None:
-        write_json(folder / "data.json", data)
+        files.write_json(folder / "data.json", data)
     if state is not None:
-        write_json(folder / "state.json", state)
+        files.write_json(folder / "state.json", state)
 
 
 def read_model_config(checkpoint: Path) -> ModelConfig:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cosmos_posttrain import files, launch
 from cosmos_posttrain.checkpoint import context
 from cosmos_posttrain.checkpoint.source import Source, open_source
 from cosmos_posttrain.errors import CheckpointError, ConfigError, OutputFolderError
@@ -66,7 +66,7 @@ class ConvertConfig:
             )
         if not 0 < self.max_shard_gb < float("inf"):
             problems.append(f"--max_shard_gb {self.max_shard_gb} must be above 0")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if launch.world_size() > 1:
             problems.append("conversion runs in one process: start it with plain python")
         if problems:
             raise ConfigError("; ".join(problems) + ".")
@@ -101,7 +101,7 @@ def convert(config: ConvertConfig) -> None:
     num_bytes = targets.num_bytes(weights)
     temporary = _temporary(target)
     try:
-        _check_space(target, num_bytes)
+        files.check_free_space(target, num_bytes, f"{config.target}")
         # Left there by a conversion that was killed.
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -141,16 +141,6 @@ def _temporary(target: Path) -> Path:
     """
     folder = target if target.is_mount() else target.parent
     return folder / f".{target.name}.converting"
-
-
-def _check_space(target: Path, num_bytes: int) -> None:
-    existing = next(folder for folder in (target, *target.parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if free < num_bytes:
-        raise OutputFolderError(
-            f"{target} needs {num_bytes / 1e9:.3f} GB but only {free / 1e9:.3f} GB are free there; "
-            "make room, or choose another --target."
-        )
 
 
 def _files(source: Source) -> list[Path]:
@@ -239,7 +229,7 @@ def _sizes(folder: Path, names: list[str]) -> dict[str, int]:
 
 def _write_marker(folder: Path, values: dict[str, Any]) -> None:
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    context.write_json(folder / MARKER, {**values, "files": _sizes(folder, names)})
+    files.write_json(folder / MARKER, {**values, "files": _sizes(folder, names)})
 
 
 def _move(temporary: Path, target: Path) -> None:

@@ -10,25 +10,13 @@ from pathlib import Path
 
 import torch
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint.source import Source, open_source
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.models.ar_model import ARModel
-from cosmos_posttrain.models.builder import DTYPES, build_model
-
-
-def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """Reads ``bfloat16`` and its kin.
-
-    Raises:
-        ConfigError: any other name.
-    """
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise ConfigError(f"there is no dtype {dtype!r}; use one of {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
+from cosmos_posttrain.models.builder import build_model
 
 
 def open_at_grid(
@@ -70,7 +58,8 @@ def load_source(
     """Builds the model of an opened source on this rank, for inference."""
     source.config.check_tensor_parallel(tensor_model_parallel_size)
     groups.initialize(groups.Parallelism(tensor=tensor_model_parallel_size), seed)
-    module = build_model(source.config, dtype=parse_dtype(dtype), layer_spec=layer_spec, seed=seed)
+    own = launch.parse_dtype(dtype)
+    module = build_model(source.config, dtype=own, layer_spec=layer_spec, seed=seed)
     source.load_weights(module)
     return ARModel(module, source.contract)
 
@@ -112,7 +101,7 @@ def load_model(
         CheckpointError: the path holds no model, or a damaged one.
         ConfigError: sizes that do not fit the model or the number of processes.
     """
-    present = groups.device().type
+    present = launch.device().type
     if device not in ("auto", present):
         raise ConfigError(
             f"device {device!r} is not what this process runs on; use 'auto' or {present!r}."

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cosmos_posttrain.checkpoint.context import read_json, write_json
+from cosmos_posttrain.checkpoint.context import read_json
 from cosmos_posttrain.errors import CheckpointError
+from cosmos_posttrain.files import write_json, write_text
 from cosmos_posttrain.models.config import VOCAB_SIZE_MULTIPLE, ModelConfig
 from cosmos_posttrain.models.reference_config import to_reference
 
@@ -158,7 +159,7 @@ def write(folder: Path, config: ModelConfig) -> None:
     settings = {"_target_": f"{MODULE}.{CONFIG_CLASS}", **values}
     settings["params_dtype"] = {"_target_": f"torch.{config.params_dtype}", "_call_": False}
     tree = {"_target_": f"{MODULE}.{MODEL_CLASS}", "config": settings}
-    (context / YAML_FILE).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    write_text(context / YAML_FILE, yaml.safe_dump(tree, sort_keys=False))
 
 
 def _nemo_values(config: ModelConfig) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from cosmos_posttrain.checkpoint.context import read_json, write_json
+from cosmos_posttrain.checkpoint.context import read_json
 from cosmos_posttrain.checkpoint.pt_file import bytes_of
 from cosmos_posttrain.errors import CheckpointError
+from cosmos_posttrain.files import write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -70,7 +70,10 @@ class Source:
             plain.open_weights(self)  # names everything that does not fit; Megatron does not
             dist.load(self.weights, model)
         elif self.kind != "random":
-            _load_plain(self, model)
+            from cosmos_posttrain.checkpoint import plain
+            from cosmos_posttrain.checkpoint.fill import fill
+
+            fill(model, plain.open_weights(self).megatron)
 
 
 def open_source(
@@ -222,19 +225,3 @@ def _inferred(folder: Path, kind: str, known: dict[str, Any], named: ModelConfig
     dtypes = {reader.dtypes[key] for key in reader.shapes if key.endswith("linear_fc2.weight")}
     params_dtype = str(min(dtypes, key=str, default=config.params_dtype)).removeprefix("torch.")
     return Source(folder, kind, dataclasses.replace(config, params_dtype=params_dtype))
-
-
-def _load_plain(source: Source, model: CosmosGPTModel) -> None:
-    """Each rank reads the whole of each of its tensors, one by one, and keeps its part."""
-    import torch
-    from megatron.core import parallel_state
-
-    from cosmos_posttrain.checkpoint import mapping, plain
-    from cosmos_posttrain.models.naming import parameters_by_disk_name
-
-    weights = plain.open_weights(source)
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    with torch.no_grad():
-        for name, parameter in parameters_by_disk_name(model):
-            parameter.copy_(mapping.shard(name, weights.megatron(name), rank, size))

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cosmos_posttrain import files
 from cosmos_posttrain.checkpoint import context, mapping, nemo_context, plain, safetensors_file
 from cosmos_posttrain.checkpoint.pt_file import PtWriter
 from cosmos_posttrain.checkpoint.source import Source
@@ -86,7 +87,7 @@ def write(
         writer.finish()
     finally:
         writer.close()
-    context.write_json(folder / "config.json", to_reference(config))
+    files.write_json(folder / "config.json", to_reference(config))
     if target_format == "safetensors":
         (folder / "README.md").write_text(_card(source, config, folder), encoding="utf-8")
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.checkpoint import guard
-from cosmos_posttrain.checkpoint.context import write_json
 from cosmos_posttrain.errors import CheckpointError
+from cosmos_posttrain.files import write_json
 
 # NeMo wraps its models once, so all its keys start with this.
 PREFIX = "module."

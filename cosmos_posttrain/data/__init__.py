@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cosmos_posttrain.data.manifest import Contract, DocumentRow, Manifest
+from cosmos_posttrain.data.contract import Contract
+from cosmos_posttrain.data.manifest import DocumentRow, Manifest
 
 if TYPE_CHECKING:
     from cosmos_posttrain.data.dataset import TokenDataset

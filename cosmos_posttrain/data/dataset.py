@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from cosmos_posttrain.data.files import sha256_of_json
 from cosmos_posttrain.data.manifest import DocumentRow, Manifest
 from cosmos_posttrain.data.shards import Shard, ShardSet, open_shards
 from cosmos_posttrain.data.splits import SPLITS, split_sources
 from cosmos_posttrain.errors import DatasetError
+from cosmos_posttrain.files import sha256_of_json
 from cosmos_posttrain.geometry import LatentShape
 
 _FOREIGN_VOCAB_SIZE = 64000  # of the published tokenizers, which made every foreign data set

@@ -6,7 +6,6 @@ and offsets), read back by memory mapping. One document is one clip.
 
 from __future__ import annotations
 
-import os
 import struct
 import warnings
 from pathlib import Path
@@ -38,10 +37,10 @@ def token_dtype(vocab_size: int) -> str:
 
 
 class ShardWriter:
-    """Writes documents one after the other; ``finish`` completes both files and syncs them."""
+    """Writes documents one after the other; ``finish`` completes both files."""
 
     def __init__(self, bin_path: Path, idx_path: Path, dtype: str) -> None:
-        self._paths = (bin_path, idx_path)
+        self._idx_path = idx_path
         self._builder = _megatron().IndexedDatasetBuilder(str(bin_path), dtype=getattr(np, dtype))
 
     def add(self, tokens: NDArray[Any]) -> None:
@@ -49,12 +48,8 @@ class ShardWriter:
         self._builder.add_document(tokens, [tokens.size])
 
     def finish(self) -> None:
-        """Closes the files and forces them to disk."""
-        bin_path, idx_path = self._paths
-        self._builder.finalize(str(idx_path))
-        for path in (bin_path, idx_path):
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
+        """Closes both files."""
+        self._builder.finalize(str(self._idx_path))
 
 
 def _check_files(prefix: str) -> None:

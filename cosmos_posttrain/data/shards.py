@@ -16,15 +16,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cosmos_posttrain.data.files import MANIFEST_FILE, PLAN_FILE, sha256_of_file, sha256_of_json
 from cosmos_posttrain.data.indexed import ShardReader
-from cosmos_posttrain.data.manifest import (
-    DocumentRow,
-    Manifest,
-    ShardInfo,
-    from_plain,
-)
+from cosmos_posttrain.data.layout import MANIFEST_FILE, PLAN_FILE
+from cosmos_posttrain.data.manifest import DocumentRow, Manifest, ShardInfo
+from cosmos_posttrain.data.serial import from_plain
 from cosmos_posttrain.errors import DatasetError
+from cosmos_posttrain.files import sha256_of_file, sha256_of_json
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Process groups: one call sets up torch.distributed and Megatron's parallel state.
 
-Flows in: parallel sizes and the launcher's environment (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``).
-Flows out: initialised process groups. In a plain Python process a world of one is set up once, an
-existing process group is reused, and everything is torn down when the interpreter exits.
+Flows in: parallel sizes. Flows out: initialised process groups. In a plain Python process a world
+of one is set up once, an existing process group is reused, and everything is torn down when the
+interpreter exits.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.distributed.cpu_device import cpu_device
 from cosmos_posttrain.errors import ConfigError
 
@@ -38,27 +39,6 @@ class Parallelism:
         return self.tensor * self.pipeline * self.context
 
 
-def world_size() -> int:
-    """Processes in this job, before or after the process groups exist."""
-    if torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """Rank of this process, before or after the process groups exist."""
-    if torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return int(os.environ.get("RANK", "0"))
-
-
-def device() -> torch.device:
-    """The device of this process: its GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
-
-
 def check_world(parallelism: Parallelism) -> None:
     """Refuses parallel sizes that the launched processes cannot hold.
 
@@ -68,7 +48,7 @@ def check_world(parallelism: Parallelism) -> None:
     for name in ("tensor", "pipeline", "context"):
         if getattr(parallelism, name) < 1:
             raise ConfigError(f"the {name} parallel size must be at least 1.")
-    needed, present = parallelism.model_size, world_size()
+    needed, present = parallelism.model_size, launch.world_size()
     if present % needed:
         raise ConfigError(
             f"tensor x pipeline x context parallel size {parallelism.tensor} x "
@@ -85,9 +65,9 @@ def _initialize_torch() -> None:
     # Megatron overlaps communication and computation by the order in which it queues them.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if on_gpu:
-        torch.cuda.set_device(device())
+        torch.cuda.set_device(launch.device())
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
+    if launch.is_launched():
         torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
     else:
         store = torch.distributed.HashStore()
@@ -120,6 +100,7 @@ def initialize(parallelism: Parallelism, seed: int = 1234) -> None:
                 pipeline_model_parallel_size=parallelism.pipeline,
                 context_parallel_size=parallelism.context,
                 create_gloo_process_groups=torch.cuda.is_available(),
+                distributed_timeout_minutes=int(_TIMEOUT.total_seconds() // 60),
             )
     set_seed(seed)
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cosmos_posttrain.data.files import TEMPORARY_PREFIX, read_json, write_atomically, write_json
-from cosmos_posttrain.errors import OutputFolderError
+from cosmos_posttrain import files
+from cosmos_posttrain.errors import DatasetError, OutputFolderError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +32,7 @@ _OURS = (METRICS_FILE, SHEET_FILE, _COUNTS_FILE, _ROWS_FILE, _SETTINGS_FILE)
 
 
 def _is_ours(name: str) -> bool:
-    return name.removeprefix(TEMPORARY_PREFIX) in _OURS
+    return name in _OURS
 
 
 def check_writable(folder: Path, overwrite: bool) -> None:
@@ -41,23 +41,16 @@ def check_writable(folder: Path, overwrite: bool) -> None:
     Raises:
         OutputFolderError: it holds something else, is a file, or cannot be written to.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputFolderError(f"the output {folder} is a file; name a new or empty folder.")
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    foreign = [name for name in names if not _is_ours(name)]
-    started = METRICS_FILE in names or _SETTINGS_FILE in names
-    if not started:
-        foreign += [name for name in names if not name.startswith(TEMPORARY_PREFIX)]
+    files.check_writable(folder)
+    foreign = files.foreign_names(folder, _is_ours)
+    names = os.listdir(folder) if folder.is_dir() else []
+    if not {METRICS_FILE, _SETTINGS_FILE} & set(names):
+        foreign += sorted(name for name in names if _is_ours(name))
     if foreign and not overwrite:
         raise OutputFolderError(
             f"the output folder {folder} holds something else ({foreign[0]}); name a new or empty "
             "folder."
         )
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputFolderError(f"the output folder {folder} cannot be written to.")
 
 
 class ResultFolder:
@@ -91,16 +84,15 @@ class ResultFolder:
                 (self.folder / name).unlink(missing_ok=True)
         metrics = self.folder / METRICS_FILE
         if metrics.is_file():
-            complete = read_json(metrics)
+            complete = files.read_json(metrics, DatasetError)
             self._check_same(complete.get("settings"))
             return complete
         if (self.folder / _SETTINGS_FILE).is_file():
-            self._check_same(read_json(self.folder / _SETTINGS_FILE).get("settings"))
+            started = files.read_json(self.folder / _SETTINGS_FILE, DatasetError)
+            self._check_same(started.get("settings"))
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in os.listdir(self.folder):
-            if name.startswith(TEMPORARY_PREFIX) and _is_ours(name):
-                (self.folder / name).unlink()
-        write_json(self.folder / _SETTINGS_FILE, {"settings": self.settings})
+        files.remove_leftovers(self.folder)
+        files.write_json(self.folder / _SETTINGS_FILE, {"settings": self.settings})
         self._take_up()
         return None
 
@@ -127,7 +119,7 @@ class ResultFolder:
             done, num_rows = [], 0
         if num_rows and len(done) == num_rows and counts.shape == self.counts.shape:
             self.rows, self.counts = done, counts
-        write_atomically(rows, "".join(json.dumps(row) + "\n" for row in self.rows))
+        files.write_json_lines(rows, self.rows)
 
     def append(self, row: dict[str, Any], counts: NDArray[np.int64] | None) -> None:
         """Takes in a finished video; ``counts`` (vocab_size,) is None where it failed."""
@@ -135,10 +127,9 @@ class ResultFolder:
         if counts is not None:
             self.counts = self.counts + counts
         with (self.folder / _ROWS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        temporary = self.folder / (TEMPORARY_PREFIX + _COUNTS_FILE)
-        np.savez(temporary, counts=self.counts, num_rows=np.int64(len(self.rows)))
-        temporary.replace(self.folder / _COUNTS_FILE)
+            file.write(files.json_text(row) + "\n")
+        with files.replacing(self.folder / _COUNTS_FILE) as temporary:
+            np.savez(temporary, counts=self.counts, num_rows=np.int64(len(self.rows)))
 
     def abandon(self) -> None:
         """Removes what :meth:`start` wrote, unless a video is finished: nothing was evaluated."""
@@ -151,6 +142,6 @@ class ResultFolder:
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Writes the metrics, which makes the folder complete, and removes what they replace."""
-        write_json(self.folder / METRICS_FILE, metrics)
+        files.write_json(self.folder / METRICS_FILE, metrics)
         for name in (_COUNTS_FILE, _ROWS_FILE, _SETTINGS_FILE):
             (self.folder / name).unlink(missing_ok=True)

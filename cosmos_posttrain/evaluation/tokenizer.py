@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,16 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.errors import PartialFailureError, UserError, VideoError
 from cosmos_posttrain.evaluation import quality
 from cosmos_posttrain.evaluation.figures import contact_sheet
 from cosmos_posttrain.evaluation.media import check_size, list_media, read_clip
-from cosmos_posttrain.evaluation.progress import progress
 from cosmos_posttrain.evaluation.result_folder import SHEET_FILE, ResultFolder, check_writable
 from cosmos_posttrain.evaluation.timing import TimedCodec, device_name, speed
 from cosmos_posttrain.evaluation.tokenizer_config import TokenizerEvalConfig
 from cosmos_posttrain.geometry import ClipGeometry
 from cosmos_posttrain.prepare.sources import Source, sources_sha256
+from cosmos_posttrain.runlog import ProgressDisplay
 from cosmos_posttrain.tokenizer import VideoTokenizer, load_tokenizer_pair
 from cosmos_posttrain.video import to_float, to_uint8
 
@@ -117,25 +117,24 @@ def _evaluate(
     if num_done:
         print(f"continuing {config.output}: {num_done} videos are done.", flush=True)
     codec = TimedCodec(tokenizer)
-    with progress(len(sources), num_done) as advance:
-        for batch in _batches(sources[num_done:], config, tokenizer):
-            if isinstance(batch[0][1], str):
-                name, reason = batch[0][0].name, batch[0][1]
-                print(f"not read: {reason}", file=sys.stderr, flush=True)
-                folder.append({"video": name, "error": reason}, None)
-                advance(False)
-                continue
-            clips = torch.stack([clip for _, clip in batch if isinstance(clip, Tensor)])
-            indices, decoded, *seconds = codec(clips)
-            shares = [value / len(batch) for value in seconds]
-            for (source, _), clip, tokens, rebuilt in zip(
-                batch, clips, indices, decoded, strict=True
-            ):
-                counts = quality.count_codes(tokens, tokenizer.vocab_size)
-                row = {"video": source.name, **_size(clip), **_measure(clip, rebuilt)}
-                row |= quality.codebook_use(counts) | speed(clip.shape[1], *shares)
-                folder.append(row, counts)
-                advance(True)
+    progress, num_failed = ProgressDisplay(len(sources), "videos", done=num_done), 0
+    for batch in _batches(sources[num_done:], config, tokenizer):
+        if isinstance(batch[0][1], str):
+            name, reason = batch[0][0].name, batch[0][1]
+            launch.say(f"not read: {reason}", error=True)
+            folder.append({"video": name, "error": reason}, None)
+            num_failed += 1
+            progress.advance(f"{num_failed} failed")
+            continue
+        clips = torch.stack([clip for _, clip in batch if isinstance(clip, Tensor)])
+        indices, decoded, *seconds = codec(clips)
+        shares = [value / len(batch) for value in seconds]
+        for (source, _), clip, tokens, rebuilt in zip(batch, clips, indices, decoded, strict=True):
+            counts = quality.count_codes(tokens, tokenizer.vocab_size)
+            row = {"video": source.name, **_size(clip), **_measure(clip, rebuilt)}
+            row |= quality.codebook_use(counts) | speed(clip.shape[1], *shares)
+            folder.append(row, counts)
+            progress.advance(f"{num_failed} failed")
 
 
 def _batches(

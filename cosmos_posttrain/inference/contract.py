@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cosmos_posttrain.checkpoint.source import Source
-from cosmos_posttrain.data.manifest import Contract, from_plain
+from cosmos_posttrain.data.contract import Contract
+from cosmos_posttrain.data.serial import from_plain
 from cosmos_posttrain.errors import CheckpointError, GeometryError, TokenizerError
 from cosmos_posttrain.geometry import ClipGeometry, Compression
 

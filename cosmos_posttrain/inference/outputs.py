@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cosmos_posttrain import files
 from cosmos_posttrain.errors import ConfigError, OutputFolderError, UserError
 
 
@@ -92,20 +93,6 @@ def batch_items(batch_input_path: str, video_save_folder: str) -> list[Item]:
     return [Item(input_path, folder / f"{input_path.stem}.mp4") for input_path in inputs]
 
 
-def check_creatable(folder: Path) -> None:
-    """Refuses a folder that could not be made or written to; makes nothing.
-
-    Raises:
-        UserError: names the part of the path that is in the way.
-    """
-    parent = folder.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        what = "is not a folder" if not parent.is_dir() else "may not be written to"
-        raise UserError(f"the output folder {folder} cannot be made: {parent} {what}.")
-
-
 def is_complete(item: Item, settings: dict[str, Any]) -> bool:
     """Whether the item's outputs are there already, made with these settings.
 
@@ -140,11 +127,9 @@ def write_record(item: Item, values: dict[str, Any]) -> None:
     Raises:
         UserError: the folder cannot be written to.
     """
-    temporary = item.record.with_name(f".{item.record.name}.{os.getpid()}.tmp")
     try:
         item.record.parent.mkdir(parents=True, exist_ok=True)
         item.video.unlink(missing_ok=True)
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(item.record)
+        files.write_json(item.record, values)
     except OSError as error:
         raise UserError(f"cannot write {item.record}: {error.strerror or error}.") from error

@@ -14,7 +14,6 @@ generate. Data-parallel groups share out the inputs.
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -23,31 +22,21 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint.dist import quiet_megatron_logging
 from cosmos_posttrain.checkpoint.load import load_source
-from cosmos_posttrain.distributed import groups
-from cosmos_posttrain.errors import (
-    CosmosPosttrainError,
-    PartialFailureError,
-    VideoError,
-    is_rank_zero,
-)
+from cosmos_posttrain.errors import CosmosPosttrainError, PartialFailureError, VideoError
 from cosmos_posttrain.inference.config import InferConfig
 from cosmos_posttrain.inference.engine import generate
 from cosmos_posttrain.inference.outputs import Item, write_record
 from cosmos_posttrain.inference.plan import Plan, make_plan
-from cosmos_posttrain.inference.progress import ProgressLine
 from cosmos_posttrain.models.ar_model import ARModel
+from cosmos_posttrain.runlog import ProgressDisplay
 from cosmos_posttrain.tokenizer.loading import load_tokenizer_pair
 from cosmos_posttrain.tokenizer.video_tokenizer import VideoTokenizer
 from cosmos_posttrain.video import read_image, read_input, to_float, to_uint8, write_mp4
 
 _IMAGE_FPS = 25.0
-
-
-def _say(sentence: str) -> None:
-    if is_rank_zero():
-        print(sentence, file=sys.stderr, flush=True)
 
 
 def _free_gpu() -> None:
@@ -88,7 +77,7 @@ class Pipeline:
     def _get_tokenizer(self) -> VideoTokenizer:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer_pair(
-                *self._plan.tokenizer_paths, self._plan.geometry.compression, groups.device()
+                *self._plan.tokenizer_paths, self._plan.geometry.compression, launch.device()
             )
         return self._tokenizer
 
@@ -132,7 +121,7 @@ class Pipeline:
             self._tokenizer = None
             _free_gpu()
         if config.offload_ar_model:
-            self._model.module.to(groups.device())
+            self._model.module.to(launch.device())
         num_tokens = self._plan.geometry.seq_length - prompt.shape[1]
         generated = generate(
             self._model,
@@ -142,7 +131,7 @@ class Pipeline:
             top_p=config.top_p,
             top_k=config.top_k,
             seed=config.seed,
-            progress=ProgressLine(num_tokens, label) if is_rank_zero() else None,
+            progress=ProgressDisplay(num_tokens, "tokens", label).show,
         )
         if config.offload_ar_model:
             self._model.module.to("cpu")
@@ -158,9 +147,10 @@ class Pipeline:
         start = time.perf_counter()
         prompt = self._prompt(item)
         if prompt.num_repeated:
-            _say(
+            launch.say(
                 f"note: {item.input} is shorter than {self._plan.num_input_frames} frames; its "
-                f"last frame was repeated {prompt.num_repeated} times."
+                f"last frame was repeated {prompt.num_repeated} times.",
+                error=True,
             )
         encoded = time.perf_counter()
         tokens = self._generate(prompt.tokens, item.video.name)
@@ -235,9 +225,11 @@ def run(config: InferConfig) -> None:
     quiet_megatron_logging()
     plan = make_plan(config)
     for note in plan.notes:
-        _say(f"note: {note}.")
+        launch.say(f"note: {note}.", error=True)
     if plan.num_complete:
-        _say(f"note: {plan.num_complete} output(s) are there already, complete; skipped.")
+        launch.say(
+            f"note: {plan.num_complete} output(s) are complete already; skipped.", error=True
+        )
     if not plan.items:
         return
     failures = _run_items(Pipeline(plan), plan)

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint.load import open_at_grid
 from cosmos_posttrain.checkpoint.source import Source, open_source
-from cosmos_posttrain.data.manifest import Contract
+from cosmos_posttrain.data.contract import Contract
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.files import check_writable
 from cosmos_posttrain.geometry import (
     ClipGeometry,
     Compression,
@@ -171,7 +173,7 @@ def _items(config: InferConfig) -> list[Item]:
     for item in items:
         if config.input_type == "video" and is_image(item.input):
             raise ConfigError(f"{item.input} is an image; add --input_type image.")
-    outputs.check_creatable(items[0].video.parent)
+    check_writable(items[0].video.parent)
     return items
 
 
@@ -227,7 +229,7 @@ def _notes(config: InferConfig, source: Source, geometry: ClipGeometry) -> list[
 def _tensor_size(config: InferConfig, source: Source) -> int:
     size = config.tensor_model_parallel_size
     if size is None:
-        size = groups.world_size()
+        size = launch.world_size()
     source.config.check_tensor_parallel(size)
     groups.check_world(groups.Parallelism(tensor=size))
     return size
@@ -249,7 +251,7 @@ def make_plan(config: InferConfig) -> Plan:
     if wanted is not None:  # refused before a tokenizer is downloaded
         _geometry(config, source, contract, wanted)
     paths = _tokenizer_paths(config, contract)
-    tokenizer = load_tokenizer_pair(*paths, wanted, groups.device())
+    tokenizer = load_tokenizer_pair(*paths, wanted, launch.device())
     geometry = _geometry(config, source, contract, tokenizer.compression)
     num_input_frames = (
         1

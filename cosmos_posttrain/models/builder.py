@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 from torch.nn.functional import silu
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.cpu_device import cpu_device
 from cosmos_posttrain.models.config import ModelConfig
@@ -121,7 +122,7 @@ def build_model(
     with cpu_device():
         module = _construct(model, config, layer_spec)
     with _float32_rotary_table(module):
-        module.to(device=groups.device(), dtype=dtype)
+        module.to(device=launch.device(), dtype=dtype)
     return module
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_posttrain.cli import Flag, parse
-from cosmos_posttrain.errors import CheckpointError, ConfigError, run_cli
+from cosmos_posttrain.errors import CheckpointError, ConfigError
 from cosmos_posttrain.geometry import parse_latent_shape
+from cosmos_posttrain.launch import run_cli
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.presets import PRESETS, preset
 from cosmos_posttrain.models.reference_config import from_reference

@@ -9,28 +9,24 @@ bytes depend only on the videos, the settings, and the device and dtype of the e
 from __future__ import annotations
 
 import dataclasses
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cosmos_posttrain.data.manifest import Contract, DocumentRow, Failure
-from cosmos_posttrain.errors import TokenizerError, VideoError, is_rank_zero
+from cosmos_posttrain.data.contract import Contract
+from cosmos_posttrain.data.manifest import DocumentRow, Failure
+from cosmos_posttrain.errors import TokenizerError, VideoError
 from cosmos_posttrain.geometry import Compression
 from cosmos_posttrain.prepare.decoding import ClipSpec, DecodingPool
+from cosmos_posttrain.runlog import ProgressDisplay
 from cosmos_posttrain.video import Clip, to_float
 
 if TYPE_CHECKING:
     from cosmos_posttrain.prepare.folder import OutputFolder
     from cosmos_posttrain.prepare.prepare import PrepareConfig
     from cosmos_posttrain.prepare.sources import Source
-
-_LOG_SECONDS = 30.0
 
 
 class Encoder(Protocol):
@@ -75,13 +71,14 @@ def encode_shards(
     with (
         _pinned(config.encoder_threads),
         DecodingPool(sources, spec, config.num_workers, clips_ahead) as pool,
-        _progress(len(sources)) as advance,
     ):
-        position = 0
+        progress = ProgressDisplay(len(sources), "videos")
+        position = num_failed = 0
         for number, members in shards.items():
             work = _ShardWork(encoder, output.contract, config.batch_size)
             for source in members:
-                advance(work.add_source(source, pool, position))
+                num_failed += not work.add_source(source, pool, position)
+                progress.advance(f"{num_failed} failed")
                 position += 1
             output.write_shard(number, work.finish(), work.failures)
 
@@ -146,35 +143,3 @@ class _ShardWork:
                 )
                 documents.append((row, tokens))
         return documents
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[bool], None]]:
-    """Rate and time left, on rank 0: a live bar on a terminal, a line now and then in a log."""
-    if not is_rank_zero():
-        yield lambda readable: None
-        return
-    console = Console(stderr=True)
-    start = last = time.monotonic()
-    done = failures = 0
-    rate = TextColumn("{task.fields[rate]:.2f} videos/s, {task.fields[failures]} failed, left:")
-    columns = (BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("prepare", total=total, rate=0.0, failures=0)
-
-        def advance(readable: bool) -> None:
-            nonlocal last, done, failures
-            done, failures = done + 1, failures + (not readable)
-            now = time.monotonic()
-            speed = done / max(now - start, 1e-9)
-            bar.update(task, completed=done, rate=speed, failures=failures)
-            if not console.is_terminal and (now - last > _LOG_SECONDS or done == total):
-                last = now
-                print(
-                    f"{done}/{total} videos of this process, {speed:.2f} videos/s, "
-                    f"{(total - done) / speed:.0f} s left, {failures} failed",
-                    file=sys.stderr,
-                    flush=True,
-                )
-
-        yield advance

@@ -12,29 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cosmos_posttrain.data.files import (
+from cosmos_posttrain import files
+from cosmos_posttrain.data.contract import Contract
+from cosmos_posttrain.data.indexed import ShardWriter
+from cosmos_posttrain.data.layout import (
     FAILURES_FILE,
     MANIFEST_FILE,
     PLAN_FILE,
-    TEMPORARY_PREFIX,
     is_ours,
-    read_json,
-    sha256_of_file,
     shard_name,
-    write_json,
-    write_json_lines,
 )
-from cosmos_posttrain.data.indexed import ShardWriter
 from cosmos_posttrain.data.manifest import (
     MAX_LISTED_FAILURES,
-    Contract,
     DocumentRow,
     Failure,
     Manifest,
     ShardInfo,
-    from_plain,
-    to_plain,
 )
+from cosmos_posttrain.data.serial import from_plain, to_plain
 from cosmos_posttrain.errors import DatasetError, OutputFolderError
 
 EXTENSIONS = ("bin", "idx", "jsonl")
@@ -54,20 +49,13 @@ def check_writable(folder: Path, overwrite: bool) -> None:
     Raises:
         OutputFolderError: it holds something else, is a file, or cannot be written to.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputFolderError(f"the output {folder} is a file; name a new or empty folder.")
-    if folder.is_dir():
-        foreign = sorted(name for name in os.listdir(folder) if not is_ours(name))
-        if foreign and not overwrite:
-            raise OutputFolderError(
-                f"the output folder {folder} holds something else ({foreign[0]}); name a new or "
-                "empty folder."
-            )
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputFolderError(f"the output folder {folder} cannot be written to.")
+    files.check_writable(folder)
+    foreign = files.foreign_names(folder, is_ours)
+    if foreign and not overwrite:
+        raise OutputFolderError(
+            f"the output folder {folder} holds something else ({foreign[0]}); name a new or "
+            "empty folder."
+        )
 
 
 class OutputFolder:
@@ -101,10 +89,8 @@ class OutputFolder:
         if (self.folder / MANIFEST_FILE).is_file():
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
-            if is_ours(path.name):
-                path.unlink()
-        write_json(
+        files.remove_leftovers(self.folder)
+        files.write_json(
             self.folder / PLAN_FILE, {"contract": to_plain(self.contract), "plan": self.plan}
         )
         return [number for number in range(self.num_shards) if not self._is_done(number)]
@@ -121,7 +107,7 @@ class OutputFolder:
         for name in (MANIFEST_FILE, PLAN_FILE):
             path = self.folder / name
             if path.is_file():
-                value = read_json(path)
+                value = files.read_json(path, DatasetError, "start anew with --overwrite")
                 contract = from_plain(Contract, value.get("contract"), str(path))
                 difference = self.contract.difference(contract)
                 theirs = value.get("plan")
@@ -136,7 +122,7 @@ class OutputFolder:
                     )
                 return
         names = os.listdir(self.folder) if self.folder.is_dir() else []
-        if any(is_ours(name) and not name.startswith(TEMPORARY_PREFIX) for name in names):
+        if any(is_ours(name) for name in names):
             raise OutputFolderError(
                 f"the output folder {self.folder} holds shards but neither {MANIFEST_FILE} nor "
                 f"{PLAN_FILE}; name another folder, or start anew with --overwrite."
@@ -152,15 +138,15 @@ class OutputFolder:
             DatasetError: it is missing or damaged.
         """
         path = self._record_path(number)
-        return from_plain(ShardRecord, read_json(path), str(path))
+        return from_plain(ShardRecord, files.read_json(path, DatasetError), str(path))
 
     def _is_done(self, number: int) -> bool:
         try:
-            files = self.read_record(number).shard.files
+            recorded = self.read_record(number).shard.files
             return all(
                 (self.folder / f"{shard_name(number)}.{extension}").stat().st_size
-                == recorded["num_bytes"]
-                for extension, recorded in files.items()
+                == entry["num_bytes"]
+                for extension, entry in recorded.items()
             )
         except (DatasetError, OSError, KeyError, TypeError):
             return False
@@ -173,26 +159,26 @@ class OutputFolder:
     ) -> None:
         """Writes a shard's files and then its record, which makes it count."""
         name = shard_name(number)
-        files: dict[str, dict[str, Any]] = {}
+        written: dict[str, dict[str, Any]] = {}
         if documents:
-            paths = {e: self.folder / f"{TEMPORARY_PREFIX}{name}.{e}" for e in EXTENSIONS}
-            writer = ShardWriter(paths["bin"], paths["idx"], self.contract.dtype)
-            for _, tokens in documents:
-                writer.add(tokens)
-            writer.finish()
-            for extension in ("bin", "idx"):
-                paths[extension].replace(self.folder / f"{name}.{extension}")
-            sidecar = self.folder / f"{name}.jsonl"
-            write_json_lines(sidecar, [row.to_json() for row, _ in documents])
-            for extension in EXTENSIONS:
-                path = self.folder / f"{name}.{extension}"
-                files[extension] = {
-                    "sha256": sha256_of_file(path),
+            paths = {extension: self.folder / f"{name}.{extension}" for extension in EXTENSIONS}
+            with (
+                files.replacing(paths["bin"]) as bin_path,
+                files.replacing(paths["idx"]) as idx_path,
+            ):
+                writer = ShardWriter(bin_path, idx_path, self.contract.dtype)
+                for _, tokens in documents:
+                    writer.add(tokens)
+                writer.finish()
+            files.write_json_lines(paths["jsonl"], [row.to_json() for row, _ in documents])
+            for extension, path in paths.items():
+                written[extension] = {
+                    "sha256": files.sha256_of_file(path),
                     "num_bytes": path.stat().st_size,
                 }
         num_sources = len({row.source for row, _ in documents})
-        info = ShardInfo(name, len(documents), num_sources, files)
-        write_json(self._record_path(number), to_plain(ShardRecord(info, tuple(failures))))
+        info = ShardInfo(name, len(documents), num_sources, written)
+        files.write_json(self._record_path(number), to_plain(ShardRecord(info, tuple(failures))))
 
     def finish(self) -> Manifest:
         """Gathers all records into the manifest, writes it and removes what it replaces."""
@@ -207,7 +193,7 @@ class OutputFolder:
             tuple(record.shard for record in records),
         )
         if failures:
-            write_json_lines(self.folder / FAILURES_FILE, [to_plain(f) for f in failures])
+            files.write_json_lines(self.folder / FAILURES_FILE, [to_plain(f) for f in failures])
         manifest.save(self.folder)
         for number in range(self.num_shards):
             self._record_path(number).unlink()

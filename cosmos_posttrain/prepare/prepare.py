@@ -10,23 +10,18 @@ turn (see ``encoding.py``). A killed run is continued by the same command (see `
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.cli import Flag
-from cosmos_posttrain.errors import (
-    ConfigError,
-    PartialFailureError,
-    TokenizerError,
-    is_rank_zero,
-)
+from cosmos_posttrain.errors import ConfigError, PartialFailureError, TokenizerError
 from cosmos_posttrain.geometry import ClipGeometry, Compression, parse_compression
 
 if TYPE_CHECKING:
-    from cosmos_posttrain.data.manifest import Contract, Manifest
+    from cosmos_posttrain.data.contract import Contract
+    from cosmos_posttrain.data.manifest import Manifest
     from cosmos_posttrain.prepare.encoding import Encoder
     from cosmos_posttrain.prepare.sources import Source
 
@@ -175,24 +170,21 @@ def prepare(config: PrepareConfig, tokenizer: Encoder | None = None) -> Manifest
         to_do = ranks.decide(lambda: output.start(config.overwrite))
         if to_do is None:
             manifest = Manifest.load(folder)
-            _say(f"{folder} is complete already: {manifest.num_documents} clips; nothing to do.")
+            launch.say(
+                f"{folder} is complete already: {manifest.num_documents} clips; nothing to do."
+            )
         else:
             if len(to_do) < len(shards):
-                _say(f"continuing {folder}: {len(shards) - len(to_do)} shards are done.")
+                launch.say(f"continuing {folder}: {len(shards) - len(to_do)} shards are done.")
             mine = {number: shards[number] for number in to_do[ranks.rank :: ranks.world_size]}
             encode_shards(mine, spec, encoder, output, config)
             manifest = ranks.decide(output.finish, gather_first=True)
-            _say(
+            launch.say(
                 f"prepared {manifest.num_documents} clips from "
                 f"{len(sources) - manifest.num_failures} videos in {folder}."
             )
     _judge(manifest, len(sources), config.max_failures, folder)
     return manifest
-
-
-def _say(text: str) -> None:
-    if is_rank_zero():
-        print(text, flush=True)
 
 
 def _list_sources(config: PrepareConfig) -> list[Source]:
@@ -205,26 +197,21 @@ def _list_sources(config: PrepareConfig) -> list[Source]:
 
 
 def _load_encoder(config: PrepareConfig) -> Encoder:
-    import torch
-
     from cosmos_posttrain.tokenizer import load_tokenizer_pair
 
-    device = config.device
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
     encoder: Encoder = load_tokenizer_pair(
         config.encoder_path,
         config.decoder_path or config.encoder_path,
         config.tokenizer_compression_factor,
-        device,
+        config.device,
         config.dtype,
     )
     return encoder
 
 
 def _make_contract(encoder: Encoder, geometry: ClipGeometry) -> Contract:
+    from cosmos_posttrain.data.contract import TokenizerInfo, make_contract
     from cosmos_posttrain.data.indexed import token_dtype
-    from cosmos_posttrain.data.manifest import ClipInfo, TokenizerInfo, make_contract
 
     if tuple(encoder.compression) != tuple(geometry.compression):
         raise TokenizerError(
@@ -238,8 +225,7 @@ def _make_contract(encoder: Encoder, geometry: ClipGeometry) -> Contract:
         tuple(encoder.levels),
         encoder.vocab_size,
     )
-    clip = ClipInfo(geometry.num_frames, geometry.height, geometry.width)
-    return make_contract(info, clip, token_dtype(encoder.vocab_size))
+    return make_contract(info, geometry, token_dtype(encoder.vocab_size))
 
 
 def _make_plan(config: PrepareConfig, encoder: Encoder, sources: list[Source]) -> dict[str, Any]:
@@ -259,8 +245,7 @@ def _make_plan(config: PrepareConfig, encoder: Encoder, sources: list[Source]) -
 def _judge(manifest: Manifest, num_sources: int, max_failures: int, folder: Path) -> None:
     """Says which videos failed, and raises if they are too many."""
     for failure in manifest.failures[:10]:
-        if is_rank_zero():
-            print(f"not read: {failure.source}: {failure.reason}", file=sys.stderr, flush=True)
+        launch.say(f"not read: {failure.source}: {failure.reason}", error=True)
     if manifest.num_failures > max_failures:
         raise PartialFailureError(
             f"{manifest.num_failures} of {num_sources} videos could not be read, and max_failures "

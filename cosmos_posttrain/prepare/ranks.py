@@ -6,12 +6,12 @@ decided on. Gloo, so that no GPU is needed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.errors import CosmosPosttrainError
 
 T = TypeVar("T")
@@ -24,8 +24,8 @@ class Ranks:
     """A context in which ``rank`` and ``world_size`` hold; makes its own gloo group if needed."""
 
     def __init__(self) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = launch.rank()
+        self.world_size = launch.world_size()
         self._group: Any = None
         self._owns_world = False
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cosmos_posttrain.data.files import sha256_of_json
 from cosmos_posttrain.errors import ConfigError, UserError
+from cosmos_posttrain.files import sha256_of_json
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cosmos_posttrain.errors import run_cli
+from cosmos_posttrain.launch import run_cli
 from cosmos_posttrain.tokenizer.convert import main
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cosmos_posttrain.errors import TokenizerError
+from cosmos_posttrain.files import replacing
 from cosmos_posttrain.tokenizer.network import DVConfig, DVNetwork
 from cosmos_posttrain.tokenizer.torchscript import load_script, script_levels, script_tensors
 from cosmos_posttrain.tokenizer.weights_io import (
@@ -91,10 +92,8 @@ def export_torchscript(network: DVNetwork, folder: Path) -> tuple[Path, Path]:
     paths = (folder / "encoder.jit", folder / "decoder.jit")
     modules: tuple[nn.Module, nn.Module] = (_EncoderModule(network), _DecoderModule(network))
     for path, module, example in zip(paths, modules, (video, indices), strict=True):
-        temporary = path.with_suffix(".tmp")
-        with _quiet_tracing(), torch.no_grad():
+        with replacing(path) as temporary, _quiet_tracing(), torch.no_grad():
             torch.jit.save(torch.jit.trace(module.eval(), example, check_trace=False), temporary)
-        temporary.replace(path)
     return paths
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.errors import TokenizerError
 from cosmos_posttrain.geometry import Compression, parse_compression
 from cosmos_posttrain.tokenizer import SHIPPED
@@ -62,7 +63,7 @@ def load_tokenizer(
             ``compression``), a folder with ``config.json`` and ``model.safetensors``, a folder
             with ``encoder.jit`` and ``decoder.jit`` or with ``autoencoder.jit`` alone, one of
             these files, or a Hugging Face id.
-        device: ``auto`` is CUDA where there is one, else the CPU.
+        device: see :func:`cosmos_posttrain.launch.device`.
         dtype: to compute in; None means the checkpoint's own on a GPU and float32 on the CPU.
         compression: the compression that the tokenizer must have; None takes any.
         native: what runs TorchScript files: None the native network where it reproduces them, else
@@ -94,8 +95,8 @@ def load_tokenizer_pair(
         TokenizerError: if one cannot be loaded, or they are not of the same rate and levels.
     """
     wanted = None if compression is None else parse_compression(compression)
-    device = _pick_device(device)
-    dtype = _pick_dtype(dtype)
+    device = launch.device(device)
+    dtype = launch.parse_dtype(dtype)
     encoder_file = _locate(encoder_path, "encoder", wanted)
     decoder_file = _locate(decoder_path, "decoder", wanted)
     encoder: Encoder
@@ -136,29 +137,6 @@ def load_network(path: str | Path, compression: Compression | None = None) -> DV
     if files[0].is_dir():
         return read_network(files[0])
     return network_from_scripts({file: load_script(file) for file in files})
-
-
-def _pick_device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device)
-    except RuntimeError as error:
-        raise TokenizerError(f"{device!r} is not a device; use auto, cpu or cuda.") from error
-    if picked.type == "cuda" and not torch.cuda.is_available():
-        raise TokenizerError(f"device {device} was asked for, but CUDA is absent; use cpu.")
-    return picked
-
-
-def _pick_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if isinstance(dtype, str):
-        picked = getattr(torch, dtype, None)
-        if not isinstance(picked, torch.dtype):
-            raise TokenizerError(f"{dtype!r} is not a dtype; use float32, bfloat16 or float16.")
-        dtype = picked
-    if dtype is not None and not dtype.is_floating_point:
-        raise TokenizerError(f"{dtype} is not a float dtype; use float32, bfloat16 or float16.")
-    return dtype
 
 
 def _identity(path: str | Path, compression: Compression | None) -> str:

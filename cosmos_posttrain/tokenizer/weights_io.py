@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.errors import TokenizerError
+from cosmos_posttrain.files import replacing, write_json
 from cosmos_posttrain.tokenizer.network import DVConfig, DVNetwork
 
 CONFIG_FILE = "config.json"
@@ -130,9 +130,6 @@ def write_native(folder: Path, network: DVNetwork, dtype: torch.dtype | None = N
         name: tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in parameters_only(network.state_dict()).items()
     }
-    temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}.tmp"
-    temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
-    temporary.replace(folder / WEIGHTS_FILE)
-    temporary = folder / f".{CONFIG_FILE}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(dataclasses.asdict(network.config), indent=1) + "\n")
-    temporary.replace(folder / CONFIG_FILE)
+    with replacing(folder / WEIGHTS_FILE) as temporary:
+        temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
+    write_json(folder / CONFIG_FILE, dataclasses.asdict(network.config))

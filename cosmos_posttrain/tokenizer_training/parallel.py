@@ -1,13 +1,12 @@
 """Data parallelism of tokenizer training: plain torch.distributed, gloo or NCCL.
 
-Flows in: the launcher's environment (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``). Flows out: this
+Flows in: how the processes were launched. Flows out: this
 process's share of a batch, and sums over all processes. The tokenizers are small enough for one
 GPU, so nothing here needs Megatron. Without a launcher every method is the identity.
 """
 
 from __future__ import annotations
 
-import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain import launch
 
 # The slowest thing that ranks wait for is rank 0 validating and writing pictures.
 _TIMEOUT = timedelta(minutes=60)
@@ -38,30 +37,12 @@ class Ranks:
     @classmethod
     def from_environment(cls) -> Ranks:
         """Reads what torchrun sets; one process where it did not."""
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        return cls(launch.rank(), launch.world_size())
 
     @property
     def is_first(self) -> bool:
         """True in the process that writes, prints and validates."""
         return self.rank == 0
-
-    def device(self, name: str) -> torch.device:
-        """The device of this process; ``auto`` is its GPU where there is one.
-
-        Raises:
-            ConfigError: if there are fewer GPUs than processes on this machine.
-        """
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu":
-            return torch.device("cpu")
-        index = int(os.environ.get("LOCAL_RANK", "0"))
-        if index >= torch.cuda.device_count():
-            raise ConfigError(
-                f"this machine has {torch.cuda.device_count()} CUDA devices, too few for process "
-                f"{index + 1} on it; start fewer processes, or set device=cpu."
-            )
-        return torch.device("cuda", index)
 
     def start(self, device: torch.device) -> None:
         """Makes the process group, where there are several processes, and waits for all."""

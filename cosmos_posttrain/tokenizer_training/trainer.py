@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from cosmos_posttrain import config as config_module
+from cosmos_posttrain import files, launch
 from cosmos_posttrain.errors import CheckpointError, NonFiniteLossError, OutputFolderError
+from cosmos_posttrain.runlog import wants_wandb
 from cosmos_posttrain.tokenizer.weights_io import write_native
 from cosmos_posttrain.tokenizer_training.adversarial import Adversary
 from cosmos_posttrain.tokenizer_training.config import (
@@ -45,7 +47,7 @@ from cosmos_posttrain.tokenizer_training.model_step import (
 )
 from cosmos_posttrain.tokenizer_training.objective import Objective
 from cosmos_posttrain.tokenizer_training.parallel import Ranks
-from cosmos_posttrain.tokenizer_training.run_log import RunLog, check_wandb
+from cosmos_posttrain.tokenizer_training.run_log import TokenizerRunLog
 from cosmos_posttrain.tokenizer_training.start import (
     build_network,
     check_crops,
@@ -74,7 +76,7 @@ def train(config: TokenizerTrainConfig) -> dict[str, float]:
     """
     ranks = Ranks.from_environment()
     validate(config, ranks.size)
-    check_wandb()
+    wants_wandb()
     torch.set_num_threads(config.num_threads)
     output = Path(config.output_dir)
     _check_output(output, config)
@@ -82,7 +84,7 @@ def train(config: TokenizerTrainConfig) -> dict[str, float]:
     ranks.start(trainer.device)
     if ranks.is_first:
         output.mkdir(parents=True, exist_ok=True)
-        config_module.save_yaml(config, output / RECORDED)
+        files.write_text(output / RECORDED, config_module.to_yaml(config))
     trainer.resume(output / CHECKPOINT)
     trainer.distribute()
     metrics = trainer.fit(output)
@@ -114,7 +116,7 @@ class _Trainer:
 
     def __init__(self, config: TokenizerTrainConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
-        self.device = ranks.device(config.device)
+        self.device = launch.device(config.device)
         network_config, weights = load_start(config)
         check_crops(config.data, network_config)
         self.objective = Objective(config.loss, self.device, config.precision, ranks)
@@ -242,7 +244,7 @@ class _Trainer:
         return quantizer.codes_to_indices(quantizer.quantize(latents)).unique().numel()
 
     @torch.no_grad()
-    def validate(self, log: RunLog | None = None) -> dict[str, float]:
+    def validate(self, log: TokenizerRunLog | None = None) -> dict[str, float]:
         """Quality of the EMA weights on clips that training never sees.
 
         Args:
@@ -274,7 +276,7 @@ class _Trainer:
             return self.validate() if first else {}
         metrics: dict[str, float] = {}
         with contextlib.ExitStack() as stack:
-            log = RunLog(config, output, self.completed_steps) if first else None
+            log = TokenizerRunLog(config, output, self.completed_steps) if first else None
             if log is not None:
                 stack.callback(log.close)
             while self.completed_steps < last:
@@ -303,9 +305,8 @@ class _Trainer:
         }
         if self.adversary is not None:
             state["adversary"] = self.adversary.state_dict()
-        temporary = output / (CHECKPOINT + ".tmp")
-        torch.save(state, temporary)
-        temporary.replace(output / CHECKPOINT)
+        with files.replacing(output / CHECKPOINT) as temporary:
+            torch.save(state, temporary)
 
     def resume(self, path: Path) -> None:
         """Continues from a checkpoint, if there is one.

@@ -13,8 +13,8 @@ import torch
 from megatron.core import parallel_state
 
 from cosmos_posttrain.data.dataset import TokenDataset
-from cosmos_posttrain.data.manifest import to_plain
 from cosmos_posttrain.data.sampler import ClipSampler
+from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.geometry import parse_latent_shape
 from cosmos_posttrain.training.config import DataConfig, TrainConfig
 from cosmos_posttrain.training.step import Batch

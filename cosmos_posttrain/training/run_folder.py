@@ -12,14 +12,14 @@ leaves either a whole checkpoint or none.
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cosmos_posttrain import files, launch
 from cosmos_posttrain.checkpoint import context, dist
-from cosmos_posttrain.config import save_yaml
+from cosmos_posttrain.config import to_yaml
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import ConfigError, OutputFolderError
 from cosmos_posttrain.models.builder import CosmosGPTModel
@@ -99,28 +99,12 @@ class RunFolder:
         self.data = {**self.data, key: value}
 
     def start(self, config: TrainConfig, resumed: Progress) -> None:
-        """Makes the folder, saves the config and drops what lies past the restored step."""
-        if groups.rank() == 0:
+        """Makes the folder, saves the config and removes what a killed run left."""
+        if launch.rank() == 0:
             (self.run / "checkpoints").mkdir(parents=True, exist_ok=True)
-            for leftover in (self.run / "checkpoints").glob(".*.tmp"):
-                shutil.rmtree(leftover)
-            save_yaml(config, self.run / "config.yaml")
-            self._drop_metrics_from(resumed.completed_steps)
+            files.remove_leftovers(self.run / "checkpoints")
+            files.write_text(self.run / "config.yaml", to_yaml(config))
         groups.barrier()
-
-    def _drop_metrics_from(self, step: int) -> None:
-        if not self.metrics_path.is_file():
-            return
-        kept = []
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] < step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                continue  # a line that a killed run left half-written
-        temporary = self.metrics_path.with_name(".metrics.jsonl.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self.metrics_path)
 
     def save(
         self,
@@ -133,19 +117,19 @@ class RunFolder:
         """Writes a checkpoint; every rank takes part. Returns its path."""
         name = context.checkpoint_name(progress.epoch(num_clips), progress.completed_steps)
         target = self.run / "checkpoints" / name
-        temporary = target.with_name(f".{name}.tmp")
-        if groups.rank() == 0:
+        temporary = files.temporary_path(target, is_shared=True)
+        if launch.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "weights").mkdir(parents=True)
         groups.barrier()
         dist.save(temporary / "weights", model, optimizer)
-        if groups.rank() == 0:
+        if launch.rank() == 0:
             state = {
                 "completed_steps": progress.completed_steps,
                 "consumed_samples": progress.consumed_samples,
             }
             context.write_context(temporary, model.model_config, self.data, state)
-            save_yaml(config, temporary / "context" / "config.yaml")
+            files.write_text(temporary / "context" / "config.yaml", to_yaml(config))
             if target.exists():
                 shutil.rmtree(target)
             temporary.rename(target)

@@ -16,17 +16,19 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint.dist import quiet_megatron_logging
-from cosmos_posttrain.checkpoint.load import open_at_grid, parse_dtype
+from cosmos_posttrain.checkpoint.load import open_at_grid
 from cosmos_posttrain.checkpoint.source import Source
 from cosmos_posttrain.data.dataset import TokenDataset
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.cpu_device import cpu_device
 from cosmos_posttrain.errors import ConfigError, NonFiniteLossError
 from cosmos_posttrain.models.builder import CosmosGPTModel, build_model
+from cosmos_posttrain.runlog import wants_wandb
 from cosmos_posttrain.training import data
 from cosmos_posttrain.training.config import TrainConfig, validate
-from cosmos_posttrain.training.metrics import MetricsLog, model_flops_utilization, wants_wandb
+from cosmos_posttrain.training.metrics import MetricsLog, model_flops_utilization
 from cosmos_posttrain.training.optimizer import (
     CheckpointableOptimizer,
     build_optimizer,
@@ -58,7 +60,7 @@ class Trainer:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         quiet_megatron_logging()
-        validate(config, groups.world_size())
+        validate(config, launch.world_size())
         wants_wandb()
         self.config = config
         self.parallelism = groups.Parallelism(
@@ -126,7 +128,7 @@ class Trainer:
     def _set_up(self, source: Source) -> None:
         config = self.config
         groups.initialize(self.parallelism, config.model.seed)
-        self.dtype = parse_dtype(config.model.dtype) or (
+        self.dtype = launch.parse_dtype(config.model.dtype) or (
             torch.bfloat16 if torch.cuda.is_available() else torch.float32
         )
         self.model = self._build()
@@ -191,7 +193,7 @@ class Trainer:
         return split if len(split) else None
 
     def _announce(self, source: Source) -> None:
-        config, say = self.config, self.log.say
+        config, say = self.config, launch.say
         sizes = self.parallelism
         say(
             f"{self.model_config.num_parameters / 1e6:,.1f}M parameters, "
@@ -234,9 +236,9 @@ class Trainer:
                     self.progress,
                     len(self.train_data),
                 )
-                self.log.say(f"saved {checkpoint}")
+                launch.say(f"saved {checkpoint}")
         if checkpoint is not None and checkpoint == self.resume_from:
-            self.log.say(f"nothing to do: {checkpoint} has {config.max_steps} steps or more")
+            launch.say(f"nothing to do: {checkpoint} has {config.max_steps} steps or more")
         assert checkpoint is not None
         return checkpoint
 

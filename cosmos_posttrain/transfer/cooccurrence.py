@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cosmos_posttrain.data.files import TEMPORARY_PREFIX
-from cosmos_posttrain.data.manifest import TokenizerInfo, from_plain, to_plain
+from cosmos_posttrain.data.contract import TokenizerInfo
+from cosmos_posttrain.data.serial import from_plain, to_plain
 from cosmos_posttrain.errors import DatasetError
+from cosmos_posttrain.files import replacing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,9 +59,8 @@ class Cooccurrence:
             "record": self.record,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(TEMPORARY_PREFIX + path.name)
-        save_file(arrays, temporary, {"cooccurrence": json.dumps(header)})
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file(arrays, temporary, {"cooccurrence": json.dumps(header)})
 
     @classmethod
     def load(cls, path: Path) -> Cooccurrence:

@@ -13,18 +13,19 @@ kept; beyond that the lightest are dropped and their share is recorded.
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cosmos_posttrain.data.manifest import Contract, DocumentRow, Manifest, from_plain
+from cosmos_posttrain.data.contract import Contract
+from cosmos_posttrain.data.manifest import DocumentRow, Manifest
+from cosmos_posttrain.data.serial import from_plain
 from cosmos_posttrain.data.shards import Shard, open_shards
 from cosmos_posttrain.data.splits import split_sources
 from cosmos_posttrain.errors import DatasetError
+from cosmos_posttrain.runlog import ProgressDisplay
 from cosmos_posttrain.transfer.cooccurrence import Cooccurrence
 from cosmos_posttrain.transfer.overlap import PicturePairs, frame_intervals, time_overlaps
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _BUFFERED_PAIRS = 4_000_000
-_LOG_SECONDS = 30.0
 
 
 class PairSums:
@@ -182,10 +182,10 @@ def count_cooccurrence(
     for clip in old.clips(_by_shard(old.documents(named))):
         old_clips.setdefault(clip.row.source, []).append(clip)
     counter = _Counter(old.contract, new.contract, picture, max_pairs)
-    progress = _Progress(len(chosen))
+    progress = ProgressDisplay(len(chosen), "clips")
     for clip in new.clips(_by_shard(chosen)):
         counter.add(clip, old_clips.get(clip.row.source, []))
-        progress.advance(counter)
+        progress.advance(f"{counter.num_clip_pairs:,} pairs of clips")
     if not counter.num_clip_pairs:
         raise DatasetError(
             f"no clip of {new.path} shows the same frames of the same video as one of {old.path}; "
@@ -246,26 +246,3 @@ class _Counter:
             self.occurrences,
             {**record, **counts},
         )
-
-
-class _Progress:
-    """A line now and then: rate and time left."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
-        self._start = self._last = time.monotonic()
-
-    def advance(self, counter: _Counter) -> None:
-        """One clip is done."""
-        self._done += 1
-        now = time.monotonic()
-        if now - self._last > _LOG_SECONDS or self._done == self._total:
-            self._last = now
-            rate = self._done / max(now - self._start, 1e-9)
-            print(
-                f"{self._done:,}/{self._total:,} clips, {rate:.1f} clips/s, "
-                f"{(self._total - self._done) / rate:.0f} s left, {counter.num_clip_pairs:,} pairs "
-                "of clips",
-                file=sys.stderr,
-                flush=True,
-            )

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cosmos_posttrain.checkpoint import mapping, plain
+from cosmos_posttrain.checkpoint import plain
 from cosmos_posttrain.checkpoint.source import Source
-from cosmos_posttrain.data.manifest import to_plain
+from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.transfer.cooccurrence import Cooccurrence
@@ -101,19 +101,17 @@ class Transfer:
         Raises:
             CheckpointError: the weights are damaged or do not fit.
         """
-        from megatron.core import parallel_state
-
-        from cosmos_posttrain.models.naming import parameters_by_disk_name
+        from cosmos_posttrain.checkpoint.fill import fill
 
         weights = plain.open_weights(self.source)
-        rank = parallel_state.get_tensor_model_parallel_rank()
-        size = parallel_state.get_tensor_model_parallel_world_size()
-        with torch.no_grad():
-            for name, parameter in parameters_by_disk_name(model):
-                whole = weights.megatron(name)
-                if name in (EMBEDDING, OUTPUT):
-                    whole = self.padded_rows(name, whole, model.config.init_method_std)
-                parameter.copy_(mapping.shard(name, whole, rank, size))
+
+        def whole_tensor(name: str) -> Tensor:
+            whole = weights.megatron(name)
+            if name in (EMBEDDING, OUTPUT):
+                whole = self.padded_rows(name, whole, model.config.init_method_std)
+            return whole
+
+        fill(model, whole_tensor)
 
     def describe(self) -> dict[str, Any]:
         """What a run's checkpoints record of it."""

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cosmos_posttrain.data.manifest import Contract, DocumentRow
+from cosmos_posttrain.data.contract import Contract
+from cosmos_posttrain.data.manifest import DocumentRow
 from cosmos_posttrain.errors import DatasetError
 
 if TYPE_CHECKING:

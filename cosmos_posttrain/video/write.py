@@ -6,13 +6,12 @@ written under a temporary name and renamed, so that a killed run leaves no half 
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_posttrain.errors import UserError, VideoError
+from cosmos_posttrain.files import replacing
 from cosmos_posttrain.video.pixels import SCALER_FLAGS
 
 if TYPE_CHECKING:
@@ -54,16 +53,12 @@ def write_mp4(path: str | Path, frames: torch.Tensor, fps: float) -> None:
     """
     path = Path(path)
     _check(path, frames, fps)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _encode(temporary, frames, fps)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            _encode(temporary, frames, fps)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _encode(path: Path, frames: torch.Tensor, fps: float) -> None:

@@ -13,10 +13,11 @@ import torch
 from helpers.distributed_run import run_script
 
 import convert_checkpoint
-from cosmos_posttrain.checkpoint import context, guard, mapping
+from cosmos_posttrain.checkpoint import guard, mapping
 from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
-from cosmos_posttrain.errors import run_cli
+from cosmos_posttrain.files import write_json
 from cosmos_posttrain.geometry import LatentShape
+from cosmos_posttrain.launch import run_cli
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.reference_config import to_reference
 
@@ -29,7 +30,7 @@ def model(tmp_path: Path) -> Path:
     folder.mkdir()
     state = {n: torch.ones(shape) for n, shape in mapping.reference_shapes(CONFIG).items()}
     torch.save(state, folder / "model.pt")
-    context.write_json(folder / "config.json", to_reference(CONFIG))
+    write_json(folder / "config.json", to_reference(CONFIG))
     return folder
 
 

@@ -18,6 +18,7 @@ from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
 from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.checkpoint.torch_dist import TorchDistWriter
 from cosmos_posttrain.errors import CheckpointError, ConfigError, OutputFolderError
+from cosmos_posttrain.files import write_json
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.reference_config import to_reference
@@ -36,7 +37,7 @@ def source(tmp_path: Path) -> Path:
         for name, shape in mapping.reference_shapes(CONFIG).items()
     }
     torch.save(state, folder / "model.pt")
-    context.write_json(folder / "config.json", to_reference(CONFIG))
+    write_json(folder / "config.json", to_reference(CONFIG))
     return folder
 
 
@@ -178,7 +179,7 @@ def test_a_disk_that_is_too_small(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(OutputFolderError, match="are free there"):
+    with pytest.raises(OutputFolderError, match="are free in"):
         _convert(source, tmp_path / "new" / "target", "pt")
     assert _names(tmp_path) == {"source"}
 

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from cosmos_posttrain.checkpoint import context, guard, mapping, nemo_context
+from cosmos_posttrain.checkpoint import guard, mapping, nemo_context
 from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
 from cosmos_posttrain.checkpoint.load import load_model
 from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.errors import CheckpointError, GeometryError, UserError
+from cosmos_posttrain.files import write_json
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.models.config import ModelConfig, YarnConfig
 from cosmos_posttrain.models.reference_config import from_reference, to_reference
@@ -31,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     state = {n: torch.ones(shape) for n, shape in mapping.reference_shapes(CONFIG).items()}
     torch.save(state, folder / "model.pt")
-    context.write_json(folder / "config.json", to_reference(CONFIG))
+    write_json(folder / "config.json", to_reference(CONFIG))
     return folder
 
 

@@ -16,12 +16,13 @@ from helpers.golden_ar import LOGIT_TOLERANCE, case_dir, case_io, max_difference
 from helpers.reference import GOLDEN_DIR, needs_golden
 from safetensors.torch import load_file, save_file
 
-from cosmos_posttrain.checkpoint import context, infer_config, mapping, nemo_context, plain
+from cosmos_posttrain.checkpoint import infer_config, mapping, nemo_context, plain
 from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
 from cosmos_posttrain.checkpoint.load import load_model
 from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from cosmos_posttrain.errors import CheckpointError
+from cosmos_posttrain.files import write_json
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.models.config import ModelConfig, YarnConfig
 from cosmos_posttrain.models.presets import preset
@@ -46,7 +47,7 @@ def _make(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.bfloat16
         for name, shape in mapping.reference_shapes(config).items()
     }
     torch.save(state, folder / "model.pt")
-    context.write_json(folder / "config.json", to_reference(config))
+    write_json(folder / "config.json", to_reference(config))
     return folder
 
 

@@ -21,6 +21,7 @@ from helpers.golden_ar import (
 )
 from helpers.reference import needs_golden
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint import context, dist
 from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
 from cosmos_posttrain.checkpoint.load import load_model
@@ -84,7 +85,7 @@ def _loss_gradients(model: Any, tokens: torch.Tensor, labels: torch.Tensor) -> l
 def _saved_and_loaded(folder: Path, model: ARModel, name: str) -> dict[str, Any]:
     """Saved at TP=2, and loaded from a folder written at TP=1; with sequence parallelism on."""
     saved = folder / f"{name}-tp2" / "weights"
-    if groups.rank() == 0:
+    if launch.rank() == 0:
         saved.mkdir(parents=True)
         context.write_context(saved.parent, model.config, {"contract": {"seq_length": 120}})
     groups.barrier()
@@ -126,7 +127,7 @@ def _on_two_ranks(folder: str) -> dict[str, Any]:
     gradients = _loss_gradients(module, tokens[:, mine], labels[:, mine])
     for gradient in gradients:
         torch.distributed.all_reduce(gradient)
-    results["CP gradients"] = gradients if groups.rank() == 0 else None
+    results["CP gradients"] = gradients if launch.rank() == 0 else None
     groups.shutdown()
     return results
 

@@ -16,8 +16,9 @@ import pytest
 import torch
 from helpers.distributed_run import run_script
 
-from cosmos_posttrain.checkpoint import context, mapping
+from cosmos_posttrain.checkpoint import mapping
 from cosmos_posttrain.checkpoint.pt_file import PtWriter
+from cosmos_posttrain.files import write_json
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.reference_config import to_reference
@@ -71,7 +72,7 @@ def _synthetic(folder: Path, config: ModelConfig) -> Path:
     for name, shape in shapes.items():
         writer.add(name, torch.randn(shape, generator=generator).bfloat16())
     writer.finish()
-    context.write_json(folder / "config.json", to_reference(config))
+    write_json(folder / "config.json", to_reference(config))
     return folder
 
 

@@ -228,7 +228,7 @@ def test_nothing_readable_is_a_failure(tmp_path: Path) -> None:
         ({"max_videos": 0}, "max_videos is 0"),
         ({"max_failures": -1}, "max_failures is -1"),
         ({"device": "tpu9"}, "'tpu9' is not a device"),
-        ({"dtype": "int32"}, "not a float dtype"),
+        ({"dtype": "int32"}, "there is no dtype"),
         ({"output_dir": "notes"}, "holds something else .todo.txt"),
         ({"output_dir": "notes/todo.txt"}, "is a file"),
     ],

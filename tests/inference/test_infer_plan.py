@@ -78,7 +78,7 @@ def test_a_checkpoint_says_tokenizer_and_geometry(inputs: Path, tmp_path: Path) 
         ({"ar_model_dir": "nowhere"}, "nowhere does not exist"),
         ({"ar_model_dir": "."}, "holds no model"),
         ({"video_save_name": ""}, "is not a file name"),
-        ({"video_save_name": "bar.mp4/clip"}, "is not a folder"),
+        ({"video_save_name": "bar.mp4/clip"}, "is a file"),
         ({"temperature": -1.0}, "temperature -1.0"),
         ({"top_p": 80.0}, "top_p 80.0"),
         ({"fps": 0.0}, "--fps 0.0"),

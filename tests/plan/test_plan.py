@@ -50,12 +50,13 @@ def group_of(name: str) -> str:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_counts_equal_the_built_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cosmos_posttrain import launch
     from cosmos_posttrain.distributed import groups
     from cosmos_posttrain.models.builder import build_model
 
     groups.initialize(groups.Parallelism())
     # Shapes without memory: the largest model takes half a second.
-    monkeypatch.setattr(groups, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(launch, "device", lambda: torch.device("meta"))
     with torch.device("meta"):
         built = build_model(PRESETS[name])
     counts = dict.fromkeys(parameter_groups(PRESETS[name]), 0)
@@ -303,7 +304,7 @@ def test_bad_input_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    from cosmos_posttrain.errors import run_cli
+    from cosmos_posttrain.launch import run_cli
 
     monkeypatch.setattr("sys.argv", ["plan", *arguments.split()])
     with pytest.raises(SystemExit) as caught:

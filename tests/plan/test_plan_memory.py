@@ -253,7 +253,7 @@ def test_the_fused_swiglu_of_gpus(dtype: str) -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_peak_memory_on_a_gpu(tmp_path: Path, recompute: bool) -> None:
     """A wide model of two layers: the plan, without the framework's share, bounds what is used."""
-    from cosmos_posttrain.distributed import groups
+    from cosmos_posttrain import launch
     from cosmos_posttrain.models.presets import PRESETS
     from cosmos_posttrain.training import data
     from cosmos_posttrain.training.trainer import Trainer
@@ -266,13 +266,13 @@ def test_peak_memory_on_a_gpu(tmp_path: Path, recompute: bool) -> None:
         patch.setitem(PRESETS, "tiny", model)
         config = training_config(write_tokens(tmp_path), tmp_path / "run", "bfloat16", layout)
         config.micro_batch_size = 2
-        torch.cuda.reset_peak_memory_stats(groups.device())
+        torch.cuda.reset_peak_memory_stats(launch.device())
         trainer = Trainer(config)
         batches = next(data.training_batches(trainer.train_data, config, 0))
         for _ in range(2):
             trainer.train_step(batches)
         trainer.log.close()
-    peak = torch.cuda.max_memory_allocated(groups.device())
+    peak = torch.cuda.max_memory_allocated(launch.device())
     expected = memory(Workload(model, 2, 2), layout)
     # Buffers that come and go are an upper estimate, so the plan may be above what is used.
     held = expected.total - expected.overhead

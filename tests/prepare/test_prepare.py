@@ -148,7 +148,7 @@ def test_a_killed_process_is_continued_to_the_same_bytes(videos, reference, tmp_
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (output / "manifest.json").exists()
-    (output / ".tmp-shard-00001.bin").write_bytes(b"half")  # as a kill at a worse moment leaves
+    (output / ".tmp-4321-shard-00001.bin").write_bytes(b"half")  # left by a kill
     prepare_small(videos, output)
     assert contents(output) == reference
 

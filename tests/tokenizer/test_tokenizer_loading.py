@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_tokenizer_network import random_video, small_network
 
-from cosmos_posttrain.errors import GeometryError, TokenizerError
+from cosmos_posttrain.errors import ConfigError, GeometryError, TokenizerError
 from cosmos_posttrain.geometry import Compression
 from cosmos_posttrain.tokenizer import SHIPPED, load_tokenizer, load_tokenizer_pair
 from cosmos_posttrain.tokenizer.export import export_torchscript, import_torchscript
@@ -203,7 +203,7 @@ def test_paths_that_are_no_tokenizer_are_refused(tmp_path: Path) -> None:
             load_tokenizer(path, device="cpu")
     with pytest.raises(TokenizerError, match="no tiny tokenizer of 4x4x4"):
         load_tokenizer("tiny", compression="4,4,4")
-    with pytest.raises(TokenizerError, match="int8 is not a float dtype"):
+    with pytest.raises(ConfigError, match="there is no dtype 'int8'"):
         load_tokenizer("tiny", compression="4,8,8", dtype="int8")
 
 

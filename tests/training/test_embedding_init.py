@@ -17,6 +17,7 @@ from helpers.two_tokenizers import Coarse, prepare_pair
 from cosmos_posttrain.checkpoint import context
 from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.files import write_json
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.training.config import TrainConfig, validate
 from cosmos_posttrain.transfer.align import align
@@ -146,7 +147,7 @@ def test_a_larger_grid_is_scaled_once(start: Path, tmp_path: Path) -> None:
         context.read_model_config(checkpoint), latent_shape=LatentShape(3, 1, 3)
     )
     shutil.copytree(checkpoint, tmp_path / "model")
-    context.write_json(tmp_path / "model" / "context" / "model.json", small.to_json())
+    write_json(tmp_path / "model" / "context" / "model.json", small.to_json())
     config = make_config(
         start / "old",
         tmp_path / "run",

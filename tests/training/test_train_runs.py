@@ -86,7 +86,7 @@ def resumable_copy(reference_run: Path, target: Path) -> Path:
     shutil.copytree(reference_run, target)
     checkpoints = target / "default" / "checkpoints"
     last = next(checkpoints.glob("*step=19"))
-    last.rename(last.with_name(f".{last.name}.tmp"))
+    last.rename(last.with_name(f".tmp-0-{last.name}"))
     metrics = target / "default" / "metrics.jsonl"
     lines = metrics.read_text().splitlines()
     metrics.write_text("\n".join(lines[:15]) + '\n{"step": 15, "reduced')

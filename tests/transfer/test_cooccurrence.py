@@ -9,17 +9,12 @@ import pytest
 from helpers.two_tokenizers import Coarse, Shuffled, prepare_pair
 from safetensors.numpy import save_file
 
+from cosmos_posttrain.data.contract import Contract, TokenizerInfo, make_contract
 from cosmos_posttrain.data.dataset import TokenDataset
-from cosmos_posttrain.data.manifest import (
-    ClipInfo,
-    Contract,
-    DocumentRow,
-    Manifest,
-    TokenizerInfo,
-    make_contract,
-    to_plain,
-)
+from cosmos_posttrain.data.manifest import DocumentRow, Manifest
+from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.errors import ConfigError, DatasetError, OutputFolderError
+from cosmos_posttrain.geometry import ClipGeometry, Compression
 from cosmos_posttrain.transfer import counting
 from cosmos_posttrain.transfer.align import align
 from cosmos_posttrain.transfer.config import AlignConfig
@@ -32,7 +27,8 @@ def contract(
     compression: tuple[int, int, int], frames: int, height: int, width: int, vocab_size: int = 12
 ) -> Contract:
     tokenizer = TokenizerInfo("t", "0" * 64, compression, (vocab_size,), vocab_size)
-    return make_contract(tokenizer, ClipInfo(frames, height, width), "uint16")
+    geometry = ClipGeometry(frames, height, width, Compression(*tokenizer.compression))
+    return make_contract(tokenizer, geometry, "uint16")
 
 
 def test_latent_frames_lie_in_source_frames() -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from cosmos_posttrain.checkpoint.source import Source
-from cosmos_posttrain.data.manifest import TokenizerInfo, to_plain
+from cosmos_posttrain.data.contract import TokenizerInfo
+from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.presets import preset

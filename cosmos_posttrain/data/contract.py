@@ -1,0 +1,121 @@
+"""The contract of a data set: what all its documents share. No torch.
+
+Flows in: the tokenizer's identity and the clip's geometry. Flows out: a ``Contract``, which goes
+typed from the manifest to the checkpoint and back; training, inference and evaluation check it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cosmos_posttrain.data.serial import to_plain
+from cosmos_posttrain.errors import DatasetError
+from cosmos_posttrain.geometry import ClipGeometry, Compression, LatentShape
+
+FORMAT_VERSION = 1
+KINDS = ("base", "video2world")
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """Which tokenizer made the tokens.
+
+    Attributes:
+        id: the path or name as it was given; says nothing certain.
+        sha256: of the encoder's learned tensors; this is the identity.
+        compression: (T, H, W).
+        levels: FSQ levels.
+        vocab_size: their product.
+    """
+
+    id: str
+    sha256: str
+    compression: tuple[int, ...]
+    levels: tuple[int, ...]
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class ClipInfo:
+    """Size of every clip, in frames and pixels."""
+
+    num_frames: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What all documents of a data set share, and what a model trained on it depends on.
+
+    Attributes:
+        format_version: of this file.
+        kind: ``base`` or ``video2world``.
+        tokenizer: which tokenizer made the tokens.
+        clip: frames and pixels of a clip.
+        latent_shape: (T, H, W) of the token grid.
+        seq_length: tokens of a document, T * H * W.
+        dtype: of the tokens on disk, ``uint16`` or ``int32``.
+        text_encoder: of the prompts; None without prompts.
+        context_len: rows of a prompt's embedding; None without prompts.
+    """
+
+    format_version: int
+    kind: str
+    tokenizer: TokenizerInfo
+    clip: ClipInfo
+    latent_shape: tuple[int, ...]
+    seq_length: int
+    dtype: str
+    text_encoder: dict[str, Any] | None = None
+    context_len: int | None = None
+
+    @property
+    def geometry(self) -> ClipGeometry:
+        """The clip before and after the tokenizer."""
+        clip = self.clip
+        rate = Compression(*self.tokenizer.compression)
+        return ClipGeometry(clip.num_frames, clip.height, clip.width, rate)
+
+    def check(self, where: str) -> None:
+        """Raises DatasetError if the parts contradict one another; ``where`` names the file."""
+        problem = None
+        if self.format_version != FORMAT_VERSION:
+            problem = f"its format_version is {self.format_version}, this program reads 1"
+        elif self.kind not in KINDS:
+            problem = f"its kind is {self.kind!r}, which must be one of {', '.join(KINDS)}"
+        elif len(self.latent_shape) != 3 or min(self.latent_shape) < 1:
+            problem = f"its latent_shape is {list(self.latent_shape)}"
+        elif LatentShape(*self.latent_shape).num_tokens != self.seq_length:
+            problem = f"latent_shape {list(self.latent_shape)} is not {self.seq_length} tokens"
+        elif len(self.tokenizer.compression) != 3:
+            problem = f"its compression is {list(self.tokenizer.compression)}"
+        elif self.dtype not in ("uint16", "int32"):
+            problem = f"its dtype is {self.dtype!r}"
+        if problem:
+            raise DatasetError(f"{where} is damaged or foreign: {problem}; prepare it again.")
+
+    def difference(self, other: Contract) -> str | None:
+        """The first thing that ``other`` has otherwise, in words; None if they are the same.
+
+        The tokenizer's id may differ: the same weights have many names.
+        """
+        ours, theirs = (
+            {f"tokenizer {key}": value for key, value in plain.pop("tokenizer").items()}
+            | {f"clip {key}": value for key, value in plain.pop("clip").items()}
+            | plain
+            for plain in (to_plain(self), to_plain(other))
+        )
+        ours.pop("tokenizer id")
+        for key, value in ours.items():
+            if theirs.get(key) != value:
+                return f"{key} {value} here, {theirs.get(key)} there"
+        return None
+
+
+def make_contract(tokenizer: TokenizerInfo, geometry: ClipGeometry, dtype: str) -> Contract:
+    """A base contract with the derived fields filled in."""
+    clip = ClipInfo(geometry.num_frames, geometry.height, geometry.width)
+    shape = tuple(geometry.latent_shape)
+    return Contract(FORMAT_VERSION, "base", tokenizer, clip, shape, geometry.seq_length, dtype)

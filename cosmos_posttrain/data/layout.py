@@ -1,0 +1,26 @@
+"""Names of the files in a prepared folder. No torch.
+
+Flows in: names and numbers. Flows out: what is ours, and how shards are called.
+"""
+
+from __future__ import annotations
+
+import re
+
+MANIFEST_FILE = "manifest.json"
+FAILURES_FILE = "failures.jsonl"
+PLAN_FILE = "prepare.json"  # what a run that is not complete is about
+
+_OURS = re.compile(
+    r"manifest\.json|failures\.jsonl|prepare\.json|shard-\d{5,}\.(bin|idx|jsonl|json)"
+)
+
+
+def shard_name(number: int) -> str:
+    """``shard-00000`` and so on."""
+    return f"shard-{number:05d}"
+
+
+def is_ours(name: str) -> bool:
+    """True for the names that preparation writes, and for no other."""
+    return _OURS.fullmatch(name) is not None

@@ -1,0 +1,271 @@
+"""Files that are whole or not there at all, and folders with one writer. No torch.
+
+Flows in: bytes, values and paths. Flows out: files under their final names, hashes, and refusals of
+folders that cannot be written to, hold something else, are being written, or are too full. Nothing
+else in the package writes atomically, checks an output folder or locks one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cosmos_posttrain.errors import OutputFolderError, UserError
+
+T = TypeVar("T")
+
+LOCK_FILE = ".lock"
+_TEMPORARY = re.compile(r"\.tmp-\d+-(.+)", re.DOTALL)
+# Of file systems that know no locks.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
+
+
+# Names and writing.
+
+
+def temporary_path(path: Path, is_shared: bool = False) -> Path:
+    """Where a file or folder is written before it gets its name: beside it, hidden.
+
+    Args:
+        path: the final path.
+        is_shared: several processes write it together, so all of them get the same path.
+    """
+    return path.with_name(f".tmp-{0 if is_shared else os.getpid()}-{path.name}")
+
+
+def final_name(name: str) -> str:
+    """The name that a temporary name becomes; any other name is returned as it is."""
+    match = _TEMPORARY.fullmatch(name)
+    return match[1] if match else name
+
+
+def is_leftover(name: str) -> bool:
+    """True for temporary names: what a killed writer leaves behind."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed writers left in a folder; for the folder's one writer only."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if is_leftover(path.name):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder with all that is in it; absent is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Forces a file or a folder's list of names to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path to write to; what lies there gets the name when the block ends.
+
+    The file is forced to disk first. An error in the block removes it, and an older file under the
+    name stays as it is.
+    """
+    temporary = temporary_path(path)
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON atomically; see ``json_text``."""
+    write_text(path, json_text(value, indent=2) + "\n")
+
+
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Writes one JSON object a line, atomically."""
+    write_text(path, "".join(json_text(value) + "\n" for value in values))
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON as the standard has it: numbers that are not finite become null."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: Path, error: type[UserError], fix: str = "restore it") -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Args:
+        path: the file.
+        error: what is raised.
+        fix: the advice that the sentence ends with.
+
+    Raises:
+        UserError: of the given kind: the file is missing, damaged, or holds no object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as cause:
+        raise error(f"{path} is missing; {fix}.") from cause
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror}.") from cause
+    except ValueError as cause:
+        raise error(f"{path} is damaged: it is not JSON ({cause}); {fix}.") from cause
+    if not isinstance(value, dict):
+        raise error(f"{path} is damaged: it holds no JSON object; {fix}.")
+    return value
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hash of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """Hash of a value's canonical JSON (sorted keys, no spaces), in hexadecimal."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# Output folders.
+
+
+def check_writable(folder: Path, what: str = "the output folder") -> None:
+    """Refuses a folder that could not be made or written to; makes nothing.
+
+    Raises:
+        OutputFolderError: it is a file, lies below one, or permissions are missing.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputFolderError(f"{what} {folder} is a file; name a new or empty folder.")
+    existing = _existing(folder)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        why = "is not a folder" if not existing.is_dir() else "may not be written to"
+        raise OutputFolderError(
+            f"{what} {folder} cannot be written to: {existing} {why}; name another folder."
+        )
+
+
+def foreign_names(folder: Path, is_ours: Callable[[str], bool]) -> list[str]:
+    """Names in a folder that this job does not write, sorted; temporary names and locks count."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted(name for name in names if name != LOCK_FILE and not is_ours(final_name(name)))
+
+
+def check_free_space(folder: Path, num_bytes: int, what: str) -> None:
+    """Refuses to start writing what the disk cannot hold.
+
+    Raises:
+        OutputFolderError: states both sizes.
+    """
+    free = shutil.disk_usage(_existing(folder)).free
+    if free < num_bytes:
+        raise OutputFolderError(
+            f"{what} needs {num_bytes / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free in "
+            f"{folder}; make room, or choose another folder."
+        )
+
+
+def _existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+# One writer. Record locks belong to a process: forked helpers do not inherit them, and they end
+# with it however it ends. The set refuses a second writer within the process.
+
+_locked: dict[Path, int] = {}
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes the folder if needed and holds it against a second writer until the block ends.
+
+    If the block fails before anything was written, a folder that was made here is removed again.
+
+    Raises:
+        OutputFolderError: another process, or this one, is writing there.
+    """
+    made = [p for p in (folder.absolute(), *folder.absolute().parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.resolve() / LOCK_FILE
+    _take(path, folder)
+    try:
+        yield
+    finally:
+        _release(path)
+        with contextlib.suppress(OSError):  # not empty: the block has written something
+            for parent in made:
+                parent.rmdir()
+
+
+def _take(path: Path, folder: Path) -> None:
+    if path in _locked:
+        raise OutputFolderError(f"{folder} is being written by this process already.")
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            if error.errno in _NO_LOCKS:  # such a file system has no safer way
+                path.unlink(missing_ok=True)
+                return
+            raise OutputFolderError(
+                f"{folder} is being written by another process ({owner or 'just started'}); wait "
+                "until it ends, stop it, or name another folder."
+            ) from error
+        # Its owner may have removed the file between open and lock.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        os.close(descriptor)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    _locked[path] = descriptor
+
+
+def _release(path: Path) -> None:
+    descriptor = _locked.pop(path, None)
+    if descriptor is not None:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)

@@ -1,0 +1,233 @@
+"""This process among those that were launched: rank, device, dtype, what it says, how it ends.
+
+Flows in: the launcher's environment (``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``; none under plain
+python). Flows out: the same answers for every room. torch is imported only where it is needed.
+Nothing else in the package reads these variables.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("bfloat16", "float16", "float32")
+DEVICES = ("auto", "cpu", "cuda")
+
+_PR_SET_PDEATHSIG = 1
+# How long another rank waits for rank 0 to say the same before it speaks.
+_PATIENCE_SECONDS = 2.0
+
+
+def _variable(name: str, default: int) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value else default
+
+
+def _group() -> Any:
+    """torch.distributed where a process group exists, else None; imports nothing."""
+    torch = sys.modules.get("torch")
+    distributed = getattr(torch, "distributed", None)
+    ready = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return distributed if ready else None
+
+
+def rank() -> int:
+    """Rank of this process, before or after the process groups exist."""
+    group = _group()
+    return int(group.get_rank()) if group else _variable("RANK", 0)
+
+
+def world_size() -> int:
+    """Processes in this job, before or after the process groups exist."""
+    group = _group()
+    return int(group.get_world_size()) if group else _variable("WORLD_SIZE", 1)
+
+
+def local_rank() -> int:
+    """Number of this process among those of its machine."""
+    return _variable("LOCAL_RANK", 0)
+
+
+def is_launched() -> bool:
+    """True where a launcher has said how the processes find one another."""
+    return "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
+
+
+def is_rank_zero() -> bool:
+    """True in the process that speaks and writes for all."""
+    return rank() == 0
+
+
+def say(text: str, error: bool = False) -> None:
+    """Prints a line, once: on rank 0, to standard output or standard error."""
+    if is_rank_zero():
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def device(requested: str | torch.device = "auto") -> torch.device:
+    """The device of this process: one rule for every room.
+
+    Args:
+        requested: ``auto`` is this process's GPU where there is one, else the CPU; ``cuda`` is this
+            process's GPU; ``cpu`` and ``cuda:N`` are what they say.
+
+    Raises:
+        ConfigError: no such device, or fewer GPUs on this machine than processes.
+    """
+    import torch
+
+    try:
+        chosen = torch.device("cuda" if str(requested) == "auto" else requested)
+    except RuntimeError as error:
+        raise ConfigError(f"{requested!r} is not a device; use {', '.join(DEVICES)}.") from error
+    if chosen.type not in ("cpu", "cuda", "meta"):
+        raise ConfigError(f"device {requested} is not supported; use {', '.join(DEVICES)}.")
+    if chosen.type != "cuda":
+        return chosen
+    if not torch.cuda.is_available():
+        if str(requested) == "auto":
+            return torch.device("cpu")
+        raise ConfigError(f"device {requested} was asked for, but CUDA is absent; use cpu.")
+    index = local_rank() if chosen.index is None else chosen.index
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise ConfigError(
+            f"this machine shows {count} GPU(s), too few for process {index + 1} on it (LOCAL_RANK "
+            f"{local_rank()}, device {requested}); start fewer processes, or check "
+            "CUDA_VISIBLE_DEVICES."
+        )
+    return torch.device("cuda", index)
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Reads ``bfloat16`` and its kin; None stays None.
+
+    Raises:
+        ConfigError: any other name, or a dtype that is none of floating point.
+    """
+    if dtype is None:
+        return None
+    import torch
+
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(f"there is no dtype {name!r}; use one of {', '.join(DTYPES)}.")
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+# The end of a process.
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Runs a script's main function and turns exceptions into exit codes.
+
+    An error is printed once for all ranks; the exit code is the exception's own. Ctrl-C exits with
+    130. Under torchrun the process ends with its launcher.
+    """
+    _end_with_launcher()
+    try:
+        code = main()
+    except CosmosPosttrainError as error:
+        _print_once(str(error))
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code or 0)
+
+
+def _print_once(sentence: str) -> None:
+    """Rank 0 prints what it met; another rank prints what rank 0 does not, with its rank.
+
+    Before torch is imported only the command line has been read, which is the same for all.
+    """
+    number = rank()
+    if "torch" not in sys.modules or world_size() == 1:
+        say(f"error: {sentence}", error=True)
+        return
+    store = _launcher_store()
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    key = f"cosmos_posttrain/{attempt}/{hashlib.sha256(sentence.encode()).hexdigest()}"
+    if store is not None and number != 0:
+        end = time.monotonic() + _PATIENCE_SECONDS
+        while time.monotonic() < end and not _said(store, key):
+            time.sleep(0.1)
+    if store is None or _claim(store, key):
+        where = "" if number == 0 else f" on rank {number}"
+        print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
+
+
+def _launcher_store() -> Any:
+    """The store at which the processes met; None where it cannot be reached (any more)."""
+    import torch.distributed
+
+    try:
+        return torch.distributed.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=_PATIENCE_SECONDS),
+            wait_for_workers=False,
+        )
+    except Exception:  # whatever it is, the error that is to be printed counts more
+        return None
+
+
+def _said(store: Any, key: str) -> bool:
+    try:
+        return bool(store.check([key]))
+    except Exception:
+        return False
+
+
+def _claim(store: Any, key: str) -> bool:
+    try:
+        return int(store.add(key, 1)) == 1
+    except Exception:
+        return True
+
+
+def _end_with_launcher() -> None:
+    """Under torchrun on Linux, asks the kernel to end this process when its launcher ends.
+
+    A launcher that is killed cannot end its workers, which would keep GPUs, memory and locks. A
+    plain python process may outlive the shell that started it, so nothing is asked for it. Helper
+    processes that are forked later end with this one.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+    ask()
+    if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
+        os.kill(os.getpid(), signal.SIGKILL)  # the launcher was gone before the kernel was asked
+    in_main_thread = True
+
+    def before_fork() -> None:
+        # The kernel watches the thread that forks, and other threads end earlier.
+        nonlocal in_main_thread
+        in_main_thread = threading.current_thread() is threading.main_thread()
+
+    def after_fork() -> None:
+        if in_main_thread:
+            ask()
+
+    os.register_at_fork(before=before_fork, after_in_child=after_fork)

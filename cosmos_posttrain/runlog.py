@@ -1,0 +1,223 @@
+"""What a long job says while it runs: a progress display, metrics.jsonl, TensorBoard and W&B.
+
+Flows in: counts of finished work, and rows of numbers. Flows out: rate and time left on standard
+error; the same numbers in every place. Only rank 0 says and writes anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from cosmos_posttrain import files
+from cosmos_posttrain.config import to_dict
+from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.launch import is_rank_zero
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_TERMINAL_SECONDS, _LOG_SECONDS = 0.25, 5.0
+_WANDB_OFF = "disabled"
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03``, or ``2:03`` below an hour."""
+    minutes, rest = divmod(max(round(seconds), 0), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class ProgressDisplay:
+    """Rate and time left: one line, rewritten on a terminal, written now and then in a log.
+
+    Args:
+        total: how much there is to do.
+        unit: what is counted, in the plural.
+        label: what the line begins with.
+        done: how much an earlier process has done, which does not count for the rate.
+        stream: standard error unless given.
+        log_seconds: time between two lines where the stream is no terminal.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        unit: str,
+        label: str = "",
+        done: int = 0,
+        stream: TextIO | None = None,
+        log_seconds: float = _LOG_SECONDS,
+    ) -> None:
+        self.total, self.done = total, done
+        self._unit, self._prefix = unit, f"{label}: " if label else ""
+        self._stream = stream or sys.stderr
+        self._is_active = is_rank_zero()
+        self._is_terminal = self._stream.isatty()
+        self._pause_seconds = _TERMINAL_SECONDS if self._is_terminal else log_seconds
+        self._first, self._start = done, time.monotonic()
+        self._last = self._start
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the start."""
+        return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
+
+    @property
+    def seconds_left(self) -> float:
+        """At that rate."""
+        return (self.total - self.done) / self.rate if self.rate else 0.0
+
+    def advance(self, note: str = "", count: int = 1) -> None:
+        """``count`` more are done; see ``show``."""
+        self.show(self.done + count, note)
+
+    def show(self, done: int, note: str = "", force: bool = False) -> None:
+        """``done`` in all are done.
+
+        Args:
+            done: of the total.
+            note: further words for the line.
+            force: write the line however short ago the last one was.
+        """
+        self.done = done
+        now, is_end = time.monotonic(), done >= self.total
+        is_due = is_end or force or now - self._last >= self._pause_seconds
+        if not (self._is_active and is_due):
+            return
+        self._last = now
+        left = f"{duration(self.seconds_left)} left"
+        if is_end:
+            left = f"{duration(now - self._start)} in all"
+        rate = f"{self.rate:,.1f}" if self.rate >= 10 else f"{self.rate:.2f}"
+        parts = [f"{done:,}/{self.total:,} {self._unit}", note, f"{rate} {self._unit}/s", left]
+        self._write(self._prefix + ", ".join(part for part in parts if part), is_end)
+
+    def _write(self, line: str, is_end: bool) -> None:
+        if self._is_terminal:
+            line = f"\r{line}\x1b[K" + ("\n" if is_end else "")
+        else:
+            line += "\n"
+        self._stream.write(line)
+        self._stream.flush()
+
+
+class RunLog:
+    """Writes rows of numbers to every place; on other ranks than 0 it does nothing.
+
+    Args:
+        folder: gets ``metrics.jsonl`` and ``tb_logs/``.
+        config: a structured config, recorded in W&B.
+        completed_steps: steps of the run so far; later rows that are there already are dropped, so
+            that each step appears once.
+
+    Raises:
+        ConfigError: the environment asks for W&B, but wandb is not installed.
+    """
+
+    def __init__(self, folder: Path, config: object, completed_steps: int) -> None:
+        self._is_active = is_rank_zero()
+        if not self._is_active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = folder / "metrics.jsonl"
+        _drop_rows_from(path, completed_steps)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(folder / "tb_logs"), purge_step=completed_steps)
+        self._wandb = start_wandb(config, folder)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Records a row; ``row["step"]`` counts from 0, values that are None are left out."""
+        if not self._is_active:
+            return
+        self._file.write(files.json_text(row) + "\n")
+        self._file.flush()
+        numbers = {key: v for key, v in row.items() if key != "step" and v is not None}
+        for key, value in numbers.items():
+            self._tensorboard.add_scalar(key, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=row["step"])
+
+    def write_picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
+        """Records a picture, (H, W, 3) uint8, in TensorBoard and W&B."""
+        if not self._is_active:
+            return
+        self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(pixels)}, step=step)
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        if self._is_active:
+            self._file.close()
+            self._tensorboard.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+
+def _drop_rows_from(path: Path, step: int) -> None:
+    """Drops rows of steps that will be run again, and a line that was left half-written."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    files.write_text(path, "".join(kept))
+
+
+def wants_wandb() -> bool:
+    """True where the environment asks for W&B: ``WANDB_API_KEY`` or ``WANDB_MODE``, not disabled.
+
+    Raises:
+        ConfigError: it asks, but wandb is not installed.
+    """
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode.lower() == _WANDB_OFF or not (os.environ.get("WANDB_API_KEY") or mode):
+        return False
+    if find_spec("wandb") is None:
+        raise ConfigError(
+            "WANDB_API_KEY or WANDB_MODE is set, but wandb is not installed; pip install wandb, or "
+            "set WANDB_MODE=disabled."
+        )
+    return True
+
+
+def start_wandb(config: object, folder: Path) -> Any:
+    """The W&B run of a folder, a new one or the one that it had before.
+
+    Returns:
+        A ``wandb`` run, or None where the environment asks for none.
+
+    Raises:
+        ConfigError: see ``wants_wandb``.
+    """
+    if not wants_wandb():
+        return None
+    import wandb
+
+    # One W&B run per folder, so that a resumed run goes on in the same curves.
+    id_file = folder / "wandb_id.txt"
+    if not id_file.is_file():
+        files.write_text(id_file, secrets.token_hex(4))
+    return wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "cosmos_posttrain"),
+        name=os.environ.get("WANDB_NAME", folder.parent.name),
+        id=id_file.read_text(encoding="utf-8").strip(),
+        resume="allow",
+        dir=str(folder),
+        config=to_dict(config),
+    )
