@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from cosmos_posttrain.checkpoint.convert import FORMATS, ConvertConfig, convert
+from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
 from cosmos_posttrain.cli import Flag, parse
 from cosmos_posttrain.launch import run_cli
 
 FLAGS = (
     Flag("--source", "source", "Hugging Face id, checkpoint in any form, or run folder"),
     Flag("--target", "target", "folder to write"),
-    Flag("--target_format", "target_format", "what to write", choices=FORMATS),
+    Flag("--target_format", "target_format", "what to write"),
     Flag("--overwrite", "overwrite", "replace an earlier conversion in the target"),
     Flag("--verify", "verify", "read the result back and compare every tensor with the source's"),
     Flag("--model_config", "model_config", "config.json or size of a source that has no config"),

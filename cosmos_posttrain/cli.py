@@ -26,17 +26,26 @@ class Flag:
 
     Attributes:
         name: as typed, such as ``--lr``.
-        key: the dotted key of the config that it sets, such as ``optimizer.lr``.
-        help: one line; the default is added from the config.
+        key: the dotted key of the config that it sets, such as ``optimizer.lr``; "" is the flag's
+            own name.
+        help: replaces the text of the config's docstring; the default is added from the config.
         aliases: other spellings.
-        choices: the allowed values, where they are few.
     """
 
     name: str
-    key: str
-    help: str
+    key: str = ""
+    help: str = ""
     aliases: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
+
+    @property
+    def target(self) -> str:
+        """The dotted key."""
+        return self.key or self.name.lstrip("-")
+
+
+def flag_names(flags: Sequence[Flag]) -> dict[str, str]:
+    """What a dotted key is called on the command line."""
+    return {flag.target: flag.name for flag in flags}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,21 +71,31 @@ def _plain_type(kind: Any) -> Any:
     return kind
 
 
-def _describe(flag: Flag, default: Any) -> str:
+def _describe(flag: Flag, config_class: type, default: Any) -> str:
+    text = flag.help or _documented(config_class, flag.target)
     if default is None or default == "" or dataclasses.is_dataclass(default):
-        return flag.help.replace("%", "%%")
+        return text.replace("%", "%%")
     if isinstance(default, list):
         default = ",".join(str(item) for item in default)
-    return f"{flag.help} (default: {default})".replace("%", "%%")
+    return f"{text} (default: {default})".replace("%", "%%")
+
+
+def _documented(config_class: type, key: str) -> str:
+    """The entry of a dotted key in the docstring of the dataclass that has it."""
+    *parents, last = key.split(".")
+    value: Any = config_class()
+    for parent in parents:
+        value = getattr(value, parent)
+    return config.documentation(type(value)).get(last, "")
 
 
 def _add(parser: argparse.ArgumentParser, flag: Flag, config_class: type) -> None:
-    kind, default = _field_type_and_default(config_class, flag.key)
+    kind, default = _field_type_and_default(config_class, flag.target)
     kind = _plain_type(kind)
     options: dict[str, Any] = {
-        "dest": flag.key,
+        "dest": flag.target,
         "default": argparse.SUPPRESS,
-        "help": _describe(flag, default),
+        "help": _describe(flag, config_class, default),
     }
     names = [flag.name, *flag.aliases]
     if kind is bool:
@@ -84,9 +103,10 @@ def _add(parser: argparse.ArgumentParser, flag: Flag, config_class: type) -> Non
         return
     if kind in (int, float):
         options["type"] = kind
-    if flag.choices:
-        options["choices"] = flag.choices
-    options["metavar"] = {int: "N", float: "X"}.get(kind, "S") if not flag.choices else None
+    options["metavar"] = {int: "N", float: "X"}.get(kind, "S")
+    if choices := config.rule_of(config_class, flag.target).choices:
+        # Not argparse's own choices: the config refuses others, however they were given.
+        options["metavar"] = "{" + ",".join(choices) + "}"
     parser.add_argument(*names, **options)
 
 

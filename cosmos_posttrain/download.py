@@ -23,7 +23,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cosmos_posttrain import hub
-from cosmos_posttrain.cli import Flag, parse
+from cosmos_posttrain.cli import Flag, flag_names, parse
+from cosmos_posttrain.config import check, setting
 from cosmos_posttrain.errors import ConfigError, UserError
 from cosmos_posttrain.files import write_json, write_text
 from cosmos_posttrain.launch import run_cli
@@ -64,7 +65,7 @@ class DownloadConfig:
     """
 
     target: str = ""
-    recipe: str = ""
+    recipe: str = setting("", choices=RECIPES)
     models: str = ""
     tokenizers: str = ""
     text_encoder: str = ""
@@ -97,14 +98,13 @@ class DownloadConfig:
             for hub_id in found
             if not hub.looks_like_hub_id(hub_id)
         ]
-        if problems:
-            raise ConfigError("; ".join(problems) + ".")
+        check(self, flag_names(FLAGS), problems)
         return found
 
 
 FLAGS = (
     Flag("--target", "target", "folder to fill, or to verify"),
-    Flag("--recipe", "recipe", "everything for one model size", choices=RECIPES),
+    Flag("--recipe", "recipe", "everything for one model size"),
     Flag("--models", "models", "further ids owner/name[@revision], separated by commas"),
     Flag("--tokenizers", "tokenizers", "tokenizer ids instead of the recipe's"),
     Flag("--text_encoder", "text_encoder", "T5 id; Video2World recipes bring google-t5/t5-11b"),

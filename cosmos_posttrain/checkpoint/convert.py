@@ -20,6 +20,7 @@ from typing import Any
 from cosmos_posttrain import files, launch
 from cosmos_posttrain.checkpoint import context
 from cosmos_posttrain.checkpoint.source import Source, open_source
+from cosmos_posttrain.config import setting
 from cosmos_posttrain.errors import CheckpointError, ConfigError, OutputFolderError
 
 FORMATS = ("pt", "megatron", "nemo", "safetensors")
@@ -44,7 +45,7 @@ class ConvertConfig:
 
     source: str = ""
     target: str = ""
-    target_format: str = ""
+    target_format: str = setting("", choices=FORMATS)
     overwrite: bool = False
     verify: bool = False
     model_config: str | None = None

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cosmos_posttrain.cli import Flag
-from cosmos_posttrain.models.config import ROPE_SCALINGS
+from cosmos_posttrain.config import setting
+from cosmos_posttrain.launch import DTYPES
+from cosmos_posttrain.models.config import LAYER_SPECS, ROPE_SCALINGS
 
 
 @dataclass
@@ -74,9 +76,9 @@ class InferConfig:
     top_k: int | None = None
     seed: int = 0
     tensor_model_parallel_size: int | None = None
-    layer_spec: str = "torch"
-    dtype: str | None = None
-    rope_scaling: str = "none"
+    layer_spec: str = setting("torch", choices=LAYER_SPECS)
+    dtype: str | None = setting(None, choices=DTYPES)
+    rope_scaling: str = setting("none", choices=ROPE_SCALINGS)
     rope_scale: float | None = None
     disable_diffusion_decoder: bool = False
     allow_tokenizer_mismatch: bool = False
@@ -124,14 +126,9 @@ FLAGS = (
         "tensor_model_parallel_size",
         "processes that share the model (default: all that torchrun started)",
     ),
-    Flag("--layer_spec", "layer_spec", "layers of the model", choices=("torch", "te")),
+    _flag("layer_spec", "layers of the model"),
     _flag("dtype", "bfloat16 or float32 (default: the checkpoint's on a GPU, float32 on the CPU)"),
-    Flag(
-        "--rope_scaling",
-        "rope_scaling",
-        "positions beyond the checkpoint's grid",
-        choices=ROPE_SCALINGS,
-    ),
+    _flag("rope_scaling", "positions beyond the checkpoint's grid"),
     _flag("rope_scale", "replaces the ratio of the two grids"),
     _flag("disable_diffusion_decoder", "decode with the discrete tokenizer, the only decoder here"),
     _flag("allow_tokenizer_mismatch", "run with another tokenizer or geometry than was trained"),

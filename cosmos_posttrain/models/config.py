@@ -29,6 +29,7 @@ MAX_LAYERS, MAX_COUNT = 10_000, 2**31
 PARAMS_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 ROPE_SCALINGS = ("none", "interpolate", "yarn")
+LAYER_SPECS = ("torch", "te")
 
 
 class AxisScale(NamedTuple):

@@ -20,12 +20,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.absolute_positions import AbsolutePositions
 from cosmos_posttrain.models.attention import CachedSelfAttention, SDPACoreAttention
-from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.config import LAYER_SPECS, ModelConfig
 from cosmos_posttrain.models.cross_attention import CrossAttention, CrossAttentionSubmodules
 from cosmos_posttrain.models.norm import RMSNorm
 from cosmos_posttrain.models.video2world import Video2WorldLayer
-
-LAYER_SPECS = ("torch", "te")
 
 # Transformer Engine fuses a norm into the linear layer behind it and names it after that layer.
 # On disk the fused names are used, by both specs.

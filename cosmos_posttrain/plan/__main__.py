@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_posttrain.cli import Flag, parse
+from cosmos_posttrain.config import setting
 from cosmos_posttrain.errors import CheckpointError, ConfigError
 from cosmos_posttrain.geometry import parse_latent_shape
 from cosmos_posttrain.launch import run_cli
@@ -65,7 +66,7 @@ class PlanConfig:
     vocab_size: int | None = None
     micro_batch_size: int = 1
     global_batch_size: int = 32
-    dtype: str = "bf16"
+    dtype: str = setting("bf16", choices=tuple(DTYPE_NAMES))
     distributed_optimizer: bool = True
     max_layouts: int = 10
     json: bool = False
@@ -86,7 +87,7 @@ FLAGS = (
     Flag("--vocab_size", "vocab_size", "codes of the tokenizer; the model's own unless given"),
     Flag("--micro_batch_size", "micro_batch_size", "clips per forward pass and rank"),
     Flag("--global_batch_size", "global_batch_size", "clips per optimizer step"),
-    Flag("--dtype", "dtype", "weights and activations", choices=tuple(DTYPE_NAMES)),
+    Flag("--dtype", "dtype", "weights and activations"),
     Flag("--distributed_optimizer", "distributed_optimizer", "divide optimizer state over ranks"),
     Flag("--max_layouts", "max_layouts", "rows of the table"),
     Flag("--json", "json", "print JSON and nothing else"),

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cosmos_posttrain.cli import Flag, parse
+from cosmos_posttrain.config import setting
 from cosmos_posttrain.errors import ConfigError, OutputFolderError
 
 FORMATS = ("native", "torchscript")
 FLAGS = (
     Flag("--source", "source", "Hugging Face id, folder, .jit file, or shipped name"),
     Flag("--target", "target", "folder to write"),
-    Flag("--target_format", "target_format", "what to write", choices=FORMATS),
+    Flag("--target_format", "target_format", "what to write"),
     Flag("--overwrite", "overwrite", "replace the files of an earlier conversion"),
 )
 
@@ -36,7 +37,7 @@ class ConvertConfig:
 
     source: str = ""
     target: str = ""
-    target_format: str = "native"
+    target_format: str = setting("native", choices=FORMATS)
     overwrite: bool = False
 
     def validate(self) -> None:

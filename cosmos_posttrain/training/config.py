@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cosmos_posttrain.cli import Flag
-from cosmos_posttrain.errors import ConfigError
-from cosmos_posttrain.models.config import ROPE_SCALINGS
+from cosmos_posttrain.cli import Flag, flag_names
+from cosmos_posttrain.config import check, setting
+from cosmos_posttrain.models.config import LAYER_SPECS, ROPE_SCALINGS
 
 EMBEDDING_INITS = ("keep", "reset", "mean", "aligned")
+LR_DECAY_STYLES = ("cosine", "linear", "constant")
+# Not float16, whose gradients would need a loss scaler.
+TRAINING_DTYPES = ("bfloat16", "float32")
 
 
 @dataclass
@@ -30,7 +33,7 @@ class DataConfig:
     split_string: str = "98,1,1"
     seed: int = 1234
     latent_shape: str | None = None
-    vocab_size: int | None = None
+    vocab_size: int | None = setting(None, at_least=1)
 
 
 @dataclass
@@ -52,23 +55,30 @@ class ModelSourceConfig:
     """
 
     path: str = "nvidia/Cosmos-1.0-Autoregressive-4B"
-    layer_spec: str = "torch"
-    dtype: str | None = None
+    layer_spec: str = setting("torch", choices=LAYER_SPECS)
+    dtype: str | None = setting(None, choices=TRAINING_DTYPES)
     seed: int = 1234
     recompute: bool = False
-    rope_scaling: str = "none"
-    rope_scale: float | None = None
-    embedding_init: str = "keep"
+    rope_scaling: str = setting("none", choices=ROPE_SCALINGS)
+    rope_scale: float | None = setting(None, at_least=1)
+    embedding_init: str = setting("keep", choices=EMBEDDING_INITS)
     cooccurrence_path: str | None = None
 
 
 @dataclass
 class ParallelConfig:
-    """Sizes of the parallel groups; what is left of the processes is data parallelism."""
+    """Sizes of the parallel groups; what is left of the processes is data parallelism.
 
-    tensor_model_parallel_size: int = 2
-    pipeline_model_parallel_size: int = 1
-    context_parallel_size: int = 1
+    Attributes:
+        tensor_model_parallel_size: processes that share each layer.
+        pipeline_model_parallel_size: processes that share the layers in sequence.
+        context_parallel_size: processes that share each clip.
+        sequence_parallel: split activations between layers over the tensor-parallel processes.
+    """
+
+    tensor_model_parallel_size: int = setting(2, at_least=1)
+    pipeline_model_parallel_size: int = setting(1, at_least=1)
+    context_parallel_size: int = setting(1, at_least=1)
     sequence_parallel: bool = False
 
 
@@ -88,15 +98,15 @@ class OptimizerConfig:
         clip_grad: largest norm of the whole gradient; 0 means no clipping.
     """
 
-    lr: float = 5e-5
-    min_lr: float | None = None
-    lr_warmup_steps: int | None = None
-    lr_decay_style: str = "cosine"
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
+    lr: float = setting(5e-5, above=0)
+    min_lr: float | None = setting(None, at_least=0)
+    lr_warmup_steps: int | None = setting(None, at_least=0)
+    lr_decay_style: str = setting("cosine", choices=LR_DECAY_STYLES)
+    weight_decay: float = setting(0.1, at_least=0)
+    adam_beta1: float = setting(0.9, at_least=0, below=1)
+    adam_beta2: float = setting(0.95, at_least=0, below=1)
+    adam_eps: float = setting(1e-8, above=0)
+    clip_grad: float = setting(1.0, at_least=0)
 
 
 @dataclass
@@ -105,13 +115,15 @@ class TrainConfig:
 
     Attributes:
         log_dir: run folder; a run in it is resumed.
-        max_steps: optimizer steps.
+        max_steps: optimizer steps; data repeats as often as needed.
         max_epochs: kept for the original's command lines: warns when it would stop earlier.
         global_batch_size: clips per optimizer step.
         micro_batch_size: clips per forward pass and data-parallel rank.
         save_every_n_steps: steps between checkpoints.
         val_check_interval: steps between validations; None means at every checkpoint.
-        limit_val_batches: largest number of global batches per validation.
+        limit_val_batches: largest number of global batches per validation; 0 is no validation.
+        save_top_k: checkpoints with the lowest validation loss that are kept; -1 keeps all.
+        keep_last_n: newest checkpoints that are kept, whatever their loss; at least 1.
         index_mapping_dir: kept for the original's command lines: no index files are written.
         num_threads: CPU threads per process; None means torch's own choice.
     """
@@ -121,82 +133,55 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     log_dir: str = "./log_dir"
-    max_steps: int = 100
-    max_epochs: int = 10
-    global_batch_size: int = 2
-    micro_batch_size: int = 1
-    save_every_n_steps: int = 100
-    val_check_interval: int | None = None
-    limit_val_batches: int = 32
+    max_steps: int = setting(100, at_least=1)
+    max_epochs: int = setting(10, at_least=1)
+    global_batch_size: int = setting(2, at_least=1)
+    micro_batch_size: int = setting(1, at_least=1)
+    save_every_n_steps: int = setting(100, at_least=1)
+    val_check_interval: int | None = setting(None, at_least=1)
+    limit_val_batches: int = setting(32, at_least=0)
+    save_top_k: int = -1
+    keep_last_n: int = setting(1, at_least=1)
     index_mapping_dir: str | None = None
-    num_threads: int | None = None
+    num_threads: int | None = setting(None, at_least=1)
 
 
 FLAGS = (
-    Flag("--data_path", "data.path", "folder that prepare_dataset.py wrote"),
-    Flag("--model_path", "model.path", "model to start from: id, folder, run or random:<size>"),
-    Flag("--log_dir", "log_dir", "run folder; a run in it is resumed"),
-    Flag("--split_string", "data.split_string", "shares of train,validation,test"),
-    Flag("--index_mapping_dir", "index_mapping_dir", "accepted; no index files are needed"),
-    Flag("--global_batch_size", "global_batch_size", "clips per optimizer step"),
-    Flag("--micro_batch_size", "micro_batch_size", "clips per forward pass and rank"),
-    Flag("--lr", "optimizer.lr", "peak learning rate"),
-    Flag("--min_lr", "optimizer.min_lr", "final learning rate; a tenth of --lr unless given"),
-    Flag("--lr_warmup_steps", "optimizer.lr_warmup_steps", "5% of the steps unless given"),
-    Flag(
-        "--lr_decay_style",
-        "optimizer.lr_decay_style",
-        "shape after the warm-up",
-        choices=("cosine", "linear", "constant"),
-    ),
-    Flag("--weight_decay", "optimizer.weight_decay", "decoupled weight decay on matrices"),
-    Flag("--clip_grad", "optimizer.clip_grad", "largest gradient norm; 0 means no clipping"),
-    Flag("--max_steps", "max_steps", "optimizer steps; data repeats as often as needed"),
-    Flag("--max_epochs", "max_epochs", "warns when it would stop before --max_steps"),
-    Flag("--save_every_n_steps", "save_every_n_steps", "steps between checkpoints"),
-    Flag("--val_check_interval", "val_check_interval", "steps between validations"),
-    Flag("--limit_val_batches", "limit_val_batches", "global batches per validation"),
-    Flag(
-        "--tensor_model_parallel_size",
-        "parallel.tensor_model_parallel_size",
-        "processes that share each layer",
-    ),
-    Flag(
-        "--pipeline_model_parallel_size",
-        "parallel.pipeline_model_parallel_size",
-        "processes that share the layers in sequence",
-    ),
-    Flag(
-        "--context_parallel_size",
-        "parallel.context_parallel_size",
-        "processes that share each clip",
-    ),
-    Flag("--sequence_parallel", "parallel.sequence_parallel", "split activations between layers"),
-    Flag("--layer_spec", "model.layer_spec", "modules of a layer", choices=("torch", "te")),
-    Flag("--dtype", "model.dtype", "bfloat16 on a GPU, float32 on the CPU unless given"),
-    Flag("--recompute", "model.recompute", "recompute activations in the backward pass"),
-    Flag(
-        "--rope_scaling",
-        "model.rope_scaling",
-        "positions beyond the checkpoint's grid",
-        choices=ROPE_SCALINGS,
-    ),
-    Flag("--rope_scale", "model.rope_scale", "replaces the ratio of the two grids"),
-    Flag(
-        "--embedding_init",
-        "model.embedding_init",
-        "rows of the new tokens: the checkpoint's, fresh, its mean, or aligned by co-occurrence",
-        choices=EMBEDDING_INITS,
-    ),
-    Flag(
-        "--cooccurrence_path",
-        "model.cooccurrence_path",
-        "file of python -m cosmos_posttrain.transfer, for --embedding_init aligned",
-    ),
-    Flag("--latent_shape", "data.latent_shape", "grid T,H,W of data without a manifest"),
-    Flag("--vocab_size", "data.vocab_size", "vocabulary of data without a manifest"),
-    Flag("--seed", "data.seed", "of the split and the order of the clips"),
-    Flag("--num_threads", "num_threads", "CPU threads per process"),
+    Flag("--data_path", "data.path"),
+    Flag("--model_path", "model.path"),
+    Flag("--log_dir"),
+    Flag("--split_string", "data.split_string"),
+    Flag("--index_mapping_dir"),
+    Flag("--global_batch_size"),
+    Flag("--micro_batch_size"),
+    Flag("--lr", "optimizer.lr"),
+    Flag("--min_lr", "optimizer.min_lr"),
+    Flag("--lr_warmup_steps", "optimizer.lr_warmup_steps"),
+    Flag("--lr_decay_style", "optimizer.lr_decay_style"),
+    Flag("--weight_decay", "optimizer.weight_decay"),
+    Flag("--clip_grad", "optimizer.clip_grad"),
+    Flag("--max_steps"),
+    Flag("--max_epochs"),
+    Flag("--save_every_n_steps"),
+    Flag("--save_top_k"),
+    Flag("--keep_last_n"),
+    Flag("--val_check_interval"),
+    Flag("--limit_val_batches"),
+    Flag("--tensor_model_parallel_size", "parallel.tensor_model_parallel_size"),
+    Flag("--pipeline_model_parallel_size", "parallel.pipeline_model_parallel_size"),
+    Flag("--context_parallel_size", "parallel.context_parallel_size"),
+    Flag("--sequence_parallel", "parallel.sequence_parallel"),
+    Flag("--layer_spec", "model.layer_spec"),
+    Flag("--dtype", "model.dtype"),
+    Flag("--recompute", "model.recompute"),
+    Flag("--rope_scaling", "model.rope_scaling"),
+    Flag("--rope_scale", "model.rope_scale"),
+    Flag("--embedding_init", "model.embedding_init"),
+    Flag("--cooccurrence_path", "model.cooccurrence_path"),
+    Flag("--latent_shape", "data.latent_shape"),
+    Flag("--vocab_size", "data.vocab_size"),
+    Flag("--seed", "data.seed"),
+    Flag("--num_threads"),
 )
 
 
@@ -209,30 +194,24 @@ def validate(config: TrainConfig, world_size: int) -> None:
     problems = []
     if not config.data.path:
         problems.append("--data_path is missing: name the folder that prepare_dataset.py wrote")
-    for name in ("max_steps", "global_batch_size", "micro_batch_size", "save_every_n_steps"):
-        if getattr(config, name) < 1:
-            problems.append(f"--{name} {getattr(config, name)} must be at least 1")
-    if config.optimizer.lr <= 0:
-        problems.append(f"--lr {config.optimizer.lr} must be above 0")
-    min_lr = config.optimizer.min_lr
-    if min_lr is not None and not 0 <= min_lr <= config.optimizer.lr:
-        problems.append(f"--min_lr {min_lr} must lie between 0 and --lr {config.optimizer.lr}")
-    warmup = config.optimizer.lr_warmup_steps
-    if warmup is not None and not 0 <= warmup < config.max_steps:
+    optimizer = config.optimizer
+    if optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
+        problems.append(f"--min_lr {optimizer.min_lr} must be at most --lr {optimizer.lr}")
+    warmup = optimizer.lr_warmup_steps
+    if warmup is not None and warmup >= config.max_steps:
         problems.append(f"--lr_warmup_steps {warmup} must be below --max_steps {config.max_steps}")
+    if config.save_top_k == 0 or config.save_top_k < -1:
+        problems.append(f"--save_top_k {config.save_top_k} must be -1 (all) or at least 1")
     parallel = config.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         problems.append("--sequence_parallel needs --tensor_model_parallel_size above 1")
     problems += _embedding_problems(config.model)
-    if problems:
-        raise ConfigError("; ".join(problems) + ".")
-    _validate_batch(config, world_size)
+    problems += _batch_problems(config, world_size)
+    check(config, flag_names(FLAGS), problems)
 
 
 def _embedding_problems(model: ModelSourceConfig) -> list[str]:
     init, path = model.embedding_init, model.cooccurrence_path
-    if init not in EMBEDDING_INITS:
-        return [f"--embedding_init {init} is not one of {', '.join(EMBEDDING_INITS)}"]
     if init == "aligned" and path is None:
         return [
             "--embedding_init aligned needs --cooccurrence_path: write the file with python -m "
@@ -243,7 +222,7 @@ def _embedding_problems(model: ModelSourceConfig) -> list[str]:
     return []
 
 
-def _validate_batch(config: TrainConfig, world_size: int) -> None:
+def _batch_problems(config: TrainConfig, world_size: int) -> list[str]:
     parallel = config.parallel
     model_size = (
         parallel.tensor_model_parallel_size
@@ -252,9 +231,10 @@ def _validate_batch(config: TrainConfig, world_size: int) -> None:
     )
     data_parallel = max(world_size // max(model_size, 1), 1)
     per_step = config.micro_batch_size * data_parallel
-    if config.global_batch_size % per_step:
-        raise ConfigError(
-            f"--global_batch_size {config.global_batch_size} is not a multiple of "
-            f"--micro_batch_size {config.micro_batch_size} times {data_parallel} data-parallel "
-            f"ranks; use a multiple of {per_step}."
-        )
+    if per_step < 1 or config.global_batch_size % per_step == 0:
+        return []
+    return [
+        f"--global_batch_size {config.global_batch_size} is not a multiple of "
+        f"--micro_batch_size {config.micro_batch_size} times {data_parallel} data-parallel "
+        f"ranks; use a multiple of {per_step}"
+    ]
