@@ -38,6 +38,24 @@ def named_config(name: str) -> ModelConfig:
     return read_reference_config(path / "config.json" if path.is_dir() else path)
 
 
+def config_beside(folder: Path, what: str) -> ModelConfig:
+    """The ``config.json`` that lies beside weights of a form that does not say its numbers.
+
+    Args:
+        folder: where the weights lie.
+        what: what they are, for the message.
+
+    Raises:
+        CheckpointError: see ``read_reference_config``.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} has {what} but no config.json; copy the one that belongs to it there, or "
+            "give --model_config."
+        )
+    return read_reference_config(folder / "config.json")
+
+
 def read_reference_config(path: Path) -> ModelConfig:
     """Reads a ``config.json`` in the reference's field names.
 

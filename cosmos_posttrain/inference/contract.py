@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cosmos_posttrain.checkpoint.source import Source
+from cosmos_posttrain.checkpoint.source import CheckpointSource
 from cosmos_posttrain.data.contract import Contract
 from cosmos_posttrain.data.serial import from_plain
 from cosmos_posttrain.errors import CheckpointError, GeometryError, TokenizerError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _TRY_ANYWAY = "or try anyway with --allow_tokenizer_mismatch"
 
 
-def read_contract(source: Source) -> Contract | None:
+def read_contract(source: CheckpointSource) -> Contract | None:
     """What the checkpoint was trained on; None where it does not say.
 
     Raises:

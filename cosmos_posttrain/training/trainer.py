@@ -18,8 +18,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint.dist import quiet_megatron_logging
-from cosmos_posttrain.checkpoint.load import open_at_grid
-from cosmos_posttrain.checkpoint.source import Source
+from cosmos_posttrain.checkpoint.source import CheckpointSource, open_source
 from cosmos_posttrain.data.dataset import TokenDataset
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.cpu_device import cpu_device
@@ -77,18 +76,17 @@ class Trainer:
         self._check_fit()
         self._set_up(source)
 
-    def _open_source(self) -> Source:
+    def _open_source(self) -> CheckpointSource:
         """The model to start from, or the run's own last checkpoint, for this data's grid."""
         settings = self.config.model
-        return open_at_grid(
-            self.resume_from or settings.path,
-            self.train_data.vocab_size,
+        return open_source(self.resume_from or settings.path).at_grid(
             self.train_data.latent_shape,
             settings.rope_scaling,
             settings.rope_scale,
+            self.train_data.vocab_size,
         )
 
-    def _plan_transfer(self, source: Source) -> Transfer | None:
+    def _plan_transfer(self, source: CheckpointSource) -> Transfer | None:
         """Other rows for the new tokens, at the start of a run only; None keeps the rows."""
         settings, vocab_size = self.config.model, self.train_data.vocab_size
         if self.resume_from is None and settings.embedding_init != "keep":
@@ -125,7 +123,7 @@ class Trainer:
                 "and context parallelism; choose smaller sizes."
             )
 
-    def _set_up(self, source: Source) -> None:
+    def _set_up(self, source: CheckpointSource) -> None:
         config = self.config
         groups.initialize(self.parallelism, config.model.seed)
         self.dtype = launch.parse_dtype(config.model.dtype) or (
@@ -192,7 +190,7 @@ class Trainer:
             split = data.open_split(self.config.data, "validation")
         return split if len(split) else None
 
-    def _announce(self, source: Source) -> None:
+    def _announce(self, source: CheckpointSource) -> None:
         config, say = self.config, launch.say
         sizes = self.parallelism
         say(

@@ -4,7 +4,7 @@ Flows in: a checkpoint, the number of new tokens and, for ``aligned``, the co-oc
 old tokens. Flows out: the checkpoint's weights in a built model of the new vocabulary, with other
 input embeddings and output rows. Every rank makes the same rows and keeps its part.
 
-    aligned    from the old tokens at the same place and time; see ``aligned_rows.py``
+    aligned    from the old tokens at the same place and time; see ``rows.py``
     mean       every row is the mean of the old ones, and a little noise
     reset      fresh rows, drawn as the model's own fresh weights are
 """
@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cosmos_posttrain.checkpoint import plain
-from cosmos_posttrain.checkpoint.source import Source
+from cosmos_posttrain.checkpoint.source import CheckpointSource
 from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.config import ModelConfig
@@ -50,7 +49,7 @@ class Transfer:
         pairs: the co-occurrence; None unless ``aligned``.
     """
 
-    source: Source
+    source: CheckpointSource
     config: ModelConfig
     init: str
     seed: int
@@ -103,7 +102,7 @@ class Transfer:
         """
         from cosmos_posttrain.checkpoint.fill import fill
 
-        weights = plain.open_weights(self.source)
+        weights = self.source.open_weights()
 
         def whole_tensor(name: str) -> Tensor:
             whole = weights.megatron(name)
@@ -142,7 +141,7 @@ class Transfer:
 
 
 def plan_transfer(
-    source: Source,
+    source: CheckpointSource,
     init: str,
     vocab_size: int,
     new_tokenizer: dict[str, Any] | None,
@@ -163,7 +162,7 @@ def plan_transfer(
         ConfigError: fresh weights, or a file for other tokenizers.
         DatasetError: the file is missing or damaged.
     """
-    if source.kind == "random":
+    if source.is_fresh:
         raise ConfigError(
             f"--embedding_init {init} needs a checkpoint, but fresh weights have nothing to "
             "transfer; leave it out."

@@ -88,7 +88,7 @@ def test_output_folder_rules(
     (target / "mine.txt").write_text("kept")
     _convert(source, target, "megatron", overwrite=True)
     assert _names(target) == {"mine.txt", "weights", "context", "conversion.json"}
-    assert open_source(target).kind == "megatron"
+    assert open_source(target).format.name == "megatron"
 
 
 def test_folders_that_are_never_touched(source: Path, tmp_path: Path) -> None:

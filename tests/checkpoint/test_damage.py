@@ -242,7 +242,7 @@ def test_another_file_is_not_taken_for_the_model(folder: Path) -> None:
     other.write_bytes((folder / "model.pt").read_bytes())
     with pytest.raises(CheckpointError, match=r"older\.pt is a file of another name"):
         open_source(other)
-    assert open_source(folder / "model.pt").kind == "pt"
+    assert open_source(folder / "model.pt").format.name == "pt"
 
 
 def test_no_tokens_at_all(folder: Path) -> None:

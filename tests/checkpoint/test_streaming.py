@@ -27,7 +27,7 @@ from cosmos_posttrain.models.reference_config import to_reference
 _MEASURED = """
 import json, sys, threading, time
 
-from cosmos_posttrain.checkpoint import plain, targets
+from cosmos_posttrain.checkpoint import pt_file, safetensors_file, torch_dist_weights
 from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
 
 def anonymous_bytes():

@@ -79,13 +79,12 @@ def test_rows_do_not_depend_on_the_layout(start: Path, tmp_path: Path, init: str
 
 
 def test_everything_else_stays(start: Path, tmp_path: Path) -> None:
-    from cosmos_posttrain.checkpoint.plain import read_megatron
     from cosmos_posttrain.models.naming import parameters_by_disk_name
     from cosmos_posttrain.training.trainer import Trainer
 
     trainer = Trainer(swap(start, tmp_path / "run", "aligned"))
     trainer.log.close()
-    before = dict(read_megatron(open_source(start / "model")))
+    before = dict(open_source(start / "model").open_weights().all_megatron())
     for name, parameter in parameters_by_disk_name(trainer.model):
         if "embedding" not in name and "output" not in name:
             assert torch.equal(parameter, before[name]), name

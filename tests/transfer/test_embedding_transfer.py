@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from cosmos_posttrain.checkpoint.source import Source
+from cosmos_posttrain.checkpoint.formats.registry import WRITABLE
+from cosmos_posttrain.checkpoint.source import CheckpointSource
 from cosmos_posttrain.data.contract import TokenizerInfo
 from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.errors import ConfigError
@@ -168,9 +169,9 @@ def config_of(vocab_size: int, **changes: Any) -> ModelConfig:
     return dataclasses.replace(preset("tiny"), vocab_size=vocab_size, hidden_size=16, **changes)
 
 
-def source_of(config: ModelConfig, info: TokenizerInfo | None = None, kind: str = "pt") -> Source:
+def source_of(config: ModelConfig, info: TokenizerInfo | None = None) -> CheckpointSource:
     data = None if info is None else {"contract": {"tokenizer": to_plain(info)}}
-    return Source(Path("somewhere"), kind, config, data)
+    return CheckpointSource(Path("somewhere"), WRITABLE["pt"], config, data)
 
 
 @pytest.mark.parametrize("init", ["reset", "mean", "aligned"])
@@ -214,7 +215,7 @@ def test_a_file_for_other_tokenizers_is_refused(dense: Any, tmp_path: Path) -> N
     make_pairs(*dense).save(tmp_path / "c")
     own, new = tokenizer("old", OLD_SIZE), to_plain(tokenizer("new", NEW_SIZE))
 
-    def plan(source: Source, size: int = NEW_SIZE, data: Any = new) -> Transfer:
+    def plan(source: CheckpointSource, size: int = NEW_SIZE, data: Any = new) -> Transfer:
         return plan_transfer(source, "aligned", size, data, str(tmp_path / "c"), seed=0)
 
     fitting = source_of(config_of(OLD_SIZE), own)
@@ -230,4 +231,4 @@ def test_a_file_for_other_tokenizers_is_refused(dense: Any, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"new tokenizer new .* data set's is 21 tokens"):
         plan(fitting, size=21, data=None)
     with pytest.raises(ConfigError, match="fresh weights have nothing to transfer"):
-        plan(source_of(config_of(OLD_SIZE), kind="random"))
+        plan(CheckpointSource(None, None, config_of(OLD_SIZE)))
