@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cosmos_posttrain import hub
 from cosmos_posttrain.checkpoint import infer_config
+from cosmos_posttrain.checkpoint.context import TrainingData
 from cosmos_posttrain.checkpoint.formats import registry
 from cosmos_posttrain.checkpoint.formats.base import CheckpointFormat
+from cosmos_posttrain.data.contract import Contract
 from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.models.config import ModelConfig
@@ -33,13 +35,13 @@ class CheckpointSource:
         path: where it lies; None for fresh weights.
         format: how it is written there; None for fresh weights.
         config: the model's numbers.
-        data: what it was trained on (``contract`` and more); None where that is not recorded.
+        data: what it was trained on; None where that is not recorded.
     """
 
     path: Path | None
     format: CheckpointFormat | None
     config: ModelConfig
-    data: dict[str, Any] | None = None
+    data: TrainingData | None = None
 
     @property
     def is_fresh(self) -> bool:
@@ -47,9 +49,9 @@ class CheckpointSource:
         return self.path is None
 
     @property
-    def contract(self) -> dict[str, Any] | None:
-        """The contract of the data that the model was trained on."""
-        return (self.data or {}).get("contract")
+    def contract(self) -> Contract | None:
+        """The contract of the data that the model was trained on; None where it is not known."""
+        return None if self.data is None else self.data.contract
 
     def at_grid(
         self,

@@ -7,14 +7,13 @@ the same global batch k for every number of ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
+from cosmos_posttrain.checkpoint.context import SplitInfo, TrainingData
 from cosmos_posttrain.data.dataset import TokenDataset
 from cosmos_posttrain.data.sampler import ClipSampler
-from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.geometry import parse_latent_shape
 from cosmos_posttrain.training.config import DataConfig, TrainConfig
 from cosmos_posttrain.training.step import Batch
@@ -37,14 +36,10 @@ def open_split(config: DataConfig, split: str) -> TokenDataset:
     )
 
 
-def describe(dataset: TokenDataset, config: DataConfig) -> dict[str, Any]:
+def describe(dataset: TokenDataset, config: DataConfig) -> TrainingData:
     """What a checkpoint records of its data, and what a resumed run must find again."""
-    contract = None if dataset.manifest is None else to_plain(dataset.manifest.contract)
-    return {
-        "contract": contract,
-        "dataset": dataset.fingerprint,
-        "split": {"split_string": config.split_string, "seed": config.seed},
-    }
+    contract = None if dataset.manifest is None else dataset.manifest.contract
+    return TrainingData(contract, dataset.fingerprint, SplitInfo(config.split_string, config.seed))
 
 
 def _rows(dataset: TokenDataset, numbers: list[int]) -> torch.Tensor:

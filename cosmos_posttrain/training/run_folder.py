@@ -12,6 +12,7 @@ leaves either a whole checkpoint or none.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +45,13 @@ class RunFolder:
 
     Args:
         log_dir: the folder.
-        data: what the run trains on: ``contract``, ``dataset`` (a fingerprint) and the split.
+        data: what the run trains on.
 
     Attributes:
         data: the same, and what the run's start recorded beside it; goes into every checkpoint.
     """
 
-    def __init__(self, log_dir: str | Path, data: dict[str, Any]) -> None:
+    def __init__(self, log_dir: str | Path, data: context.TrainingData) -> None:
         self.log_dir = Path(log_dir)
         self.run = self.log_dir / "default"
         self.data = data
@@ -84,19 +85,20 @@ class RunFolder:
         return checkpoints[-1]
 
     def _check_same_data(self, checkpoint: Path) -> None:
-        before = context.read_data(checkpoint) or {}
-        different = [key for key in self.data if before.get(key) != self.data[key]]
+        before = context.read_data(checkpoint) or context.TrainingData()
+        names = ("contract", "dataset", "split")
+        different = [name for name in names if getattr(before, name) != getattr(self.data, name)]
         if different:
             raise ConfigError(
                 f"the run in {self.log_dir} was trained on other data (its "
                 f"{' and '.join(different)} differ); give the same --data_path, --split_string "
                 "and --seed, or a new --log_dir to start a run from one of its checkpoints."
             )
-        self.data = {**before, **self.data}
+        self.record_transfer(before.embedding_transfer)
 
-    def record(self, key: str, value: Any) -> None:
-        """Keeps something about the run's start in all its checkpoints."""
-        self.data = {**self.data, key: value}
+    def record_transfer(self, described: dict[str, Any] | None) -> None:
+        """Keeps in all checkpoints of the run how the rows of its tokens began."""
+        self.data = dataclasses.replace(self.data, embedding_transfer=described)
 
     def start(self, config: TrainConfig, resumed: Progress) -> None:
         """Makes the folder, saves the config and removes what a killed run left."""

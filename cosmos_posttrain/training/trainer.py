@@ -90,12 +90,12 @@ class Trainer:
         """Other rows for the new tokens, at the start of a run only; None keeps the rows."""
         settings, vocab_size = self.config.model, self.train_data.vocab_size
         if self.resume_from is None and settings.embedding_init != "keep":
-            contract = self.folder.data["contract"]
+            contract = self.folder.data.contract
             return plan_transfer(
                 source,
                 settings.embedding_init,
                 vocab_size,
-                None if contract is None else contract["tokenizer"],
+                None if contract is None else contract.tokenizer,
                 settings.cooccurrence_path,
                 settings.seed,
             )
@@ -144,7 +144,7 @@ class Trainer:
             (self.transfer or source).load_weights(self.model)
             optimizer.reload_model_params()
         if self.transfer is not None:
-            self.folder.record("embedding_transfer", self.transfer.describe())
+            self.folder.record_transfer(self.transfer.describe())
         self.val_data = self._open_validation()
         self.folder.start(config, self.progress)
         self.log = MetricsLog(config, self.folder.run, self.progress.completed_steps)
@@ -201,10 +201,10 @@ class Trainer:
         )
         if self.resume_from is not None:
             say(f"resuming {self.resume_from}")
-        elif source.contract is not None and self.folder.data["contract"] is not None:
-            before, after = source.contract["tokenizer"], self.folder.data["contract"]["tokenizer"]
-            if before["sha256"] != after["sha256"]:
-                say(f"tokenizer swap: the model saw {before['id']}, the data is {after['id']}")
+        elif source.contract is not None and self.folder.data.contract is not None:
+            before, after = source.contract.tokenizer, self.folder.data.contract.tokenizer
+            if before.sha256 != after.sha256:
+                say(f"tokenizer swap: the model saw {before.id}, the data is {after.id}")
         if self.transfer is not None:
             say(self.transfer.sentence())
         steps = math.ceil(config.max_epochs * len(self.train_data) / config.global_batch_size)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.checkpoint.source import CheckpointSource
+from cosmos_posttrain.data.contract import TokenizerInfo
 from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.config import ModelConfig
@@ -117,7 +118,7 @@ class Transfer:
         described: dict[str, Any] = {"init": self.init, "checkpoint": str(self.source.path)}
         described["old_vocab_size"] = self.source.config.vocab_size
         if self.source.contract is not None:
-            described["old_tokenizer"] = self.source.contract.get("tokenizer")
+            described["old_tokenizer"] = to_plain(self.source.contract.tokenizer)
         if self.pairs is not None:
             described["cooccurrence"] = {"old": to_plain(self.pairs.old), **self.pairs.record}
         return described
@@ -144,7 +145,7 @@ def plan_transfer(
     source: CheckpointSource,
     init: str,
     vocab_size: int,
-    new_tokenizer: dict[str, Any] | None,
+    new_tokenizer: TokenizerInfo | None,
     cooccurrence_path: str | None,
     seed: int,
 ) -> Transfer:
@@ -154,7 +155,7 @@ def plan_transfer(
         source: the checkpoint, at the grid of the new data.
         init: ``reset``, ``mean`` or ``aligned``.
         vocab_size: of the new data.
-        new_tokenizer: the ``tokenizer`` of the new data's contract; None without a manifest.
+        new_tokenizer: the new data's; None without a manifest.
         cooccurrence_path: the file, for ``aligned``.
         seed: of fresh rows.
 
@@ -172,21 +173,21 @@ def plan_transfer(
         return Transfer(source, config, init, seed)
     assert cooccurrence_path is not None
     pairs = Cooccurrence.load(Path(cooccurrence_path))
-    old_tokenizer = None if source.contract is None else source.contract["tokenizer"]
+    old_tokenizer = None if source.contract is None else source.contract.tokenizer
     for whose, name, size, wanted, found in (
-        ("model", "old", source.config.vocab_size, old_tokenizer, to_plain(pairs.old)),
-        ("data set", "new", vocab_size, new_tokenizer, to_plain(pairs.new)),
+        ("model", "old", source.config.vocab_size, old_tokenizer, pairs.old),
+        ("data set", "new", vocab_size, new_tokenizer, pairs.new),
     ):
-        same = found["vocab_size"] == size
+        same = found.vocab_size == size
         if wanted is not None:
-            same = same and found["sha256"] == wanted["sha256"]
+            same = same and found.sha256 == wanted.sha256
         if not same:
             own = f"{size} tokens"
             if wanted is not None:
-                own = f"{wanted['id']} (sha256 {wanted['sha256'][:12]}, {size} tokens)"
+                own = f"{wanted.id} (sha256 {wanted.sha256[:12]}, {size} tokens)"
             raise ConfigError(
-                f"{cooccurrence_path} was made with {name} tokenizer {found['id']} (sha256 "
-                f"{found['sha256'][:12]}, {found['vocab_size']} tokens), but the {whose}'s is "
-                f"{own}; write it again with python -m cosmos_posttrain.transfer."
+                f"{cooccurrence_path} was made with {name} tokenizer {found.id} (sha256 "
+                f"{found.sha256[:12]}, {found.vocab_size} tokens), but the {whose}'s is {own}; "
+                "write it again with python -m cosmos_posttrain.transfer."
             )
     return Transfer(source, config, init, seed, pairs)

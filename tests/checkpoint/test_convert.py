@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.contracts import data_of, make_tokenizer
 from helpers.distributed_run import run_script
 
 from cosmos_posttrain.checkpoint import context, mapping
@@ -52,9 +53,12 @@ def _names(folder: Path) -> set[str]:
 def test_bfloat16_and_the_contract_survive(source: Path, tmp_path: Path) -> None:
     first, second, back = (tmp_path / name for name in ("first", "second", "back"))
     _convert(source, first, "megatron", verify=True)
-    context.write_context(first, CONFIG, {"contract": {"vocab_size": 100}})
+    data = data_of(make_tokenizer("codes", 100))
+    context.write_context(first, CONFIG, data)
     _convert(first, second, "megatron", verify=True)
-    assert open_source(second).contract == {"vocab_size": 100}
+    assert open_source(second).data == data
+    name = Path("context", "data.json")
+    assert (second / name).read_bytes() == (first / name).read_bytes()
     assert open_source(second).config == CONFIG
     _convert(second, back, "pt", verify=True)
     before, after = (torch.load(f / "model.pt", weights_only=True) for f in (source, back))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.contracts import data_of, make_tokenizer
 from helpers.distributed_run import run_distributed
 from helpers.golden_ar import (
     CASES,
@@ -38,6 +39,7 @@ pytestmark = needs_golden
 
 # Saved at one tensor parallel size and loaded at the other.
 RESHARDED = ("base_12b_like", "video2world_13b_like")
+DATA = data_of(make_tokenizer("codes", 512))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -87,7 +89,7 @@ def _saved_and_loaded(folder: Path, model: ARModel, name: str) -> dict[str, Any]
     saved = folder / f"{name}-tp2" / "weights"
     if launch.rank() == 0:
         saved.mkdir(parents=True)
-        context.write_context(saved.parent, model.config, {"contract": {"seq_length": 120}})
+        context.write_context(saved.parent, model.config, DATA)
     groups.barrier()
     dist.save(saved, model.module)
     again = load_model(folder / f"{name}-tp1", tensor_model_parallel_size=2)
@@ -155,7 +157,7 @@ def test_two_processes(tmp_path: Path) -> None:
         after = torch.load(back / "model.pt", weights_only=True)
         assert all(torch.equal(tensor, after[key]) for key, tensor in weights(name).items())
         model = load_model(saved)
-        assert model.contract == {"seq_length": 120}
+        assert model.contract == DATA.contract
         assert logit_difference(model, name) <= LOGIT_TOLERANCE
 
     model = load_model(case_dir("base_12b_like"))

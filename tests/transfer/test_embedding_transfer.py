@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.contracts import data_of, make_tokenizer
 
 from cosmos_posttrain.checkpoint.formats.registry import WRITABLE
 from cosmos_posttrain.checkpoint.source import CheckpointSource
 from cosmos_posttrain.data.contract import TokenizerInfo
-from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.presets import preset
@@ -35,16 +35,12 @@ from cosmos_posttrain.transfer.rows import (
 OLD_SIZE, NEW_SIZE, HIDDEN = 30, 20, 16
 
 
-def tokenizer(name: str, vocab_size: int) -> TokenizerInfo:
-    return TokenizerInfo(name, name[0] * 64, (4, 8, 8), (vocab_size,), vocab_size)
-
-
 def make_pairs(volumes: np.ndarray, occurrences: np.ndarray) -> Cooccurrence:
     """From a dense C[v, o]."""
     new, old = np.nonzero(volumes)
     return Cooccurrence(
-        tokenizer("old", volumes.shape[1]),
-        tokenizer("new", volumes.shape[0]),
+        make_tokenizer("old", volumes.shape[1]),
+        make_tokenizer("new", volumes.shape[0]),
         new.astype(np.int32),
         old.astype(np.int32),
         volumes[new, old].astype(np.float32),
@@ -170,7 +166,7 @@ def config_of(vocab_size: int, **changes: Any) -> ModelConfig:
 
 
 def source_of(config: ModelConfig, info: TokenizerInfo | None = None) -> CheckpointSource:
-    data = None if info is None else {"contract": {"tokenizer": to_plain(info)}}
+    data = None if info is None else data_of(info)
     return CheckpointSource(Path("somewhere"), WRITABLE["pt"], config, data)
 
 
@@ -213,7 +209,7 @@ def test_mean_and_fresh_rows(old_rows: torch.Tensor) -> None:
 
 def test_a_file_for_other_tokenizers_is_refused(dense: Any, tmp_path: Path) -> None:
     make_pairs(*dense).save(tmp_path / "c")
-    own, new = tokenizer("old", OLD_SIZE), to_plain(tokenizer("new", NEW_SIZE))
+    own, new = make_tokenizer("old", OLD_SIZE), make_tokenizer("new", NEW_SIZE)
 
     def plan(source: CheckpointSource, size: int = NEW_SIZE, data: Any = new) -> Transfer:
         return plan_transfer(source, "aligned", size, data, str(tmp_path / "c"), seed=0)
@@ -221,13 +217,13 @@ def test_a_file_for_other_tokenizers_is_refused(dense: Any, tmp_path: Path) -> N
     fitting = source_of(config_of(OLD_SIZE), own)
     assert "20 new tokens" in plan(fitting).sentence()
     assert "does not say" in plan(source_of(config_of(OLD_SIZE))).sentence()
-    other = source_of(config_of(OLD_SIZE), tokenizer("wrong", OLD_SIZE))
+    other = source_of(config_of(OLD_SIZE), make_tokenizer("wrong", OLD_SIZE))
     with pytest.raises(ConfigError, match=r"made with old tokenizer old .* the model's is wrong"):
         plan(other)
     with pytest.raises(ConfigError, match=r"made with old tokenizer .* model's is 31 tokens"):
         plan(source_of(config_of(31)))
     with pytest.raises(ConfigError, match=r"new tokenizer new .* the data set's is else"):
-        plan(fitting, data=to_plain(tokenizer("else", NEW_SIZE)))
+        plan(fitting, data=make_tokenizer("else", NEW_SIZE))
     with pytest.raises(ConfigError, match=r"new tokenizer new .* data set's is 21 tokens"):
         plan(fitting, size=21, data=None)
     with pytest.raises(ConfigError, match="fresh weights have nothing to transfer"):

@@ -9,8 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+from cosmos_posttrain.checkpoint.context import TrainingData
 from cosmos_posttrain.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class CheckpointFormat(ABC):
             CheckpointError: they are missing or damaged.
         """
 
-    def data(self, checkpoint: Path) -> dict[str, Any] | None:
+    def data(self, checkpoint: Path) -> TrainingData | None:
         """What the model was trained on; None where the format does not record it.
 
         Raises:
@@ -100,7 +101,7 @@ class Contents:
 
     config: ModelConfig
     weights: WholeWeights
-    data: dict[str, Any] | None
+    data: TrainingData | None
     source_name: str
     max_shard_bytes: int
 

@@ -6,7 +6,7 @@ A run folder means its newest checkpoint, and a path that differs only in its ep
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cosmos_posttrain.checkpoint import context
 from cosmos_posttrain.checkpoint.formats.base import Contents, WritableFormat
@@ -34,7 +34,7 @@ class MegatronFormat(WritableFormat):
     def config(self, checkpoint: Path, named: ModelConfig | None) -> ModelConfig:
         return named or context.read_model_config(checkpoint)
 
-    def data(self, checkpoint: Path) -> dict[str, Any] | None:
+    def data(self, checkpoint: Path) -> context.TrainingData | None:
         return context.read_data(checkpoint)
 
     def files(self, checkpoint: Path) -> list[Path]:

@@ -101,9 +101,8 @@ def _card(contents: Contents, num_files: int) -> str:
     }
     if config.is_video2world:
         values["context (T5 rows, width)"] = (config.context_len, config.context_dim)
-    contract = (contents.data or {}).get("contract")
-    if contract is not None and isinstance(contract.get("tokenizer"), dict):
-        values["tokenizer"] = contract["tokenizer"].get("id")
+    if contents.data is not None and contents.data.contract is not None:
+        values["tokenizer"] = contents.data.contract.tokenizer.id
     return _CARD_TEXT.format(
         num_files=num_files,
         source=contents.source_name,
