@@ -13,70 +13,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cosmos_posttrain import files, launch
+from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig, validate
 from cosmos_posttrain.checkpoint.formats import registry
 from cosmos_posttrain.checkpoint.formats.base import Contents
 from cosmos_posttrain.checkpoint.source import CheckpointSource, open_source
 from cosmos_posttrain.checkpoint.target_folder import TargetFolder
-from cosmos_posttrain.config import setting
-from cosmos_posttrain.errors import CheckpointError, ConfigError, OutputFolderError
+from cosmos_posttrain.errors import CheckpointError, OutputFolderError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cosmos_posttrain.checkpoint.weights import WholeWeights
 
-FORMATS = tuple(registry.WRITABLE)
 
-
-@dataclass
-class ConvertConfig:
-    """Settings of ``convert_checkpoint.py``.
-
-    Attributes:
-        source: any model path, see ``open_source``.
-        target: the folder to write.
-        target_format: one of ``FORMATS``.
-        overwrite: replace what an earlier conversion (or checkpoint) left in the target.
-        verify: read the written tensors back and compare each with the source's.
-        model_config: config.json or size of a source that does not say what it holds.
-        max_shard_gb: largest file of a ``safetensors`` target, in 10^9 bytes.
-    """
-
-    source: str = ""
-    target: str = ""
-    target_format: str = setting("", choices=FORMATS)
-    overwrite: bool = False
-    verify: bool = False
-    model_config: str | None = None
-    max_shard_gb: float = 5.0
-
-    def validate(self) -> None:
-        """Refuses settings that are missing or unknown.
-
-        Raises:
-            ConfigError: lists every problem.
-        """
-        problems = [
-            f"--{name} is missing" for name in ("source", "target") if not getattr(self, name)
-        ]
-        if self.target_format not in FORMATS:
-            problems.append(
-                f"--target_format {self.target_format or '(not given)'} is not one of "
-                f"{', '.join(FORMATS)}"
-            )
-        if not 0 < self.max_shard_gb < float("inf"):
-            problems.append(f"--max_shard_gb {self.max_shard_gb} must be above 0")
-        if launch.world_size() > 1:
-            problems.append("conversion runs in one process: start it with plain python")
-        if problems:
-            raise ConfigError("; ".join(problems) + ".")
-
-
-def convert(config: ConvertConfig) -> None:
+def convert(config: CheckpointConversionConfig) -> None:
     """Converts a checkpoint; see the module's docstring.
 
     Raises:
@@ -84,7 +37,7 @@ def convert(config: ConvertConfig) -> None:
         CheckpointError: the source is missing or damaged, or ``verify`` found a difference.
         OutputFolderError: the target holds something else, or the disk is too small.
     """
-    config.validate()
+    validate(config, launch.world_size())
     source = open_source(config.source, config.model_config)
     if source.path is None:
         raise CheckpointError(
@@ -117,7 +70,7 @@ def convert(config: ConvertConfig) -> None:
     print(f"wrote {config.target}: {count} tensors, {gigabytes:.3f} GB{compared}.")
 
 
-def _identity(source: CheckpointSource, config: ConvertConfig) -> dict[str, Any]:
+def _identity(source: CheckpointSource, config: CheckpointConversionConfig) -> dict[str, Any]:
     """What makes one conversion the same as another: compared with the target's marker."""
     identity: dict[str, Any] = {
         "target_format": config.target_format,
@@ -140,7 +93,9 @@ def _fingerprint(source: CheckpointSource) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _contents(source: CheckpointSource, weights: WholeWeights, config: ConvertConfig) -> Contents:
+def _contents(
+    source: CheckpointSource, weights: WholeWeights, config: CheckpointConversionConfig
+) -> Contents:
     assert source.path is not None
     _, dtype = next(iter(weights.tensors().values()))
     # What the weights really have; a config.json may say something else.

@@ -17,7 +17,8 @@ from helpers.reference import GOLDEN_DIR, needs_golden
 from safetensors.torch import load_file, save_file
 
 from cosmos_posttrain.checkpoint import infer_config, mapping, nemo_context, torch_dist_weights
-from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
+from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
+from cosmos_posttrain.checkpoint.convert import convert
 from cosmos_posttrain.checkpoint.load import load_model
 from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
@@ -35,7 +36,7 @@ TEXT = ModelConfig(2, 32, 4, 2, 12, 48, 100, LatentShape(2, 2, 3), context_dim=2
 
 
 def _convert(source: Path, target: Path, form: str, **options: Any) -> Path:
-    convert(ConvertConfig(str(source), str(target), form, verify=True, **options))
+    convert(CheckpointConversionConfig(str(source), str(target), form, verify=True, **options))
     return target
 
 

@@ -14,7 +14,8 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from cosmos_posttrain.checkpoint import context, dist, guard
-from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
+from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
+from cosmos_posttrain.checkpoint.convert import convert
 from cosmos_posttrain.checkpoint.load import load_model
 from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.checkpoint.torch_dist import TorchDistWriter
@@ -77,7 +78,7 @@ def test_code_in_the_index(checkpoint: Path, model: Any, tmp_path: Path, where: 
     _refused(checkpoint, model, "holds more than tables.*not executed")
     assert not (tmp_path / "executed").exists()
     with pytest.raises(CheckpointError, match="not executed"):
-        convert(ConvertConfig(str(checkpoint), str(tmp_path / "target"), "pt"))
+        convert(CheckpointConversionConfig(str(checkpoint), str(tmp_path / "target"), "pt"))
     assert not (tmp_path / "target").exists()
 
 
@@ -122,7 +123,7 @@ def test_code_instead_of_a_tensor(model: Any, tmp_path: Path) -> None:
     with (folder / "weights" / "__0_0.distcp").open("r+b") as file:
         file.write(bomb.read_bytes())  # over the first tensor, the embedding
     with pytest.raises(CheckpointError, match=r"damaged|not executed"):
-        convert(ConvertConfig(str(folder), str(tmp_path / "target"), "pt"))
+        convert(CheckpointConversionConfig(str(folder), str(tmp_path / "target"), "pt"))
     assert not (tmp_path / "executed").exists() and not (tmp_path / "target").exists()
 
 
@@ -147,7 +148,7 @@ def test_an_object_where_a_tensor_belongs(checkpoint: Path, model: Any, tmp_path
     (weights / ".metadata").write_bytes(pickle.dumps(metadata))
     _refused(checkpoint, model, "pickled object instead of a tensor")
     with pytest.raises(CheckpointError, match="pickled object instead of a tensor"):
-        convert(ConvertConfig(str(checkpoint), str(tmp_path / "target"), "pt"))
+        convert(CheckpointConversionConfig(str(checkpoint), str(tmp_path / "target"), "pt"))
     assert not (tmp_path / "executed").exists()
 
 

@@ -24,7 +24,8 @@ from helpers.reference import needs_golden
 
 from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint import context, dist
-from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
+from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
+from cosmos_posttrain.checkpoint.convert import convert
 from cosmos_posttrain.checkpoint.load import load_model
 from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.distributed import groups
@@ -67,7 +68,7 @@ def test_a_longer_grid(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_there_and_back_again_is_bit_equal(name: str, tmp_path: Path) -> None:
     for source, form in ((case_dir(name), "megatron"), (tmp_path / "megatron", "pt")):
-        convert(ConvertConfig(str(source), str(tmp_path / form), form))
+        convert(CheckpointConversionConfig(str(source), str(tmp_path / form), form))
     before = weights(name)
     after = torch.load(tmp_path / "pt" / "model.pt", weights_only=True)
     assert sorted(before) == sorted(after)
@@ -137,7 +138,11 @@ def _on_two_ranks(folder: str) -> dict[str, Any]:
 @pytest.mark.distributed
 def test_two_processes(tmp_path: Path) -> None:
     for name in RESHARDED:
-        convert(ConvertConfig(str(case_dir(name)), str(tmp_path / f"{name}-tp1"), "megatron"))
+        convert(
+            CheckpointConversionConfig(
+                str(case_dir(name)), str(tmp_path / f"{name}-tp1"), "megatron"
+            )
+        )
     first, second = run_distributed(_on_two_ranks, 2, str(tmp_path))
     for results in (first, second):
         for case in CASES:
@@ -153,7 +158,7 @@ def test_two_processes(tmp_path: Path) -> None:
     # TP=2 -> TP=1: bit-equal.
     for name in RESHARDED:
         saved, back = tmp_path / f"{name}-tp2", tmp_path / f"{name}-pt"
-        convert(ConvertConfig(str(saved), str(back), "pt"))
+        convert(CheckpointConversionConfig(str(saved), str(back), "pt"))
         after = torch.load(back / "model.pt", weights_only=True)
         assert all(torch.equal(tensor, after[key]) for key, tensor in weights(name).items())
         model = load_model(saved)
