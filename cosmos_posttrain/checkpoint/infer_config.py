@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_posttrain.errors import CheckpointError
-from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.config import NUM_SPECIAL_TOKENS, ModelConfig
 from cosmos_posttrain.models.presets import PRESETS
 from cosmos_posttrain.models.reference_config import from_reference, to_reference
 
@@ -89,6 +89,7 @@ def from_shapes(shapes: Shapes, known: dict[str, Any], where: str) -> ModelConfi
     """
     measured = _measure(shapes, where)
     rows = measured.pop("vocab_size")
+    known = _with_vocab_size(known, rows, measured["insert_cross_attn"])
     values: dict[str, Any] = {}
     for config in PRESETS.values():
         reference = to_reference(config)
@@ -107,6 +108,20 @@ def from_shapes(shapes: Shapes, known: dict[str, Any], where: str) -> ModelConfi
             "published model; give --model_config with a config.json or a size."
         )
     return from_reference(values)
+
+
+def _with_vocab_size(known: dict[str, Any], rows: int, has_text: bool) -> dict[str, Any]:
+    """Adds the vocabulary where only the embedding's rows are known.
+
+    A Video2World model's embedding has rows for special tokens, which its output layer has not. Not
+    every writer counts them in; the output layer's own rows tell, unless they are padded.
+    """
+    embedding_rows = known.get("vocab_size_in")
+    if "vocab_size" in known or not isinstance(embedding_rows, int):
+        return known
+    special = NUM_SPECIAL_TOKENS if has_text else 0
+    vocab_size = embedding_rows if embedding_rows == rows else embedding_rows - special
+    return {**known, "vocab_size": vocab_size, "vocab_size_in": vocab_size + special}
 
 
 def _pads_to(vocab_size: int, rows: int) -> bool:
