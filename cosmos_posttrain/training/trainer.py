@@ -35,6 +35,7 @@ from cosmos_posttrain.training.optimizer import (
 )
 from cosmos_posttrain.training.run_folder import Progress, RunFolder
 from cosmos_posttrain.training.step import Batch, run_batches, wire_gradients
+from cosmos_posttrain.transfer import advice
 from cosmos_posttrain.transfer.embedding import Transfer, plan_transfer
 
 
@@ -205,8 +206,11 @@ class Trainer:
             before, after = source.contract.tokenizer, self.folder.data.contract.tokenizer
             if before.sha256 != after.sha256:
                 say(f"tokenizer swap: the model saw {before.id}, the data is {after.id}")
-        if self.transfer is not None:
-            say(self.transfer.sentence())
+        if self.resume_from is None:
+            contract = self.folder.data.contract
+            tokenizer = None if contract is None else contract.tokenizer
+            if advised := advice.sentence(source, tokenizer, self.transfer):
+                say(advised)
         steps = math.ceil(config.max_epochs * len(self.train_data) / config.global_batch_size)
         if steps < config.max_steps:
             say(

@@ -123,23 +123,6 @@ class Transfer:
             described["cooccurrence"] = {"old": to_plain(self.pairs.old), **self.pairs.record}
         return described
 
-    def sentence(self) -> str:
-        """What is done, for the user."""
-        if self.pairs is None:
-            how = {"reset": "fresh rows", "mean": "the checkpoint's mean row"}[self.init]
-            return f"embedding_init {self.init}: all {self.config.vocab_size} tokens get {how}"
-        seen = self.pairs.record.get("num_new_tokens")
-        unchecked = (
-            ""
-            if self.source.contract is not None
-            else f"; the checkpoint does not say that {self.pairs.old.id} was its tokenizer"
-        )
-        return (
-            f"embedding_init aligned: rows from tokens of {self.pairs.old.id}, {seen} of "
-            f"{self.config.vocab_size} new tokens were seen in "
-            f"{self.pairs.record.get('num_clips')} clips{unchecked}"
-        )
-
 
 def plan_transfer(
     source: CheckpointSource,

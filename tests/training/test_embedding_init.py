@@ -112,6 +112,21 @@ def test_resuming_needs_and_changes_no_rows(start: Path, tmp_path: Path) -> None
         assert "embedding_init: aligned" in (checkpoint / "context" / "config.yaml").read_text()
 
 
+def test_a_run_says_how_its_rows_start(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = swap(start, tmp_path / "run", "mean", max_steps=1)
+    run(config)
+    assert capsys.readouterr().out.count("embedding_init mean: all 40 tokens get") == 1
+    config.max_steps = 2
+    run(config)
+    assert "embedding_init" not in capsys.readouterr().out
+    run(
+        make_config(start / "old", tmp_path / "same", model__path=str(start / "model"), max_steps=1)
+    )
+    assert "embedding_init" not in capsys.readouterr().out
+
+
 def test_refusals(start: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give --embedding_init aligned, mean or reset"):
         run(swap(start, tmp_path / "run", "keep"))
