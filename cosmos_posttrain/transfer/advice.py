@@ -53,7 +53,9 @@ def _kept(old: TokenizerInfo | None, new: TokenizerInfo | None) -> str | None:
         )
     if old.sha256 == new.sha256:
         return None
-    why = f"which may help, for both have the FSQ levels {_levels(new)} and number their codes alike"
+    why = (
+        f"which may help, for both have the FSQ levels {_levels(new)} and number their codes alike"
+    )
     if old.levels != new.levels:
         why = (
             f"which may not help, for their FSQ levels differ ({_levels(old)} and {_levels(new)}) "
