@@ -216,10 +216,14 @@ _locked: dict[Path, int] = {}
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: Path | None = None) -> Iterator[None]:
     """Makes the folder if needed and holds it against a second writer until the block ends.
 
     If the block fails before anything was written, a folder that was made here is removed again.
+
+    Args:
+        folder: the folder that the lock lies in.
+        name: what is written, for messages, where that is not the folder itself.
 
     Raises:
         OutputFolderError: another process, or this one, is writing there.
@@ -227,7 +231,7 @@ def locked(folder: Path) -> Iterator[None]:
     made = [p for p in (folder.absolute(), *folder.absolute().parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.resolve() / LOCK_FILE
-    _take(path, folder)
+    _take(path, name or folder)
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ and ``metadata.json``.
 
 from __future__ import annotations
 
+import errno
 import io
 import pickle
 from collections.abc import Sequence
@@ -198,7 +199,7 @@ class TorchDistWriter:
         entry.chunks.append(metadata.ChunkStorageMetadata(offsets, piece.shape))
         file, name = self._open()
         start = file.tell()
-        torch.save(piece, file)
+        _save(piece, file)
         place = filesystem._StorageInfo(name, start, file.tell() - start)
         self._places[metadata.MetadataIndex(key, offsets)] = place
 
@@ -216,7 +217,7 @@ class TorchDistWriter:
         from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
         self.close()
-        torch.save({}, self._folder / guard.COMMON_FILE)
+        _save({}, self._folder / guard.COMMON_FILE)
         index = Metadata(self._entries, storage_data=self._places, storage_meta=StorageMeta())
         with (self._folder / guard.METADATA_FILE).open("wb") as file:
             pickle.dump(index, file)
@@ -227,6 +228,25 @@ class TorchDistWriter:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _save(value: Any, file: Any) -> None:
+    """``torch.save``, where a full disk is an OSError as everywhere else.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise OSError(cause.errno, cause.strerror) from error
+        if isinstance(file, Path):  # written by torch's own code, which knows no OSError
+            raise OSError(errno.EIO, f"{file.name} was not written whole") from error
+        raise
 
 
 def own_storage(tensor: Tensor) -> Tensor:
