@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import pytest
 import torch
 from helpers.contracts import data_of, make_tokenizer
 from helpers.distributed_run import REPOSITORY_DIR, run_script
+from helpers.full_disk import no_file_beyond
 
 from cosmos_posttrain.checkpoint import context, mapping
 from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
@@ -256,17 +254,6 @@ def test_a_target_that_cannot_be_written(source: Path) -> None:
         _convert(source, source / "model.pt" / "target", "pt")
 
 
-@contextlib.contextmanager
-def _no_file_beyond(num_bytes: int) -> Iterator[None]:
-    """The system refuses to write more to a file, as it does where a disk is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("form", registry.WRITABLE)
 @pytest.mark.parametrize("num_bytes", [60, 5000, 30000], ids=["at-once", "early", "late"])
 def test_a_disk_that_becomes_full(source: Path, tmp_path: Path, form: str, num_bytes: int) -> None:
@@ -274,7 +261,7 @@ def test_a_disk_that_becomes_full(source: Path, tmp_path: Path, form: str, num_b
     target = tmp_path / "target"
     _convert(source, target, "pt")
     before = {path: path.read_bytes() for path in target.iterdir()}
-    with pytest.raises(OutputFolderError) as error, _no_file_beyond(num_bytes):
+    with pytest.raises(OutputFolderError) as error, no_file_beyond(num_bytes):
         _convert(source, target, form, overwrite=True)
     said = str(error.value)
     assert said.startswith(f"{target} cannot be written (") and "make room" in said
@@ -285,7 +272,6 @@ def test_a_disk_that_becomes_full(source: Path, tmp_path: Path, form: str, num_b
 
 _WRITER = """
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from cosmos_posttrain.checkpoint.target_folder import TargetFolder
 
