@@ -134,6 +134,39 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 # The end of a process.
 
 
+class StopSignal:
+    """Turns SIGTERM and SIGUSR1 into a note that a long job reads after each step.
+
+    A scheduler and torchrun send SIGTERM and wait a while before they kill. More of the same (a
+    worker may get one from each of them) changes nothing. Outside the main thread, where Python
+    installs no handlers, nothing is ever noted.
+
+    Attributes:
+        requested: name of the first signal that came; None before.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._process = os.getpid()
+        self._former: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self._former[number] = signal.signal(number, self._note) or signal.SIG_DFL
+
+    def _note(self, number: int, _frame: object) -> None:
+        if os.getpid() != self._process:  # a forked helper, which has nothing to save
+            signal.signal(number, self._former[number])
+            os.kill(os.getpid(), number)
+            return
+        self.requested = self.requested or signal.Signals(number).name
+
+    def close(self) -> None:
+        """Puts the former handlers back."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former.clear()
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Runs a script's main function and turns exceptions into exit codes.
 
