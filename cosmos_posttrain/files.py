@@ -203,6 +203,11 @@ def check_free_space(folder: Path, num_bytes: int, what: str) -> None:
         )
 
 
+def num_bytes_in(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def _existing(path: Path) -> Path:
     """The path itself, or the nearest folder above it that exists."""
     path = path.absolute()

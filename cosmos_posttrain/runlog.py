@@ -118,18 +118,22 @@ class RunLog:
         completed_steps: steps of the run so far; later rows that are there already are dropped, so
             that each step appears once.
 
+    Attributes:
+        last_step: number of the last row that was there already; None without one.
+
     Raises:
         ConfigError: the environment asks for W&B, but wandb is not installed.
     """
 
     def __init__(self, folder: Path, config: object, completed_steps: int) -> None:
         self._is_active = is_rank_zero()
+        self.last_step: int | None = None
         if not self._is_active:
             return
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / "metrics.jsonl"
-        _drop_rows_from(path, completed_steps)
+        self.last_step = _drop_rows_from(path, completed_steps)
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(folder / "tb_logs"), purge_step=completed_steps)
         self._wandb = start_wandb(config, folder)
@@ -165,18 +169,25 @@ class RunLog:
                 self._wandb.finish()
 
 
-def _drop_rows_from(path: Path, step: int) -> None:
-    """Drops rows of steps that will be run again, and a line that was left half-written."""
+def _drop_rows_from(path: Path, step: int) -> int | None:
+    """Drops rows of steps that will be run again, and a line that was left half-written.
+
+    Returns:
+        The step of the last row that stays; None without one.
+    """
     if not path.is_file():
-        return
-    kept = []
+        return None
+    kept, last = [], None
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] < step:
+            number = json.loads(line)["step"]
+            if number < step:
                 kept.append(line + "\n")
+                last = int(number)
         except (ValueError, KeyError, TypeError):
             continue
     files.write_text(path, "".join(kept))
+    return last
 
 
 def wants_wandb() -> bool:

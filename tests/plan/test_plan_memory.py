@@ -135,17 +135,16 @@ def measure(tokens: Path, log_dir: Path, dtype: str, layout: Layout) -> dict[str
     """One training step; bytes of what it holds on this rank."""
     from megatron.core import parallel_state
 
-    from cosmos_posttrain.training import data
     from cosmos_posttrain.training.trainer import Trainer
 
     torch.set_num_threads(1)
     config = training_config(tokens, log_dir, dtype, layout)
     trainer = Trainer(config)
-    batches = next(data.training_batches(trainer.train_data, config, 0))
+    batches = next(trainer.batches())
     saved = SavedTensors(trainer.ddp.parameters())
     with saved.counting():
         trainer.train_step(batches)
-    trainer.log.close()
+    trainer.close()
     return {
         "stage": parallel_state.get_pipeline_model_parallel_rank(),
         "weights": sum(buffer.param_data.nbytes for buffer in trainer.ddp.buffers),
@@ -255,7 +254,6 @@ def test_peak_memory_on_a_gpu(tmp_path: Path, recompute: bool) -> None:
     """A wide model of two layers: the plan, without the framework's share, bounds what is used."""
     from cosmos_posttrain import launch
     from cosmos_posttrain.models.presets import PRESETS
-    from cosmos_posttrain.training import data
     from cosmos_posttrain.training.trainer import Trainer
 
     model = dataclasses.replace(
@@ -268,10 +266,10 @@ def test_peak_memory_on_a_gpu(tmp_path: Path, recompute: bool) -> None:
         config.micro_batch_size = 2
         torch.cuda.reset_peak_memory_stats(launch.device())
         trainer = Trainer(config)
-        batches = next(data.training_batches(trainer.train_data, config, 0))
+        batches = next(trainer.batches())
         for _ in range(2):
             trainer.train_step(batches)
-        trainer.log.close()
+        trainer.close()
     peak = torch.cuda.max_memory_allocated(launch.device())
     expected = memory(Workload(model, 2, 2), layout)
     # Buffers that come and go are an upper estimate, so the plan may be above what is used.
