@@ -134,14 +134,14 @@ def check_ar(layer_spec: str, dtype: str, tensor_parallel: int) -> Iterator[Resu
     yield Result(f"greedy decoding, {where}", status, f"{wrong} of {len(greedy)} tokens differ")
 
 
-def tokenizer_case() -> tuple[Any, torch.Tensor]:
-    """The network and the video (1, 3, 9, 32, 48) of the tokenizer case, computed, not stored."""
+def tokenizer_case(case: Path = TOKENIZER_CASE) -> tuple[Any, torch.Tensor]:
+    """The network and the video (1, 3, 9, 32, 48) of a tokenizer case, computed, not stored."""
     import numpy as np
     import torch
 
     from cosmos_posttrain.tokenizer.network import DVConfig, DVNetwork
 
-    network = DVNetwork(DVConfig.from_file(TOKENIZER_CASE / "config.json")).eval()
+    network = DVNetwork(DVConfig.from_file(case / "config.json")).eval()
     generator = np.random.RandomState(0)  # its stream is frozen for good
     with torch.no_grad():
         for name, parameter in sorted(network.named_parameters()):

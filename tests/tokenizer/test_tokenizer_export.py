@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.reference import GOLDEN_DIR, needs_golden
+from helpers.reference import golden_folders
 from safetensors.torch import load_file
 from test_tokenizer_network import RATES, random_video, small_network
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from cosmos_posttrain.tokenizer.export import export_torchscript, import_torchsc
 from cosmos_posttrain.tokenizer.native import load_native
 from cosmos_posttrain.tokenizer.network import DVNetwork
 from cosmos_posttrain.tokenizer.weights_io import write_native
+
+GOLDEN = golden_folders("tokenizer")
 
 # Runs where this package cannot be found: only torch reads the files.
 _ALONE = """
@@ -63,10 +65,9 @@ def run_alone(code: str, *arguments: object, cwd: Path) -> list[str]:
     return result.stdout.split()
 
 
-@needs_golden
-@pytest.mark.parametrize("rate", RATES)
-def test_golden_parity_of_the_export_and_of_its_import(rate: str, tmp_path: Path) -> None:
-    folder = GOLDEN_DIR / "tokenizer" / rate
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_parity_of_the_export_and_of_its_import(name: str, tmp_path: Path) -> None:
+    folder = GOLDEN[name]
     export_torchscript(load_native(folder, torch.device("cpu"), None).network, tmp_path)
     differences = run_alone(_ALONE, tmp_path, folder / "io.safetensors", cwd=tmp_path)
     # Sums of a few thousand float32 products in another order differ by about 1e-5.
