@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
-from video.video_files import disable_tracks, frame_numbers, grey_frames, write_streams
+from helpers.video_files import disable_tracks, frame_numbers, grey_frames, write_streams
 
 from cosmos_posttrain.video import VideoError, probe, read_clips
 
