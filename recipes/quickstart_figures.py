@@ -65,10 +65,12 @@ def main() -> None:
     for label, run in runs.items():
         rows = read_metrics(run)
         losses = [row["reduced_train_loss"] for row in rows]
-        start, end = sum(losses[:5]) / 5, sum(losses[-20:]) / 20
+        last = losses[-min(20, len(losses) // 2) :]
+        start, end = sum(losses[:5]) / 5, sum(last) / len(last)
         print(
-            f"{label}: training loss {start:.3f} -> {end:.3f} nats/token (first 5, last 20 steps), "
-            f"{1 - end / start:.0%} lower; validation {rows[-1].get('val_loss', float('nan')):.3f}"
+            f"{label}: training loss {start:.3f} -> {end:.3f} nats/token (first 5, last "
+            f"{len(last)} steps), {1 - end / start:.0%} lower; validation "
+            f"{rows[-1].get('val_loss', float('nan')):.3f}"
         )
     print(check_generation(generated[:, first:], source[:, first - 1]))
 
