@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
-from cosmos_posttrain import errors, load_tokenizer
+from cosmos_posttrain import load_tokenizer
 from cosmos_posttrain.errors import CosmosPosttrainError
 from cosmos_posttrain.evaluation.figures import loss_curves, read_metrics, side_by_side
+from cosmos_posttrain.launch import run_cli
 from cosmos_posttrain.video import read_input, to_float, to_uint8
 
 
@@ -76,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run_cli(main)
+    run_cli(main)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import random
 from collections.abc import Sequence
@@ -16,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.errors import ConfigError, UserError
 from cosmos_posttrain.files import sha256_of_json
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def from_jsonl(path: str | Path) -> list[Source]:
 
     Paths are relative to the jsonl file's folder. A video may stand on several lines, with a prompt
     each: all have the name on the first of them, however they spell it (``a.mp4``, ``./a.mp4``, a
-    link to it). A line that says nothing new is left out, with a warning. A video that does not
+    link to it). A line that says nothing new is left out, which is said. A video that does not
     exist is no error here; it is reported with the other videos that cannot be read.
 
     Raises:
@@ -74,11 +72,10 @@ def from_jsonl(path: str | Path) -> list[Source]:
         raise UserError(f"the jsonl file {path} is empty; it needs one video a line.")
     distinct = _one_name_a_file(sources, path.parent)
     if len(distinct) < len(sources):
-        logger.warning(
-            "%d of %d lines of %s name the video and prompt of an earlier line and are left out.",
-            len(sources) - len(distinct),
-            len(sources),
-            path,
+        launch.say(
+            f"note: {len(sources) - len(distinct)} of {len(sources)} lines of {path} repeat the "
+            "video and prompt of an earlier line and are left out.",
+            error=True,
         )
     return distinct
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -65,17 +64,17 @@ def test_dots_behind_a_linked_folder_lead_where_the_system_goes(tmp_path: Path) 
     assert [source.path.read_text() for source in found] == ["far", "list"]
 
 
-def test_a_repeated_line_is_left_out_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_repeated_line_is_left_out_with_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [("a.mp4", None), ("./a.mp4", None), ("a.mp4", "text"), ("a.mp4", "text")]
-    with caplog.at_level(logging.WARNING):
-        found = from_jsonl(write_lines(tmp_path / "in.jsonl", *lines))
+    found = from_jsonl(write_lines(tmp_path / "in.jsonl", *lines))
     assert [(source.name, source.prompt) for source in found] == [
         ("a.mp4", None),
         ("a.mp4", "text"),
     ]
-    assert "2 of 4 lines" in caplog.text and "in.jsonl" in caplog.text
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "2 of 4 lines" in said and "in.jsonl" in said
 
 
 @pytest.mark.parametrize("name", ["a\0.mp4", "\ud800.mp4", "\ud800/a.mp4", ""])
