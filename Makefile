@@ -48,7 +48,9 @@ test: setup  ## The default tests: offline, on the CPU
 	@OMP_NUM_THREADS=1 $(PYTEST)
 
 test-all: setup  ## Also the slow ones, and those for a GPU and the network where they can run
-	@OMP_NUM_THREADS=1 $(PYTEST) -m "slow or not slow"
+	@export OMP_NUM_THREADS=1
+	$(PYTEST) -m "not gpu"
+	python -m pytest -m gpu
 
 check: setup  ## Lint, format and types
 	@ruff check .
