@@ -263,7 +263,6 @@ def test_the_fused_swiglu_of_gpus(dtype: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_peak_memory_on_a_gpu(tmp_path: Path, recompute: bool) -> None:
     """A wide model of two layers: the plan, without the framework's share, bounds what is used."""
