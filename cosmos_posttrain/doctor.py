@@ -198,13 +198,14 @@ def check_tokenizer() -> Iterator[Result]:
 
 def check_checkpoints() -> Iterator[Result]:
     """model.pt -> Megatron -> model.pt in a temporary folder, with every tensor compared."""
-    from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
+    from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
+    from cosmos_posttrain.checkpoint.convert import convert
     from cosmos_posttrain.checkpoint.load import load_model
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         megatron, back = f"{folder}/megatron", f"{folder}/pt"
-        convert(ConvertConfig(str(AR_CASE), megatron, "megatron", verify=True))
-        convert(ConvertConfig(megatron, back, "pt", verify=True))
+        convert(CheckpointConversionConfig(str(AR_CASE), megatron, "megatron", verify=True))
+        convert(CheckpointConversionConfig(megatron, back, "pt", verify=True))
         before = load_model(AR_CASE, dtype="float32")
         after = load_model(megatron, dtype="float32")
         pairs = zip(before.module.parameters(), after.module.parameters(), strict=True)

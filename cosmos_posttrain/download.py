@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cosmos_posttrain import hub
+from cosmos_posttrain.checkpoint.formats.registry import HUB_FILES
 from cosmos_posttrain.cli import Flag, flag_names, parse
 from cosmos_posttrain.config import check, setting
 from cosmos_posttrain.errors import ConfigError, UserError
@@ -38,11 +39,7 @@ _LICENCES = ("LICENSE*", "NOTICE*")
 
 # For each role: sets of files, the first of which that a repository has is taken whole.
 _FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "model": (
-        ("model.pt", "config.json"),
-        ("model*.safetensors", "model.safetensors.index.json", "config.json"),
-        ("nemo/*",),
-    ),
+    "model": HUB_FILES,
     "tokenizer": (("encoder.jit", "decoder.jit"), ("model.safetensors", "config.json")),
     "text encoder": (
         ("model*.safetensors", "model.safetensors.index.json", "*.json", "spiece.model"),

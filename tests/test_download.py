@@ -14,7 +14,7 @@ from helpers import hub_server
 from helpers.distributed_run import run_script
 
 from cosmos_posttrain.checkpoint import mapping
-from cosmos_posttrain.checkpoint.convert import ConvertConfig
+from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
 from cosmos_posttrain.checkpoint.convert import convert as convert_here
 from cosmos_posttrain.download import RECIPES, DownloadConfig, download, verify
 from cosmos_posttrain.errors import ConfigError, UserError
@@ -160,7 +160,7 @@ def test_ids_in_the_scripts(hub: hub_server.Hub, tmp_path: Path) -> None:
 
     # A repository without model.pt: its nemo folder is fetched.
     nemo = tmp_path / "nemo"
-    convert_here(ConvertConfig(str(tmp_path / "there"), str(nemo), "nemo"))
+    convert_here(CheckpointConversionConfig(str(tmp_path / "there"), str(nemo), "nemo"))
     (nemo / "context" / "model.json").unlink()
     files = [path for path in nemo.rglob("*") if path.is_file()]
     hub.repositories["acme/nemo"] = {

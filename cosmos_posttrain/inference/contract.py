@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cosmos_posttrain.checkpoint.source import Source
+from cosmos_posttrain.checkpoint.source import CheckpointSource
 from cosmos_posttrain.data.contract import Contract
-from cosmos_posttrain.data.serial import from_plain
 from cosmos_posttrain.errors import CheckpointError, GeometryError, TokenizerError
 from cosmos_posttrain.geometry import ClipGeometry, Compression
 
@@ -20,17 +19,14 @@ if TYPE_CHECKING:
 _TRY_ANYWAY = "or try anyway with --allow_tokenizer_mismatch"
 
 
-def read_contract(source: Source) -> Contract | None:
+def read_contract(source: CheckpointSource) -> Contract | None:
     """What the checkpoint was trained on; None where it does not say.
 
     Raises:
         CheckpointError: a model with text input.
-        DatasetError: the recorded contract is damaged.
     """
-    if source.contract is None:
-        return None
-    contract = from_plain(Contract, source.contract, f"the contract recorded in {source.path}")
-    if contract.kind != "base":
+    contract = source.contract
+    if contract is not None and contract.kind != "base":
         raise CheckpointError(
             f"{source.path} was trained on {contract.kind} data, with text; this version generates "
             "from images and videos only: give a base model."

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_posttrain import launch
-from cosmos_posttrain.checkpoint.load import open_at_grid
-from cosmos_posttrain.checkpoint.source import Source, open_source
+from cosmos_posttrain.checkpoint.source import CheckpointSource, open_source
 from cosmos_posttrain.data.contract import Contract
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import ConfigError
@@ -59,7 +58,7 @@ class Plan:
     """
 
     config: InferConfig
-    source: Source
+    source: CheckpointSource
     tokenizer_paths: tuple[str, str]
     tokenizer: VideoTokenizer
     geometry: ClipGeometry
@@ -136,7 +135,10 @@ def _compression(config: InferConfig, contract: Contract | None) -> Compression 
 
 
 def _geometry(
-    config: InferConfig, source: Source, contract: Contract | None, compression: Compression
+    config: InferConfig,
+    source: CheckpointSource,
+    contract: Contract | None,
+    compression: Compression,
 ) -> ClipGeometry:
     """The clip's size: as asked for, else the checkpoint's, else what its grid stands for."""
     time, rows, columns = source.config.latent_shape
@@ -179,7 +181,7 @@ def _items(config: InferConfig) -> list[Item]:
 
 def _settings(
     config: InferConfig,
-    source: Source,
+    source: CheckpointSource,
     tokenizer: VideoTokenizer,
     geometry: ClipGeometry,
     num_input_frames: int,
@@ -210,7 +212,7 @@ def _settings(
     }
 
 
-def _notes(config: InferConfig, source: Source, geometry: ClipGeometry) -> list[str]:
+def _notes(config: InferConfig, source: CheckpointSource, geometry: ClipGeometry) -> list[str]:
     notes = []
     if not config.disable_diffusion_decoder:
         notes.append(
@@ -218,7 +220,7 @@ def _notes(config: InferConfig, source: Source, geometry: ClipGeometry) -> list[
             "(--disable_diffusion_decoder says so and silences this)"
         )
     own, used = tuple(source.config.latent_shape), tuple(geometry.latent_shape)
-    if source.kind != "random" and own != used:
+    if not source.is_fresh and own != used:
         notes.append(
             f"the model's own grid is {own}, this run's is {used}; positions follow the run's, but "
             "quality is best at the grid that it was trained on"
@@ -226,7 +228,7 @@ def _notes(config: InferConfig, source: Source, geometry: ClipGeometry) -> list[
     return notes
 
 
-def _tensor_size(config: InferConfig, source: Source) -> int:
+def _tensor_size(config: InferConfig, source: CheckpointSource) -> int:
     size = config.tensor_model_parallel_size
     if size is None:
         size = launch.world_size()
@@ -262,9 +264,8 @@ def make_plan(config: InferConfig) -> Plan:
     if contract is not None and not config.allow_tokenizer_mismatch:
         contracts.check_tokenizer(contract, tokenizer)
     notes = _notes(config, source, geometry)
-    vocab_size = tokenizer.vocab_size if source.kind == "random" else None
-    source = open_at_grid(
-        model_path, vocab_size, geometry.latent_shape, config.rope_scaling, config.rope_scale
+    source = source.at_grid(
+        geometry.latent_shape, config.rope_scaling, config.rope_scale, tokenizer.vocab_size
     )
     contracts.check_vocabulary(source.config.vocab_size, tokenizer)
     settings = _settings(config, source, tokenizer, geometry, num_input_frames)
