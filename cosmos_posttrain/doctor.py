@@ -61,8 +61,6 @@ PACKAGES = (
     "huggingface_hub",
 )
 
-FLAGS = (Flag("--quick", "quick", "leave out what starts two processes"),)
-
 
 @dataclass
 class DoctorConfig:
@@ -75,6 +73,9 @@ class DoctorConfig:
 
     quick: bool = False
     worker_output: str = ""
+
+
+FLAGS = (Flag("--quick"),)
 
 
 @dataclass(frozen=True)

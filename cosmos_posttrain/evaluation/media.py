@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_posttrain.errors import UserError, VideoError
-from cosmos_posttrain.evaluation.tokenizer_config import DEFAULT_NUM_FRAMES, TokenizerEvalConfig
+from cosmos_posttrain.evaluation.config.tokenizer import DEFAULT_NUM_FRAMES, TokenizerEvalConfig
 from cosmos_posttrain.geometry import ClipGeometry, Compression
 from cosmos_posttrain.prepare.sources import Source
 from cosmos_posttrain.video import (

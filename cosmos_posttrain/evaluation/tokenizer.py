@@ -21,11 +21,11 @@ from torch import Tensor
 from cosmos_posttrain import launch
 from cosmos_posttrain.errors import PartialFailureError, UserError, VideoError
 from cosmos_posttrain.evaluation import quality
+from cosmos_posttrain.evaluation.config.tokenizer import TokenizerEvalConfig, validate
 from cosmos_posttrain.evaluation.figures import contact_sheet
 from cosmos_posttrain.evaluation.media import check_size, list_media, read_clip
 from cosmos_posttrain.evaluation.result_folder import SHEET_FILE, ResultFolder, check_writable
 from cosmos_posttrain.evaluation.timing import TimedCodec, device_name, speed
-from cosmos_posttrain.evaluation.tokenizer_config import TokenizerEvalConfig
 from cosmos_posttrain.geometry import ClipGeometry
 from cosmos_posttrain.prepare.sources import Source, sources_sha256
 from cosmos_posttrain.runlog import ProgressDisplay
@@ -48,7 +48,7 @@ def run(config: TokenizerEvalConfig) -> dict[str, Any]:
         PartialFailureError: more than ``max_failures`` videos could not be read; the others are
             evaluated and written.
     """
-    config.validate()
+    validate(config)
     sources = list_media(config.videos, leave_out=config.output)[: config.max_videos]
     check_writable(config.output, config.overwrite)
     if config.num_threads is not None:

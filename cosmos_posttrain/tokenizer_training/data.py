@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from cosmos_posttrain.errors import ConfigError
-from cosmos_posttrain.tokenizer_training.config import DataConfig
+from cosmos_posttrain.tokenizer_training.config import TokenizerDataConfig
 
 _WHEEL_VIDEOS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 _WHEEL_PHOTOGRAPHS = (
@@ -86,7 +86,7 @@ def _read_photograph(path: Path, heights: list[int]) -> Source:
 class ClipSource:
     """All training and validation material, decoded once."""
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: TokenizerDataConfig) -> None:
         """Reads everything.
 
         Raises:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cosmos_posttrain.tokenizer.layers import TemporalConv
 from cosmos_posttrain.tokenizer.network import DVNetwork
-from cosmos_posttrain.tokenizer_training.config import OptimizerConfig
+from cosmos_posttrain.tokenizer_training.config import TokenizerOptimizerConfig
 
 
 class Autoencoder(nn.Module):
@@ -87,7 +87,7 @@ def parameter_groups(network: DVNetwork) -> list[dict[str, Any]]:
     return [{"params": rest, "lr_scale": 1.0}, {"params": last, "lr_scale": slow}]
 
 
-def learning_rate(options: OptimizerConfig, step: int, max_steps: int) -> float:
+def learning_rate(options: TokenizerOptimizerConfig, step: int, max_steps: int) -> float:
     """Linear warm-up, then a cosine down to ``min_lr_ratio``."""
     if step < options.warmup_steps:
         return options.lr * (step + 1) / options.warmup_steps

@@ -200,10 +200,10 @@ def test_no_layout_at_all() -> None:
         layouts.search(Workload(preset("4B")), cluster(7))
 
 
-def make_plan(num_gpus: int, name: str = "4B") -> report.Plan:
+def make_plan(num_gpus: int, name: str = "4B") -> report.TrainingPlan:
     work, gpus = Workload(preset(name)), cluster(num_gpus)
     fitting, _ = layouts.search(work, gpus)
-    return report.Plan(name, "some/model", work, gpus, fitting)
+    return report.TrainingPlan(name, "some/model", work, gpus, fitting)
 
 
 @pytest.mark.parametrize("num_gpus", [1, 8, 16])

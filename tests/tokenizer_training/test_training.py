@@ -21,9 +21,9 @@ from cosmos_posttrain.errors import (
 from cosmos_posttrain.tokenizer import load_tokenizer
 from cosmos_posttrain.tokenizer_training import trainer
 from cosmos_posttrain.tokenizer_training.config import (
-    DataConfig,
     LossConfig,
-    OptimizerConfig,
+    TokenizerDataConfig,
+    TokenizerOptimizerConfig,
     TokenizerTrainConfig,
     validate,
 )
@@ -133,9 +133,13 @@ def test_a_complete_run_says_so_and_a_damaged_checkpoint_is_refused(
         *({name: 0} for name in ("num_threads", "log_every", "validate_every", "save_every")),
         {"num_validation_clips": 0},
         {"loss": LossConfig(gradient_scales=6)},
-        {"optimizer": OptimizerConfig(beta2=1.0)},
-        {"data": DataConfig(heights=[0])},
-        {"data": DataConfig(pan_probability=1.5)},
+        {"optimizer": TokenizerOptimizerConfig(beta2=1.0)},
+        {"data": TokenizerDataConfig(heights=[0])},
+        {"data": TokenizerDataConfig(pan_probability=1.5)},
+        {"data": TokenizerDataConfig(crop_sizes=[])},
+        {"optimizer": TokenizerOptimizerConfig(lr=float("nan"))},
+        {"optimizer": TokenizerOptimizerConfig(warmup_steps=-1)},
+        {"seed": -1},
     ],
 )
 def test_settings_that_would_fail_later_are_refused_first(
@@ -154,11 +158,11 @@ def test_non_finite_loss_stops_before_the_weights_change(videos: Path, tmp_path:
 
 def test_bad_settings_are_listed_at_once(videos: Path, tmp_path: Path) -> None:
     config = small_config(videos, tmp_path / "run", max_steps=0, dtype="int8")
-    with pytest.raises(ConfigError, match=r"max_steps 0.*int8"):
+    with pytest.raises(ConfigError, match=r"--max_steps 0 .*; dtype int8 is not one of"):
         train(config)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no video"):
-        ClipSource(DataConfig(videos=str(tmp_path / "empty"), photographs=False))
+        ClipSource(TokenizerDataConfig(videos=str(tmp_path / "empty"), photographs=False))
 
 
 def test_held_out_frames_are_never_trained_on(videos: Path) -> None:
