@@ -114,9 +114,7 @@ def test_a_folder_has_one_writer_and_room_enough(
     monkeypatch.setattr("shutil.disk_usage", lambda _: free)
     monkeypatch.setattr("cosmos_posttrain.download._look_up", lambda *_: entry)
     entry = {"files": {"model.pt": {"size": 10**9, "sha256": None, "done": False}}}
-    with pytest.raises(
-        OutputFolderError, match=r"a/b needs 1\.000 GB, but only 0\.0"
-    ):
+    with pytest.raises(OutputFolderError, match=r"a/b needs 1\.000 GB, but only 0\.0"):
         download(DownloadConfig(str(tmp_path / "all"), models="a/b"))
     assert not (tmp_path / "all").exists()
 
