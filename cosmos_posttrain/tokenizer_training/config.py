@@ -155,7 +155,8 @@ class TokenizerTrainConfig:
             frequency); 0 never.
         seed: of weights, data order and augmentation.
         num_threads: CPU threads; results are equal only for equal threads.
-        log_every: steps between two progress lines.
+        log_every: a progress line every so many steps, besides one every few seconds; None for no
+            more than these.
         validate_every: steps between validations.
         save_every: steps between checkpoints.
         num_validation_clips: of each video.
@@ -183,7 +184,7 @@ class TokenizerTrainConfig:
     image_every: int = setting(5, at_least=0)
     seed: int = setting(1234, at_least=0, at_most=MAX_SEED)
     num_threads: int = setting(2, at_least=1)
-    log_every: int = setting(20, at_least=1)
+    log_every: int | None = setting(None, at_least=1)
     validate_every: int = setting(500, at_least=1)
     save_every: int = setting(500, at_least=1)
     num_validation_clips: int = setting(4, at_least=1)

@@ -7,6 +7,7 @@ and its moving average that have been moved on.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -85,6 +86,11 @@ def parameter_groups(network: DVNetwork) -> list[dict[str, Any]]:
     rest = [p for p in network.parameters() if id(p) not in last_ids]
     slow = network.config.patch_size**-1.5
     return [{"params": rest, "lr_scale": 1.0}, {"params": last, "lr_scale": slow}]
+
+
+def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
+    """Scales gradients down to a norm of ``limit`` (0 does not); returns the norm () before."""
+    return nn.utils.clip_grad_norm_(parameters, limit or math.inf)
 
 
 def learning_rate(options: TokenizerOptimizerConfig, step: int, max_steps: int) -> float:
