@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
@@ -115,6 +116,41 @@ def test_without_a_gpu_auto_is_the_cpu(
     for requested in ("cuda", "cuda:0"):
         with pytest.raises(ConfigError, match="CUDA is absent; use cpu"):
             launch.device(requested)
+
+
+def picks_a_gpu_or_reads_the_launcher(source: str) -> bool:
+    """``x.to("cuda")``, ``device="cuda"``, ``x.cuda()``, or the name of a launcher's variable."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and node.value in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            return True
+        if isinstance(node, ast.Call):
+            values = [*node.args, *(keyword.value for keyword in node.keywords)]
+            words = [value.value for value in values if isinstance(value, ast.Constant)]
+            if any(str(word).startswith("cuda") for word in words):
+                return True
+            if isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
+                return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "source", ['x.to("cuda")', 'f(device="cuda:1")', "x.cuda()", 'os.environ["LOCAL_RANK"]']
+)
+def test_a_second_rule_for_the_device_is_found(source: str) -> None:
+    assert picks_a_gpu_or_reads_the_launcher(source)
+    assert not picks_a_gpu_or_reads_the_launcher('x.device.type == "cuda"')
+
+
+def test_there_is_one_rule_for_ranks_and_devices() -> None:
+    package = Path(launch.__file__).parent
+    # Megatron's own calls name CUDA, and become the CPU's there.
+    allowed = {package / "launch.py", package / "distributed" / "cpu_device.py"}
+    found = {
+        path
+        for path in package.rglob("*.py")
+        if picks_a_gpu_or_reads_the_launcher(path.read_text())
+    }
+    assert found - allowed == set()
 
 
 @pytest.mark.parametrize("requested", ["tpu", "", "cuda:x", "mps", "cuda:-1"])
