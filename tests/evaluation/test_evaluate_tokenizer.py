@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cosmos_posttrain import files
 from cosmos_posttrain.errors import PartialFailureError, TokenizerError, UserError
 from cosmos_posttrain.evaluation import media, quality
 from cosmos_posttrain.evaluation import tokenizer as evaluation
@@ -159,11 +160,31 @@ def test_a_killed_run_continues_where_it_was(
         return measured(clip, rebuilt)
 
     monkeypatch.setattr(evaluation, "_measure", counted)
+    # While another process measures the rest, nobody else may.
+    with files.locked(tmp_path / "killed"), pytest.raises(UserError, match="is being written"):
+        evaluation.run(config)
     capsys.readouterr()
     metrics = evaluation.run(config)
     assert len(seen) == 2
     assert "1 videos are done" in capsys.readouterr().out
     assert without_speed(metrics) == without_speed(whole)
+    assert sorted(p.name for p in config.output.iterdir()) == ["contact_sheet.png", "metrics.json"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 is how a zip begins", b"text"])
+def test_damaged_counts_are_counted_again(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes
+) -> None:
+    config = config_of(videos, tmp_path / "out", max_videos=2)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluation, "_draw_sheet", stop)
+        evaluation.run(config)
+    (tmp_path / "out" / "code_counts.npz").write_bytes(damage)
+    assert evaluation.run(config)["num_tokens"] == 144
 
 
 def test_a_complete_folder_is_left_alone_and_another_evaluation_is_refused(
