@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 LOCK_FILE = ".lock"
 _TEMPORARY = re.compile(r"\.tmp-\d+-(.+)", re.DOTALL)
+_HELD = {errno.EACCES, errno.EAGAIN}
 # Of file systems that know no locks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
@@ -145,7 +146,7 @@ def read_json(path: Path, error: type[UserError], fix: str = "restore it") -> di
         raise error(f"{path} is missing; {fix}.") from cause
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause.strerror}.") from cause
-    except ValueError as cause:
+    except (ValueError, RecursionError) as cause:
         raise error(f"{path} is damaged: it is not JSON ({cause}); {fix}.") from cause
     if not isinstance(value, dict):
         raise error(f"{path} is damaged: it holds no JSON object; {fix}.")
@@ -173,11 +174,12 @@ def check_writable(folder: Path, what: str = "the output folder") -> None:
     Raises:
         OutputFolderError: it is a file, lies below one, or permissions are missing.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputFolderError(f"{what} {folder} is a file; name a new or empty folder.")
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        kind = "a link to nowhere" if os.path.islink(folder) else "a file"
+        raise OutputFolderError(f"{what} {folder} is {kind}; name a new or empty folder.")
     existing = _existing(folder)
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        why = "is not a folder" if not existing.is_dir() else "may not be written to"
+    if not existing.is_dir() or not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        why = "may not be written to" if existing.is_dir() else "is not a folder"
         raise OutputFolderError(
             f"{what} {folder} cannot be written to: {existing} {why}; name another folder."
         )
@@ -203,35 +205,49 @@ def check_free_space(folder: Path, num_bytes: int, what: str) -> None:
         )
 
 
+def num_bytes_in(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def _existing(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
+    """The path itself, or the nearest one above it that exists, as far as this user may see."""
     path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))
 
 
 # One writer. Record locks belong to a process: forked helpers do not inherit them, and they end
-# with it however it ends. The set refuses a second writer within the process.
+# with it however it ends. The table refuses a second writer within the process; where the file
+# system knows no locks it is all there is, and holds None.
 
-_locked: dict[Path, int] = {}
+_locked: dict[Path, int | None] = {}
 
 
 @contextlib.contextmanager
 def locked(folder: Path, name: Path | None = None) -> Iterator[None]:
     """Makes the folder if needed and holds it against a second writer until the block ends.
 
-    If the block fails before anything was written, a folder that was made here is removed again.
+    A folder that was made here and into which nothing was written is removed again.
 
     Args:
         folder: the folder that the lock lies in.
         name: what is written, for messages, where that is not the folder itself.
 
     Raises:
-        OutputFolderError: another process, or this one, is writing there.
+        OutputFolderError: another process, or this one, is writing there, or the folder cannot be
+            made or written to.
     """
-    made = [p for p in (folder.absolute(), *folder.absolute().parents) if not p.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder.resolve() / LOCK_FILE
-    _take(path, name or folder)
+    made = [p for p in (folder.absolute(), *folder.absolute().parents) if not os.path.exists(p)]
+    path, name = folder.resolve() / LOCK_FILE, name or folder
+    if path in _locked:
+        raise OutputFolderError(f"{name} is being written by this process already.")
+    try:
+        _locked[path] = _take(path, name)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputFolderError(
+            f"{name} cannot be written to ({reason}); name another folder."
+        ) from error
     try:
         yield
     finally:
@@ -241,11 +257,16 @@ def locked(folder: Path, name: Path | None = None) -> Iterator[None]:
                 parent.rmdir()
 
 
-def _take(path: Path, folder: Path) -> None:
-    if path in _locked:
-        raise OutputFolderError(f"{folder} is being written by this process already.")
+def _take(path: Path, folder: Path) -> int | None:
+    """The descriptor of the locked file; None where the file system knows no locks."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            if path.parent.exists():
+                raise
+            continue  # its owner has removed the empty folder meanwhile
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -253,7 +274,9 @@ def _take(path: Path, folder: Path) -> None:
             os.close(descriptor)
             if error.errno in _NO_LOCKS:  # such a file system has no safer way
                 path.unlink(missing_ok=True)
-                return
+                return None
+            if error.errno not in _HELD:
+                raise
             raise OutputFolderError(
                 f"{folder} is being written by another process ({owner or 'just started'}); wait "
                 "until it ends, stop it, or name another folder."
@@ -263,13 +286,15 @@ def _take(path: Path, folder: Path) -> None:
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break
         os.close(descriptor)
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    _locked[path] = descriptor
+    with contextlib.suppress(OSError):  # a full disk: who waits is not told for whom
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return descriptor
 
 
 def _release(path: Path) -> None:
-    descriptor = _locked.pop(path, None)
+    descriptor = _locked.pop(path)
     if descriptor is not None:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder is gone, or may no longer be written to
+            path.unlink()
         os.close(descriptor)

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.golden_ar import LOGIT_TOLERANCE, case_dir, case_io, max_difference, weights
-from helpers.reference import GOLDEN_DIR, needs_golden
+from helpers.golden_ar import CASES, LOGIT_TOLERANCE, case_dir, case_io, max_difference, weights
 from safetensors.torch import load_file, save_file
 
 from cosmos_posttrain.checkpoint import infer_config, mapping, nemo_context, torch_dist_weights
@@ -29,7 +28,6 @@ from cosmos_posttrain.models.config import ModelConfig, YarnConfig
 from cosmos_posttrain.models.presets import preset
 from cosmos_posttrain.models.reference_config import to_reference
 
-ALL_CASES = sorted(path.name for path in (GOLDEN_DIR / "ar").glob("*"))
 YARN = YarnConfig(LatentShape(3, 2, 3), beta_fast=5.0)
 CONFIG = ModelConfig(2, 32, 4, 2, 12, 48, 100, LatentShape(5, 2, 3), yarn=YARN)
 TEXT = ModelConfig(2, 32, 4, 2, 12, 48, 100, LatentShape(2, 2, 3), context_dim=20, context_len=8)
@@ -65,8 +63,7 @@ def _only_nemos_own_context(folder: Path) -> None:
         (folder / "context" / name).unlink(missing_ok=True)
 
 
-@needs_golden
-@pytest.mark.parametrize("name", ALL_CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_golden_weights_and_logits_through_every_form(name: str, tmp_path: Path) -> None:
     nemo = _convert(case_dir(name), tmp_path / "nemo", "nemo")
     _only_nemos_own_context(nemo)

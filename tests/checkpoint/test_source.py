@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from helpers.golden_ar import case_dir
-from helpers.reference import needs_golden
 
 from cosmos_posttrain.checkpoint import context
 from cosmos_posttrain.checkpoint.context import find_checkpoint
@@ -36,7 +35,6 @@ def _refused(path: Path, message: str) -> None:
         load_model(path)
 
 
-@needs_golden
 def test_a_truncated_file(folder: Path) -> None:
     data = (folder / "model.pt").read_bytes()
     (folder / "model.pt").write_bytes(data[: len(data) // 2])
@@ -51,7 +49,6 @@ class _Bomb:
         return Path.touch, (self.path,)
 
 
-@needs_golden
 @pytest.mark.parametrize("save", [torch.save, lambda o, p: p.write_bytes(pickle.dumps(o))])
 def test_code_in_a_pickle_is_not_executed(folder: Path, save: Any) -> None:
     save({"model.norm.weight": _Bomb(folder / "executed")}, folder / "model.pt")
@@ -60,9 +57,9 @@ def test_code_in_a_pickle_is_not_executed(folder: Path, save: Any) -> None:
     assert not (folder / "executed").exists()
 
 
-@needs_golden
 def test_all_tensors_that_do_not_fit_are_named(folder: Path) -> None:
     state = dict(torch.load(folder / "model.pt", weights_only=True))
+    num_rows = len(state["model.output.weight"])
     del state["model.norm.weight"], state["model.layers.1.attention.wk.weight"]
     state["model.extra.weight"] = torch.zeros(2)
     state["model.output.weight"] = torch.zeros(3, 96)
@@ -73,12 +70,11 @@ def test_all_tensors_that_do_not_fit_are_named(folder: Path) -> None:
         "model.norm.weight",
         "model.layers.1.attention.wk.weight",
         "surplus model.extra.weight",
-        "model.output.weight of shape (3, 96) instead of (512, 96)",
+        f"model.output.weight of shape (3, 96) instead of ({num_rows}, 96)",
     ):
         assert words in str(error.value)
 
 
-@needs_golden
 def test_configs_that_are_missing_damaged_or_of_another_model(folder: Path) -> None:
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values)[:50])

@@ -50,7 +50,7 @@ def rows_at_start(config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
     from cosmos_posttrain.training.trainer import Trainer
 
     trainer = Trainer(config)
-    trainer.log.close()
+    trainer.close()
     model = trainer.model
     return model.embedding.word_embeddings.weight.data, model.output_layer.weight.data
 
@@ -83,7 +83,7 @@ def test_everything_else_stays(start: Path, tmp_path: Path) -> None:
     from cosmos_posttrain.training.trainer import Trainer
 
     trainer = Trainer(swap(start, tmp_path / "run", "aligned"))
-    trainer.log.close()
+    trainer.close()
     before = dict(open_source(start / "model").open_weights().all_megatron())
     for name, parameter in parameters_by_disk_name(trainer.model):
         if "embedding" not in name and "output" not in name:
@@ -99,7 +99,7 @@ def test_resuming_needs_and_changes_no_rows(start: Path, tmp_path: Path) -> None
     trainer = Trainer(swap(start, tmp_path / "run", "aligned", **changes))
     trainer.config.max_steps = 1
     trainer.fit()
-    trainer.log.close()
+    trainer.close()
     (tmp_path / "pairs").unlink()
     run(swap(start, tmp_path / "run", "aligned", **changes))
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
