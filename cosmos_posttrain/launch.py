@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -231,9 +232,11 @@ def _launcher_store() -> Any:
     import torch.distributed
 
     try:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # Where nobody listens (any more), torch would try for long and print all about it.
+        socket.create_connection(address, timeout=_PATIENCE_SECONDS).close()
         return torch.distributed.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
+            *address,
             is_master=False,
             timeout=timedelta(seconds=_PATIENCE_SECONDS),
             wait_for_workers=False,

@@ -29,7 +29,7 @@ import json
 from cosmos_posttrain import download
 found = {}
 for recipe in download.RECIPES:
-    for hub_id, role in download.DownloadConfig("unused", recipe).wanted().items():
+    for hub_id, role in download.wanted(download.DownloadConfig("unused", recipe)).items():
         found[hub_id] = [role, list(download._look_up(hub_id, None, role)["files"])]
 print(json.dumps(found))
 """

@@ -149,6 +149,16 @@ def test_no_two_files_import_each_other() -> None:
     assert circle_in({path: imported_files(path) for path in modules()}) == []
 
 
+def test_a_class_name_means_one_thing() -> None:
+    places: dict[str, list[str]] = {}
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                file = path.relative_to(PACKAGE_DIR).as_posix()
+                places.setdefault(node.name, []).append(file)
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
 def test_a_circle_is_found() -> None:
     a, b, c = Path("a"), Path("b"), Path("c")
     assert circle_in({a: {b}, b: {c}, c: {b}}) == [b, c]

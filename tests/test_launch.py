@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers.distributed_run import kill_tree, run_script
+from helpers.distributed_run import free_port, kill_tree, run_script
 
 from cosmos_posttrain import launch
 from cosmos_posttrain.errors import ConfigError, PartialFailureError
@@ -225,6 +225,15 @@ def test_an_error_of_another_rank_is_printed_with_its_number(tmp_path: Path) -> 
     assert finished.returncode == 1
     assert finished.stderr.count("this went wrong.") == 1, finished.stderr
     assert "error on rank 1: this went wrong." in finished.stderr
+
+
+def test_without_a_store_to_meet_at_the_error_is_printed_at_once(tmp_path: Path) -> None:
+    """As where processes are started without torchrun, and the first is gone or not there yet."""
+    env = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+    env["MASTER_PORT"] = str(free_port())
+    finished = run_script([script(tmp_path, FAILING), "one"], env=env)
+    assert finished.returncode == 1
+    assert finished.stderr == "error on rank 1: this went wrong.\n"
 
 
 # The end.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cosmos_posttrain import config as config_module
 from cosmos_posttrain import files
-from cosmos_posttrain.errors import CheckpointError, OutputFolderError, SaveError
+from cosmos_posttrain.errors import CheckpointError, ConfigError, OutputFolderError, SaveError
 from cosmos_posttrain.tokenizer.network import DVNetwork
 from cosmos_posttrain.tokenizer.weights_io import write_native
 from cosmos_posttrain.tokenizer_training.config import TokenizerTrainConfig
@@ -38,8 +38,14 @@ def check(output: Path, config: TokenizerTrainConfig) -> None:
     """
     recorded = output / RECORDED
     if recorded.is_file():
-        # Merged with the defaults: options that a run's release did not have were off in it.
-        before = dict(_settings(config_module.merge(TokenizerTrainConfig, recorded)))
+        try:
+            # With the defaults below: options that a run's release did not have were off in it.
+            before = dict(_settings(config_module.merge(TokenizerTrainConfig, recorded)))
+        except ConfigError as error:
+            raise OutputFolderError(
+                f"{recorded} does not hold the settings of a run of this release; choose another "
+                "--output_dir."
+            ) from error
         now = dict(_settings(config))
         changed = [k for k in sorted(before | now) if before.get(k) != now.get(k)]
         changed = [key for key in changed if key not in _MAY_CHANGE]

@@ -92,7 +92,7 @@ def train(config: TokenizerTrainConfig) -> dict[str, float]:
         trainer.distribute()
         metrics = trainer.fit(output)
         ranks.stop()
-    if trainer.stop_reason is not None and trainer.completed_steps < config.max_steps:
+    if trainer.stop_reason is not None:
         raise StoppedError(
             f"stopped by {trainer.stop_reason} after {trainer.completed_steps} of "
             f"{config.max_steps} steps, saved in {output}; the same command goes on."
@@ -278,7 +278,8 @@ class _Trainer:
                 metrics = self._report(log)  # the run was killed between saving and logging
             while not self.is_complete and self.stop_reason is None:
                 self.row = self.step()
-                if self.ranks.any(signals.requested is not None, self.device):
+                is_asked = self.ranks.any(signals.requested is not None, self.device)
+                if is_asked and not self.is_complete:
                     self.stop_reason = signals.requested or "a signal to another process"
                 if self._is_due(self.config.save_every) or self.stop_reason is not None:
                     self.save(output)

@@ -117,6 +117,9 @@ def test_other_contents_and_another_run_are_not_overwritten(videos: Path, tmp_pa
     train(small_config(videos, output, max_steps=1))
     with pytest.raises(OutputFolderError, match="another seed"):
         train(small_config(videos, output, max_steps=1, seed=5))
+    (output / "train.yaml").write_text("colour: blue")
+    with pytest.raises(OutputFolderError, match=r"train\.yaml does not hold the settings"):
+        train(small_config(videos, output, max_steps=1))
 
 
 def test_a_complete_run_says_so_and_a_damaged_checkpoint_is_refused(
