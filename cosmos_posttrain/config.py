@@ -164,8 +164,18 @@ def rule_of(config_class: type, key: str) -> Rule:
 
 
 def documentation(config_class: type) -> dict[str, str]:
-    """The text of each field's entry under ``Attributes`` in a config class's docstring."""
-    lines = (config_class.__doc__ or "").partition("Attributes:")[2].splitlines()
+    """The text of each field's entry under ``Attributes`` in a config class's docstring.
+
+    A class that adds to another one documents what it adds.
+    """
+    found: dict[str, str] = {}
+    for parent in reversed(config_class.__mro__[:-1]):
+        found |= _entries(parent.__doc__ or "")
+    return found
+
+
+def _entries(docstring: str) -> dict[str, str]:
+    lines = docstring.partition("Attributes:")[2].splitlines()
     found: dict[str, str] = {}
     name = ""
     for line in lines:

@@ -29,9 +29,8 @@ from cosmos_posttrain.geometry import (
 )
 from cosmos_posttrain.inference import contract as contracts
 from cosmos_posttrain.inference import outputs
-from cosmos_posttrain.inference.config import InferConfig
+from cosmos_posttrain.inference.config import InferConfig, validate
 from cosmos_posttrain.inference.outputs import Item
-from cosmos_posttrain.inference.sampling import check_sampling
 from cosmos_posttrain.tokenizer.loading import load_tokenizer_pair
 from cosmos_posttrain.tokenizer.video_tokenizer import VideoTokenizer
 from cosmos_posttrain.video import is_image, probe
@@ -78,29 +77,6 @@ class Plan:
     def settings_of(self, item: Item) -> dict[str, Any]:
         """What determines one clip."""
         return {"input": str(item.input.resolve()), **self.settings}
-
-
-def _check_values(config: InferConfig) -> None:
-    """Refuses values that no checkpoint could make right."""
-    if config.input_type in ("text_and_video", "text_and_image"):
-        raise ConfigError(
-            f"--input_type {config.input_type} needs a Video2World model, which this version does "
-            "not generate with; use --input_type video or image."
-        )
-    if config.input_type not in ("video", "image"):
-        raise ConfigError(f"there is no --input_type {config.input_type!r}; use video or image.")
-    if (config.input_image_or_video_path is None) == (config.batch_input_path is None):
-        raise ConfigError(
-            "give either --input_image_or_video_path (one input) or --batch_input_path (a jsonl)."
-        )
-    if config.input_type == "image" and config.num_input_frames not in (None, 1):
-        raise ConfigError(
-            f"--num_input_frames {config.num_input_frames} does not fit --input_type image, which "
-            "gives 1 frame; leave it out."
-        )
-    if config.fps is not None and not 0 < config.fps < 1000:
-        raise ConfigError(f"--fps {config.fps} is not in (0, 1000); leave it out for the input's.")
-    check_sampling(config.temperature, config.top_p, config.top_k)
 
 
 def _look_up(path: str, checkpoint_dir: str) -> str:
@@ -241,7 +217,7 @@ def make_plan(config: InferConfig) -> Plan:
     Raises:
         UserError: one of its children, for anything that does not fit.
     """
-    _check_values(config)
+    validate(config)
     model_path = _look_up(config.ar_model_dir, config.checkpoint_dir)
     source = open_source(model_path)
     contract = contracts.read_contract(source)

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from cosmos_posttrain import generate, load_model
 from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError, GeometryError
 from cosmos_posttrain.geometry import LatentShape
-from cosmos_posttrain.inference.progress import ProgressLine
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.builder import build_model
+from cosmos_posttrain.runlog import ProgressDisplay
 
 GOLDEN = ("base_4b_like", "base_12b_like", "video2world_5b_like", "video2world_13b_like")
 GRID = LatentShape(3, 3, 4)
@@ -187,9 +187,9 @@ def test_progress_counts_every_token(capsys: pytest.CaptureFixture[str]) -> None
     counts: list[int] = []
     generate(tiny(), prompts(1), 3, progress=counts.append)
     assert counts == [1, 2, 3]
-    line = ProgressLine(4, "clip")
+    display = ProgressDisplay(4, "tokens", "clip")
     for done in range(1, 5):
-        line(done)
+        display.show(done)
     output = capsys.readouterr().err
     assert output.startswith("clip: 4/4 tokens, ")
     assert output.endswith(" in all\n")

@@ -79,9 +79,17 @@ def test_a_checkpoint_says_tokenizer_and_geometry(inputs: Path, tmp_path: Path) 
         ({"ar_model_dir": "."}, "holds no model"),
         ({"video_save_name": ""}, "is not a file name"),
         ({"video_save_name": "bar.mp4/clip"}, "is a file"),
-        ({"temperature": -1.0}, "temperature -1.0"),
-        ({"top_p": 80.0}, "top_p 80.0"),
-        ({"fps": 0.0}, "--fps 0.0"),
+        ({"temperature": -1.0}, "--temperature -1.0 must be at least 0"),
+        ({"temperature": float("nan")}, "--temperature nan must be a finite number"),
+        ({"top_p": 80.0}, "--top_p 80.0 must be at most 1"),
+        ({"top_k": 0}, "--top_k 0 must be at least 1"),
+        ({"seed": -1}, "--seed -1 must be at least 0"),
+        ({"fps": 0.0}, "--fps 0.0 must be above 0"),
+        ({"num_input_frames": 0}, "--num_input_frames 0 must be at least 1"),
+        ({"rope_scale": 0.5}, "--rope_scale 0.5 must be at least 1"),
+        ({"dtype": "bf16"}, "--dtype bf16 is not one of bfloat16"),
+        ({"layer_spec": "x"}, "--layer_spec x is not one of torch, te"),
+        ({"seed": -1, "top_p": 2.0, "input_type": "audio"}, "--top_p 2.*--seed -1.*'audio'"),
         ({"tokenizer_compression_factor": "4,8"}, "three positive whole numbers"),
     ],
 )
@@ -158,7 +166,7 @@ def test_rope_scaling_reaches_the_model_and_the_settings(inputs: Path, tmp_path:
     assert given.source.config.yarn is not None and given.source.config.yarn.scale == 3.0
     # A clip made with another scaling is another clip.
     assert plain.settings != scaled.settings != given.settings
-    with pytest.raises(UserError, match=r"rope_scale 0\.5 must be at least 1"):
+    with pytest.raises(UserError, match=r"--rope_scale 0\.5 must be at least 1"):
         make_plan(dataclasses.replace(config, rope_scaling="yarn", rope_scale=0.5))
 
 
