@@ -17,7 +17,8 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,10 +56,10 @@ def is_leftover(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what killed writers left in a folder; for the folder's one writer only."""
+def remove_leftovers(folder: Path, names: Collection[str] | None = None) -> None:
+    """Removes what killed writers left in a folder; for the one writer of it, or of these names."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if is_leftover(path.name):
+        if is_leftover(path.name) and (names is None or final_name(path.name) in names):
             remove(path)
 
 
@@ -210,62 +211,127 @@ def _existing(path: Path) -> Path:
 
 
 # One writer. Record locks belong to a process: forked helpers do not inherit them, and they end
-# with it however it ends. The set refuses a second writer within the process.
+# with it however it ends. A name's lock is one byte of the folder's lock file, so a batch of many
+# names takes one descriptor. The table refuses a second writer within the process.
 
-_locked: dict[Path, int] = {}
+
+@dataclass
+class _Lock:
+    descriptor: int
+    names: set[str] | None  # None is the whole folder
+
+
+_locks: dict[Path, _Lock] = {}
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, names: Iterable[str] | None = None) -> Iterator[None]:
     """Makes the folder if needed and holds it against a second writer until the block ends.
 
     If the block fails before anything was written, a folder that was made here is removed again.
 
+    Args:
+        folder: the output folder.
+        names: holds only these names in it, so that others may write other names beside them; None
+            holds the whole folder.
+
     Raises:
         OutputFolderError: another process, or this one, is writing there.
     """
+    wanted = None if names is None else set(names)
     made = [p for p in (folder.absolute(), *folder.absolute().parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.resolve() / LOCK_FILE
-    _take(path, folder)
+    _take(path, folder, wanted)
     try:
         yield
     finally:
-        _release(path)
+        _release(path, wanted)
         with contextlib.suppress(OSError):  # not empty: the block has written something
             for parent in made:
                 parent.rmdir()
 
 
-def _take(path: Path, folder: Path) -> None:
-    if path in _locked:
-        raise OutputFolderError(f"{folder} is being written by this process already.")
+def _take(path: Path, folder: Path, names: set[str] | None) -> None:
+    held = _locks.get(path)
+    if held is not None:
+        if names is None or held.names is None or names & held.names:
+            what = folder if not names or not held.names else folder / min(names & held.names)
+            raise OutputFolderError(f"{what} is being written by this process already.")
+        _lock(held.descriptor, folder, names)
+        held.names |= names
+        return
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, folder, names)
         except OSError as error:
-            owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             os.close(descriptor)
-            if error.errno in _NO_LOCKS:  # such a file system has no safer way
-                path.unlink(missing_ok=True)
-                return
-            raise OutputFolderError(
-                f"{folder} is being written by another process ({owner or 'just started'}); wait "
-                "until it ends, stop it, or name another folder."
-            ) from error
+            assert error.errno in _NO_LOCKS  # such a file system has no safer way
+            path.unlink(missing_ok=True)
+            return
+        except OutputFolderError:
+            is_gone = not _is_file(descriptor, path)
+            os.close(descriptor)
+            if is_gone:
+                continue
+            raise
         # Its owner may have removed the file between open and lock.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                break
+        if _is_file(descriptor, path):
+            break
         os.close(descriptor)
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    _locked[path] = descriptor
+    if names is None:
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    _locks[path] = _Lock(descriptor, names)
 
 
-def _release(path: Path) -> None:
-    descriptor = _locked.pop(path, None)
-    if descriptor is not None:
+def _is_file(descriptor: int, path: Path) -> bool:
+    """True if the path still is the file that was opened."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(descriptor: int, folder: Path, names: set[str] | None) -> None:
+    """Takes all of the locks, or none and raises."""
+    done: list[str] = []
+    what = folder
+    try:
+        if names is None:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for name in sorted(names or ()):
+            what = folder / name
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _byte(name))
+            done.append(name)
+    except OSError as error:
+        for name in done:
+            fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, _byte(name))
+        if error.errno in _NO_LOCKS:
+            raise
+        owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        raise OutputFolderError(
+            f"{what} is being written by another process{f' ({owner})' if owner else ''}; wait "
+            f"until it ends, stop it, or choose another {'folder' if names is None else 'name'}."
+        ) from error
+
+
+def _byte(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+
+
+def _release(path: Path, names: set[str] | None) -> None:
+    held = _locks.get(path)
+    if held is None:
+        return
+    if names is not None and held.names is not None and held.names - names:
+        held.names -= names
+        for name in names:
+            fcntl.lockf(held.descriptor, fcntl.LOCK_UN, 1, _byte(name))
+        return
+    del _locks[path]
+    with contextlib.suppress(OSError):  # another process holds other names in it
+        fcntl.lockf(held.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink(missing_ok=True)
-        os.close(descriptor)
+    os.close(held.descriptor)

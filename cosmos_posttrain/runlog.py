@@ -100,6 +100,13 @@ class ProgressDisplay:
         parts = [f"{done:,}/{self.total:,} {self._unit}", note, f"{rate} {self._unit}/s", left]
         self._write(self._prefix + ", ".join(part for part in parts if part), is_end)
 
+    def say(self, text: str) -> None:
+        """Writes a line of its own, which the display does not run into."""
+        if self._is_active:
+            start = "\r\x1b[K" if self._is_terminal else ""
+            self._stream.write(f"{start}{text}\n")
+            self._stream.flush()
+
     def _write(self, line: str, is_end: bool) -> None:
         if self._is_terminal:
             line = f"\r{line}\x1b[K" + ("\n" if is_end else "")

@@ -10,8 +10,10 @@ from __future__ import annotations
 import atexit
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +21,9 @@ from megatron.core import parallel_state, tensor_parallel
 
 from cosmos_posttrain import launch
 from cosmos_posttrain.distributed.cpu_device import cpu_device
-from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError
+
+T = TypeVar("T")
 
 # The slowest thing that ranks wait for is rank 0 checking or writing a large file.
 _TIMEOUT = timedelta(minutes=60)
@@ -125,6 +129,31 @@ def shutdown() -> None:
         parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def from_rank(source: int, make: Callable[[], T], group: Any = None) -> T:
+    """What ``make`` gives on one rank, on all ranks of its group; or the error that it raises.
+
+    So one rank decides what all must agree on, and none waits for one that has failed.
+
+    Args:
+        source: the global rank that calls ``make``.
+        make: its result, or its ``CosmosPosttrainError``, must be picklable.
+        group: all of whose ranks call this function; None means all ranks of the job.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size(group) == 1:
+        return make()
+    shared: list[Any] = [None]
+    if torch.distributed.get_rank() == source:
+        try:
+            shared = [make()]
+        except CosmosPosttrainError as error:
+            shared = [error]
+    torch.distributed.broadcast_object_list(shared, source, group=group)
+    if isinstance(shared[0], CosmosPosttrainError):
+        raise shared[0]
+    result: T = shared[0]
+    return result
 
 
 def barrier() -> None:

@@ -15,8 +15,9 @@ from helpers.infer_case import FRAMES, HEIGHT, LATENT_SHAPE, TOKENIZER, WIDTH, r
 
 from cosmos_posttrain import load_tokenizer
 from cosmos_posttrain.errors import OutputFolderError, PartialFailureError
-from cosmos_posttrain.inference.pipeline import Pipeline, run
-from cosmos_posttrain.inference.plan import make_plan
+from cosmos_posttrain.inference.batch import run
+from cosmos_posttrain.inference.request import Request
+from cosmos_posttrain.inference.session import Session
 from cosmos_posttrain.video import probe, read_clips, to_float
 
 
@@ -38,13 +39,14 @@ def read_record(path: Path) -> dict[str, Any]:
 def test_the_prompt_is_the_prefix_of_the_whole_clips_tokens(
     tmp_path: Path, video: Path, name: str
 ) -> None:
-    pipeline = Pipeline(make_plan(random_config(video, tmp_path / "out", encoder_path=name)))
-    prompt = pipeline._prompt(pipeline._plan.items[0])
+    session = Session(random_config(video, tmp_path / "out", encoder_path=name))
+    result = session.generate(Request(path=video))
     tokenizer = load_tokenizer(name)
     whole = read_clips(video, [0], FRAMES, HEIGHT, WIDTH)[0].frames
-    tokens = tokenizer.encode(to_float(whole)[None]).flatten(1)
-    assert prompt.tokens.shape == (1, pipeline._plan.num_condition_tokens)
-    assert torch.equal(prompt.tokens, tokens[:, : prompt.tokens.shape[1]].long())
+    tokens = tokenizer.encode(to_float(whole)[None])[0].long()
+    num_given = session.geometry.num_condition_tokens(9)
+    assert result.num_condition_tokens == num_given
+    assert torch.equal(result.tokens.flatten()[:num_given], tokens.flatten()[:num_given])
 
 
 def test_a_video_becomes_a_clip_with_its_record(
