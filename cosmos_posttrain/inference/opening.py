@@ -23,7 +23,7 @@ from cosmos_posttrain.geometry import (
 )
 from cosmos_posttrain.inference import contract as contracts
 from cosmos_posttrain.inference.config import SessionConfig
-from cosmos_posttrain.tokenizer.loading import load_tokenizer_pair
+from cosmos_posttrain.tokenizer.loading import check_recorded, load_tokenizer_pair
 from cosmos_posttrain.tokenizer.video_tokenizer import VideoTokenizer
 
 _PUBLISHED_TOKENIZER = "Cosmos-1.0-Tokenizer-DV8x16x16"
@@ -37,16 +37,22 @@ class TokenizerChoice:
         encoder_path: as ``load_tokenizer_pair`` takes it.
         decoder_path: likewise.
         compression: what it must have; None takes its own.
+        sha256: what its encoder must have; None takes any.
     """
 
     encoder_path: str
     decoder_path: str
     compression: Compression | None
+    sha256: str | None
 
     def load(self) -> VideoTokenizer:
         """Reads the weights, onto this process's device."""
         return load_tokenizer_pair(
-            self.encoder_path, self.decoder_path, self.compression, launch.device()
+            self.encoder_path,
+            self.decoder_path,
+            self.compression,
+            launch.device(),
+            expected_sha256=self.sha256,
         )
 
 
@@ -97,17 +103,23 @@ def choose_tokenizer(config: SessionConfig, contract: Contract | None) -> Tokeni
     """As given, else the checkpoint's, else the published one of the base models.
 
     Raises:
-        TokenizerError: another compression was asked for than the checkpoint's.
+        TokenizerError: another compression was asked for than the checkpoint's, or the checkpoint
+            names a tokenizer that could run code.
     """
-    encoder = config.encoder_path
-    if encoder is None and contract is not None:
+    compression, sha256 = _compression(config, contract), None
+    if config.encoder_path is not None:
+        encoder = look_up(config.encoder_path, config.checkpoint_dir)
+    elif contract is not None:
         encoder = contract.tokenizer.id
-    if encoder is None:
+        check_recorded(encoder)
+        sha256 = None if config.allow_tokenizer_mismatch else contract.tokenizer.sha256
+    else:
         local = Path(config.checkpoint_dir) / _PUBLISHED_TOKENIZER
         encoder = str(local) if local.is_dir() else f"nvidia/{_PUBLISHED_TOKENIZER}"
-    encoder = look_up(encoder, config.checkpoint_dir)
-    decoder = look_up(config.decoder_path or encoder, config.checkpoint_dir)
-    return TokenizerChoice(encoder, decoder, _compression(config, contract))
+    decoder = encoder
+    if config.decoder_path is not None:
+        decoder = look_up(config.decoder_path, config.checkpoint_dir)
+    return TokenizerChoice(encoder, decoder, compression, sha256)
 
 
 def _compression(config: SessionConfig, contract: Contract | None) -> Compression | None:

@@ -15,6 +15,7 @@ to decode.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -89,6 +90,7 @@ class Session:
         )
         contracts.check_vocabulary(self._source.config.vocab_size, self.tokenizer_info)
         self.notes = opening.notes(source, self.geometry)
+        self._choice = dataclasses.replace(self._choice, sha256=tokenizer.sha256)
         self._tokenizer: VideoTokenizer | None = tokenizer
         self._model: ARModel | None = None
 
