@@ -215,6 +215,10 @@ def _existing(path: Path) -> Path:
 # names takes one descriptor. The table refuses a second writer within the process.
 
 
+# The kernel compares each lock of a file with all others: 4,096 take half a second.
+_MAX_NAMES = 4096
+
+
 @dataclass
 class _Lock:
     descriptor: int
@@ -232,17 +236,24 @@ def locked(folder: Path, names: Iterable[str] | None = None) -> Iterator[None]:
 
     Args:
         folder: the output folder.
-        names: holds only these names in it, so that others may write other names beside them; None
-            holds the whole folder.
+        names: holds only these names in it, so that others may write other names beside them; None,
+            or more than a few thousand, hold the whole folder.
 
     Raises:
-        OutputFolderError: another process, or this one, is writing there.
+        OutputFolderError: another process, or this one, is writing there, or nobody can.
     """
     wanted = None if names is None else set(names)
+    if wanted is not None and len(wanted) > _MAX_NAMES:
+        wanted = None
     made = [p for p in (folder.absolute(), *folder.absolute().parents) if not p.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder.resolve() / LOCK_FILE
-    _take(path, folder, wanted)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder.resolve() / LOCK_FILE
+        _take(path, folder, wanted)
+    except OSError as error:
+        raise OutputFolderError(
+            f"{folder} cannot be written to: {error.strerror}; make room, or name another folder."
+        ) from error
     try:
         yield
     finally:

@@ -124,10 +124,10 @@ def _claimed(session: Session, items: Sequence[Item], overwrite: bool) -> Iterat
     def claim() -> list[int]:
         numbers = left(range(len(items)))
         if numbers:
-            names = {path.name for i in numbers for path in (items[i].video, items[i].record)}
             folder = items[0].video.parent
+            names = {items[i].video.name for i in numbers}
             held.enter_context(files.locked(folder, names))
-            files.remove_leftovers(folder, names)
+            files.remove_leftovers(folder, names | {items[i].record.name for i in numbers})
             numbers = left(numbers)  # another run may have ended in between
         return numbers
 

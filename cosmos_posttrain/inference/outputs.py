@@ -125,7 +125,8 @@ def check_inputs_survive(items: Sequence[Item]) -> None:
     Raises:
         ConfigError: names the input.
     """
-    inputs = {item.request.path.resolve() for item in items if item.request.path is not None}
+    paths = (item.request.path for item in items)
+    inputs = {Path(path).resolve() for path in paths if path is not None}
     for item in items:
         for output in (item.video, item.record):
             if output.resolve() in inputs:

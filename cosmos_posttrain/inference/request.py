@@ -48,7 +48,7 @@ class Request:
         ConfigError: no input or several, or settings out of range.
     """
 
-    path: Path | None = None
+    path: str | Path | None = None
     frames: Tensor | None = None
     tokens: Tensor | None = None
     num_input_frames: int | None = None
@@ -105,7 +105,7 @@ class Request:
 
     def _input(self) -> str:
         if self.path is not None:
-            return str(self.path.resolve())
+            return str(Path(self.path).resolve())
         name, tensor = (
             ("frames", self.frames) if self.frames is not None else ("tokens", self.tokens)
         )
@@ -118,7 +118,8 @@ def _check_tensor(
 ) -> None:
     """Refuses another shape, of which None may be any size, and another dtype."""
     fits = tensor.ndim == len(shape) and all(
-        wanted in (None, size) for wanted, size in zip(shape, tensor.shape, strict=True)
+        size > 0 and wanted in (None, size)
+        for wanted, size in zip(shape, tensor.shape, strict=True)
     )
     if not fits or tensor.dtype not in dtypes:
         wanted = ", ".join("T" if size is None else str(size) for size in shape)
