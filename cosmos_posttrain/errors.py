@@ -54,4 +54,12 @@ class PartialFailureError(CosmosPosttrainError):
 
 
 class NonFiniteLossError(CosmosPosttrainError):
-    """The loss became NaN or infinite; raised before the optimizer step."""
+    """A loss, gradient or weight became NaN or infinite; nothing of it was applied or saved."""
+
+
+class SaveError(CosmosPosttrainError):
+    """Results could not be written: the disk is full, say."""
+
+
+class StoppedError(CosmosPosttrainError):
+    """The job was asked to end, has saved its work, and can be continued."""

@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 LOCK_FILE = ".lock"
 _TEMPORARY = re.compile(r"\.tmp-\d+-(.+)", re.DOTALL)
+_HELD = {errno.EACCES, errno.EAGAIN}
 # Of file systems that know no locks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
@@ -146,7 +147,7 @@ def read_json(path: Path, error: type[UserError], fix: str = "restore it") -> di
         raise error(f"{path} is missing; {fix}.") from cause
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause.strerror}.") from cause
-    except ValueError as cause:
+    except (ValueError, RecursionError) as cause:
         raise error(f"{path} is damaged: it is not JSON ({cause}); {fix}.") from cause
     if not isinstance(value, dict):
         raise error(f"{path} is damaged: it holds no JSON object; {fix}.")
@@ -174,11 +175,12 @@ def check_writable(folder: Path, what: str = "the output folder") -> None:
     Raises:
         OutputFolderError: it is a file, lies below one, or permissions are missing.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputFolderError(f"{what} {folder} is a file; name a new or empty folder.")
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        kind = "a link to nowhere" if os.path.islink(folder) else "a file"
+        raise OutputFolderError(f"{what} {folder} is {kind}; name a new or empty folder.")
     existing = _existing(folder)
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        why = "is not a folder" if not existing.is_dir() else "may not be written to"
+    if not existing.is_dir() or not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        why = "may not be written to" if existing.is_dir() else "is not a folder"
         raise OutputFolderError(
             f"{what} {folder} cannot be written to: {existing} {why}; name another folder."
         )
@@ -204,16 +206,21 @@ def check_free_space(folder: Path, num_bytes: int, what: str) -> None:
         )
 
 
+def num_bytes_in(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def _existing(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
+    """The path itself, or the nearest one above it that exists, as far as this user may see."""
     path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))
 
 
 # One writer. Record locks belong to a process: forked helpers do not inherit them, and they end
-# with it however it ends. A name's lock is one byte of the folder's lock file, so a batch of many
-# names takes one descriptor. The table refuses a second writer within the process.
-
+# with it however it ends. A name's lock is one byte of the folder's lock file, so that a batch of
+# many names takes one descriptor. The table refuses a second writer within the process; where the
+# file system knows no locks it is all there is, and holds no descriptor.
 
 # The kernel compares each lock of a file with all others: 4,096 take half a second.
 _MAX_NAMES = 4096
@@ -221,18 +228,18 @@ _MAX_NAMES = 4096
 
 @dataclass
 class _Lock:
-    descriptor: int
+    descriptor: int | None
     names: set[str] | None  # None is the whole folder
 
 
-_locks: dict[Path, _Lock] = {}
+_locked: dict[Path, _Lock] = {}
 
 
 @contextlib.contextmanager
-def locked(folder: Path, names: Iterable[str] | None = None) -> Iterator[None]:
+def locked(folder: Path, names: Collection[str] | None = None) -> Iterator[None]:
     """Makes the folder if needed and holds it against a second writer until the block ends.
 
-    If the block fails before anything was written, a folder that was made here is removed again.
+    A folder that was made here and into which nothing was written is removed again.
 
     Args:
         folder: the output folder.
@@ -240,64 +247,77 @@ def locked(folder: Path, names: Iterable[str] | None = None) -> Iterator[None]:
             or more than a few thousand, hold the whole folder.
 
     Raises:
-        OutputFolderError: another process, or this one, is writing there, or nobody can.
+        OutputFolderError: another process, or this one, is writing there, or the folder cannot be
+            made or written to.
     """
-    wanted = None if names is None else set(names)
-    if wanted is not None and len(wanted) > _MAX_NAMES:
-        wanted = None
-    made = [p for p in (folder.absolute(), *folder.absolute().parents) if not p.exists()]
+    held = None if names is None or len(names) > _MAX_NAMES else set(names)
+    made = [p for p in (folder.absolute(), *folder.absolute().parents) if not os.path.exists(p)]
+    path = folder.resolve() / LOCK_FILE
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder.resolve() / LOCK_FILE
-        _take(path, folder, wanted)
+        _take(path, folder, held)
     except OSError as error:
+        reason = error.strerror or error
         raise OutputFolderError(
-            f"{folder} cannot be written to: {error.strerror}; make room, or name another folder."
+            f"{folder} cannot be written to ({reason}); name another folder."
         ) from error
     try:
         yield
     finally:
-        _release(path, wanted)
+        _release(path, held)
         with contextlib.suppress(OSError):  # not empty: the block has written something
             for parent in made:
                 parent.rmdir()
 
 
 def _take(path: Path, folder: Path, names: set[str] | None) -> None:
-    held = _locks.get(path)
-    if held is not None:
-        if names is None or held.names is None or names & held.names:
-            what = folder if not names or not held.names else folder / min(names & held.names)
-            raise OutputFolderError(f"{what} is being written by this process already.")
-        _lock(held.descriptor, folder, names)
-        held.names |= names
+    lock = _locked.get(path)
+    if lock is None:
+        _locked[path] = _Lock(_open_locked(path, folder, names), names)
         return
+    if names is None or lock.names is None or names & lock.names:
+        what = folder / min(names & lock.names) if names and lock.names else folder
+        raise OutputFolderError(f"{what} is being written by this process already.")
+    if lock.descriptor is not None:
+        _lock(lock.descriptor, folder, names)
+    lock.names |= names
+
+
+def _open_locked(path: Path, folder: Path, names: set[str] | None) -> int | None:
+    """The descriptor of the locked file; None where the file system knows no locks."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            if path.parent.exists():
+                raise
+            continue  # its owner has removed the empty folder meanwhile
         try:
             _lock(descriptor, folder, names)
+        except OutputFolderError:
+            is_theirs = _is_open(descriptor, path)
+            os.close(descriptor)
+            if is_theirs:
+                raise
+            continue  # its owner is just removing it
         except OSError as error:
             os.close(descriptor)
-            assert error.errno in _NO_LOCKS  # such a file system has no safer way
-            path.unlink(missing_ok=True)
-            return
-        except OutputFolderError:
-            is_gone = not _is_file(descriptor, path)
-            os.close(descriptor)
-            if is_gone:
-                continue
+            if error.errno in _NO_LOCKS:  # such a file system has no safer way
+                path.unlink(missing_ok=True)
+                return None
             raise
         # Its owner may have removed the file between open and lock.
-        if _is_file(descriptor, path):
+        if _is_open(descriptor, path):
             break
         os.close(descriptor)
-    os.ftruncate(descriptor, 0)
-    if names is None:
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    _locks[path] = _Lock(descriptor, names)
+    with contextlib.suppress(OSError):  # a full disk: who waits is not told for whom
+        os.ftruncate(descriptor, 0)
+        if names is None:
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return descriptor
 
 
-def _is_file(descriptor: int, path: Path) -> bool:
+def _is_open(descriptor: int, path: Path) -> bool:
     """True if the path still is the file that was opened."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
@@ -306,7 +326,7 @@ def _is_file(descriptor: int, path: Path) -> bool:
 
 
 def _lock(descriptor: int, folder: Path, names: set[str] | None) -> None:
-    """Takes all of the locks, or none and raises."""
+    """Locks the whole file, or the bytes of all the names, or nothing and raises."""
     done: list[str] = []
     what = folder
     try:
@@ -317,15 +337,19 @@ def _lock(descriptor: int, folder: Path, names: set[str] | None) -> None:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _byte(name))
             done.append(name)
     except OSError as error:
-        for name in done:
-            fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, _byte(name))
-        if error.errno in _NO_LOCKS:
+        _unlock(descriptor, done)
+        if error.errno not in _HELD:
             raise
         owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
         raise OutputFolderError(
             f"{what} is being written by another process{f' ({owner})' if owner else ''}; wait "
-            f"until it ends, stop it, or choose another {'folder' if names is None else 'name'}."
+            f"until it ends, stop it, or name another {'folder' if names is None else 'output'}."
         ) from error
+
+
+def _unlock(descriptor: int, names: Iterable[str]) -> None:
+    for name in names:
+        fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, _byte(name))
 
 
 def _byte(name: str) -> int:
@@ -333,16 +357,18 @@ def _byte(name: str) -> int:
 
 
 def _release(path: Path, names: set[str] | None) -> None:
-    held = _locks.get(path)
-    if held is None:
+    lock = _locked[path]
+    if names is not None and lock.names is not None and lock.names - names:
+        lock.names -= names
+        if lock.descriptor is not None:
+            _unlock(lock.descriptor, names)
         return
-    if names is not None and held.names is not None and held.names - names:
-        held.names -= names
-        for name in names:
-            fcntl.lockf(held.descriptor, fcntl.LOCK_UN, 1, _byte(name))
+    del _locked[path]
+    if lock.descriptor is None:
         return
-    del _locks[path]
-    with contextlib.suppress(OSError):  # another process holds other names in it
-        fcntl.lockf(held.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
-    os.close(held.descriptor)
+    # Fails where the folder is gone or others hold names in it, whose file this is then too.
+    with contextlib.suppress(OSError):
+        if names is not None:
+            fcntl.lockf(lock.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    os.close(lock.descriptor)

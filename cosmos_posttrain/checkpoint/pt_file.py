@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.checkpoint import guard
+from cosmos_posttrain.checkpoint.tensor_bytes import bytes_of
 from cosmos_posttrain.errors import CheckpointError
 
 _ROOT = "model"
@@ -142,9 +143,3 @@ class PtWriter:
         info.file_size = data.nbytes
         with self._zip.open(info, "w", force_zip64=True) as member:
             member.write(data)
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's bytes, without a copy where it is contiguous."""
-    array: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)

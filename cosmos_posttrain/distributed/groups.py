@@ -62,7 +62,8 @@ def check_world(parallelism: Parallelism) -> None:
         )
 
 
-def _initialize_torch() -> None:
+def start() -> None:
+    """Makes torch's process group, or takes the one that is there; a world of one is made too."""
     if torch.distributed.is_initialized():
         return
     on_gpu = torch.cuda.is_available()
@@ -94,7 +95,7 @@ def initialize(parallelism: Parallelism, seed: int = 1234) -> None:
         ConfigError: the sizes do not fit the number of processes.
     """
     check_world(parallelism)
-    _initialize_torch()
+    start()
     with cpu_device():
         if parallel_state.model_parallel_is_initialized() and not _matches(parallelism):
             parallel_state.destroy_model_parallel()
@@ -160,3 +161,33 @@ def barrier() -> None:
     """Waits for all ranks."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.barrier()
+
+
+def decide(function: Callable[[], T]) -> T:
+    """Rank 0 calls a function; every rank gets its result, or raises its error.
+
+    Args:
+        function: called on rank 0 only; its result and error must be picklable.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return function()
+    box: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            box[0] = function()
+        except CosmosPosttrainError as error:
+            box[1] = error
+    torch.distributed.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    result: T = box[0]
+    return result
+
+
+def any_rank(value: int) -> int:
+    """The largest of the ranks' whole numbers, on all of them."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return value
+    box = torch.tensor([value], device=launch.device())
+    torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
+    return int(box)

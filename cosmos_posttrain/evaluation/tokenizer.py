@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos_posttrain import launch
+from cosmos_posttrain import files, launch
 from cosmos_posttrain.errors import PartialFailureError, UserError, VideoError
 from cosmos_posttrain.evaluation import quality
+from cosmos_posttrain.evaluation.config.tokenizer import TokenizerEvalConfig, validate
 from cosmos_posttrain.evaluation.figures import contact_sheet
 from cosmos_posttrain.evaluation.media import check_size, list_media, read_clip
-from cosmos_posttrain.evaluation.result_folder import SHEET_FILE, ResultFolder, check_writable
+from cosmos_posttrain.evaluation.result_folder import SHEET_FILE, ResultFolder, check_foreign
 from cosmos_posttrain.evaluation.timing import TimedCodec, device_name, speed
-from cosmos_posttrain.evaluation.tokenizer_config import TokenizerEvalConfig
 from cosmos_posttrain.geometry import ClipGeometry
 from cosmos_posttrain.prepare.sources import Source, sources_sha256
 from cosmos_posttrain.runlog import ProgressDisplay
@@ -48,9 +48,16 @@ def run(config: TokenizerEvalConfig) -> dict[str, Any]:
         PartialFailureError: more than ``max_failures`` videos could not be read; the others are
             evaluated and written.
     """
-    config.validate()
+    validate(config)
     sources = list_media(config.videos, leave_out=config.output)[: config.max_videos]
-    check_writable(config.output, config.overwrite)
+    files.check_writable(config.output)
+    with files.locked(config.output):
+        check_foreign(config.output, config.overwrite)
+        return _run_locked(config, sources)
+
+
+def _run_locked(config: TokenizerEvalConfig, sources: Sequence[Source]) -> dict[str, Any]:
+    """The evaluation, by the one process that may write into the folder."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     tokenizer = load_tokenizer_pair(

@@ -6,18 +6,16 @@ geometry. Of the model only configs are read; nothing is written.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 from cosmos_posttrain import launch
-from cosmos_posttrain.checkpoint.source import Source, open_source
+from cosmos_posttrain.checkpoint.source import CheckpointSource, open_source
 from cosmos_posttrain.data.contract import Contract
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.geometry import (
     ClipGeometry,
     Compression,
-    LatentShape,
     num_pixel_frames,
     parse_compression,
 )
@@ -62,7 +60,7 @@ def look_up(path: str, checkpoint_dir: str) -> str:
     return str(candidate) if not Path(path).exists() and candidate.exists() else path
 
 
-def open_checkpoint(config: SessionConfig) -> Source:
+def open_checkpoint(config: SessionConfig) -> CheckpointSource:
     """The model, at its own grid; its configs are read, its weights are not.
 
     Raises:
@@ -71,21 +69,7 @@ def open_checkpoint(config: SessionConfig) -> Source:
     return open_source(look_up(config.ar_model_dir, config.checkpoint_dir))
 
 
-def at_grid(
-    config: SessionConfig, source: Source, latent_shape: LatentShape, vocab_size: int
-) -> Source:
-    """The same model at a session's grid; fresh weights get the tokenizer's vocabulary too.
-
-    Raises:
-        ConfigError: a scale below 1.
-    """
-    if source.kind == "random":
-        return open_source(config.ar_model_dir, vocab_size, latent_shape)
-    model = source.config.at_grid(latent_shape, config.rope_scaling, config.rope_scale)
-    return dataclasses.replace(source, config=model)
-
-
-def tensor_size(config: SessionConfig, source: Source) -> int:
+def tensor_size(config: SessionConfig, source: CheckpointSource) -> int:
     """Processes that share the model.
 
     Raises:
@@ -133,7 +117,10 @@ def _compression(config: SessionConfig, contract: Contract | None) -> Compressio
 
 
 def choose_geometry(
-    config: SessionConfig, source: Source, contract: Contract | None, compression: Compression
+    config: SessionConfig,
+    source: CheckpointSource,
+    contract: Contract | None,
+    compression: Compression,
 ) -> ClipGeometry:
     """The clip's size: as given, else the checkpoint's, else what the model's grid stands for.
 
@@ -156,10 +143,10 @@ def choose_geometry(
     return geometry
 
 
-def notes(source: Source, geometry: ClipGeometry) -> tuple[str, ...]:
+def notes(source: CheckpointSource, geometry: ClipGeometry) -> tuple[str, ...]:
     """Sentences for the user: the clip's grid is not the model's own."""
     own, used = tuple(source.config.latent_shape), tuple(geometry.latent_shape)
-    if source.kind == "random" or own == used:
+    if source.is_fresh or own == used:
         return ()
     return (
         f"the model's own grid is {own}, this run's is {used}; positions follow the run's, but "

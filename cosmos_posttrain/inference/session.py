@@ -85,8 +85,11 @@ class Session:
         )
         if contract is not None and not config.allow_tokenizer_mismatch:
             contracts.check_tokenizer(contract, self.tokenizer_info)
-        self._source = opening.at_grid(
-            config, source, self.geometry.latent_shape, tokenizer.vocab_size
+        self._source = source.at_grid(
+            self.geometry.latent_shape,
+            config.rope_scaling,
+            config.rope_scale,
+            tokenizer.vocab_size,
         )
         contracts.check_vocabulary(self._source.config.vocab_size, self.tokenizer_info)
         self.notes = opening.notes(source, self.geometry)

@@ -6,13 +6,16 @@ frames of a video's clips. Nothing is decoded here.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.errors import ConfigError, UserError
 from cosmos_posttrain.files import sha256_of_json
 
@@ -22,7 +25,8 @@ class Source:
     """One video to prepare.
 
     Attributes:
-        name: relative to the input folder, or as the jsonl file has it; splits go by it.
+        name: path relative to the input folder, or as the jsonl file has it, normalised; splits go
+            by it, so several sources of one file have one name.
         path: where it is now.
         prompt: None without one.
     """
@@ -33,7 +37,7 @@ class Source:
 
 
 def from_folder(folder: str | Path) -> list[Source]:
-    """All videos below a folder, sorted; hidden ones are left out.
+    """All videos below a folder, sorted, each once; hidden ones are left out.
 
     Raises:
         UserError: the folder is missing or holds no video.
@@ -46,8 +50,10 @@ def from_folder(folder: str | Path) -> list[Source]:
 def from_jsonl(path: str | Path) -> list[Source]:
     """One video a line: ``{"visual_input": "a.mp4", "prompt": "..."}``, in the file's order.
 
-    Paths are relative to the jsonl file's folder. A video that does not exist is no error here; it
-    is reported with the other videos that cannot be read.
+    Paths are relative to the jsonl file's folder. A video may stand on several lines, with a prompt
+    each: all have the name on the first of them, however they spell it (``a.mp4``, ``./a.mp4``, a
+    link to it). A line that says nothing new is left out, which is said. A video that does not
+    exist is no error here; it is reported with the other videos that cannot be read.
 
     Raises:
         UserError: the file is missing, empty, or a line does not fit.
@@ -64,7 +70,55 @@ def from_jsonl(path: str | Path) -> list[Source]:
     ]
     if not sources:
         raise UserError(f"the jsonl file {path} is empty; it needs one video a line.")
-    return sources
+    distinct = _one_name_a_file(sources, path.parent)
+    if len(distinct) < len(sources):
+        launch.say(
+            f"note: {len(sources) - len(distinct)} of {len(sources)} lines of {path} repeat the "
+            "video and prompt of an earlier line and are left out.",
+            error=True,
+        )
+    return distinct
+
+
+def _one_name_a_file(sources: Sequence[Source], folder: Path) -> list[Source]:
+    """Normalises names, gives all sources of a file the first one's, and drops repetitions."""
+    real_path = _RealPaths()
+    first: dict[str, Source] = {}
+    prompts: dict[str, set[str | None]] = {}  # of the names that come again
+    distinct = []
+    for source in sources:
+        real = real_path(source.path)
+        name = os.path.normpath(source.name)
+        if name != source.name and real_path(folder / name) != real:
+            # ".." behind a linked folder: the text says another file than the system finds.
+            name = os.path.relpath(real, real_path(folder))
+        if name != source.name:
+            source = dataclasses.replace(source, name=name, path=folder / name)
+        earlier = first.setdefault(real, source)
+        if earlier is not source:
+            known = prompts.setdefault(real, {earlier.prompt})
+            if source.prompt in known:
+                continue
+            known.add(source.prompt)
+            source = dataclasses.replace(earlier, prompt=source.prompt)
+        distinct.append(source)
+    return distinct
+
+
+class _RealPaths:
+    """``os.path.realpath``, but each folder is looked up once."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, str] = {}
+
+    def __call__(self, path: Path) -> str:
+        folder, name = os.path.split(path)
+        if name in ("", ".", ".."):
+            return os.path.realpath(path)
+        if folder not in self._folders:
+            self._folders[folder] = os.path.realpath(folder)
+        real = os.path.join(self._folders[folder], name)
+        return os.path.realpath(real) if os.path.islink(real) else real
 
 
 def _parse_line(line: str, path: Path, number: int) -> Source:
@@ -74,12 +128,20 @@ def _parse_line(line: str, path: Path, number: int) -> Source:
         raise UserError(f"line {number} of {path} is not JSON: {error}.") from error
     name = value.get("visual_input") if isinstance(value, dict) else None
     prompt = value.get("prompt") if isinstance(value, dict) else None
-    if not isinstance(name, str) or not name or not isinstance(prompt, (str, type(None))):
+    if not _is_path(name) or not isinstance(prompt, (str, type(None))):
         raise UserError(
             f'line {number} of {path} does not fit; write {{"visual_input": "a.mp4"}}, '
             'with "prompt": "..." where there is one.'
         )
     return Source(name, path.parent / name, prompt)
+
+
+def _is_path(name: object) -> TypeGuard[str]:
+    """True for text that can be a path; one with a NUL or half a character cannot."""
+    try:
+        return isinstance(name, str) and name != "" and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def arrange(sources: Sequence[Source], seed: int | None) -> list[Source]:

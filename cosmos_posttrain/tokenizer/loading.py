@@ -21,7 +21,6 @@ import torch
 from cosmos_posttrain import hub, launch
 from cosmos_posttrain.errors import TokenizerError
 from cosmos_posttrain.geometry import Compression, parse_compression
-from cosmos_posttrain.tokenizer import SHIPPED
 from cosmos_posttrain.tokenizer.export import (
     AUTOENCODER_FILE,
     config_beside,
@@ -35,6 +34,7 @@ from cosmos_posttrain.tokenizer.native import (
     read_network,
 )
 from cosmos_posttrain.tokenizer.network import DVNetwork
+from cosmos_posttrain.tokenizer.shipped import SHIPPED
 from cosmos_posttrain.tokenizer.torchscript import ScriptDecoder, ScriptEncoder, load_script
 from cosmos_posttrain.tokenizer.video_tokenizer import VideoTokenizer
 from cosmos_posttrain.tokenizer.weights_io import CONFIG_FILE, WEIGHTS_FILE, check_sha256

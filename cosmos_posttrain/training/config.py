@@ -122,8 +122,9 @@ class TrainConfig:
         save_every_n_steps: steps between checkpoints.
         val_check_interval: steps between validations; None means at every checkpoint.
         limit_val_batches: largest number of global batches per validation; 0 is no validation.
-        save_top_k: checkpoints with the lowest validation loss that are kept; -1 keeps all.
-        keep_last_n: newest checkpoints that are kept, whatever their loss; at least 1.
+        save_top_k: checkpoints with the lowest validation loss that are kept beside the newest; -1
+            keeps all, and so does leaving out both this and ``keep_last_n``.
+        keep_last_n: newest checkpoints that are kept, whatever their loss.
         index_mapping_dir: kept for the original's command lines: no index files are written.
         num_threads: CPU threads per process; None means torch's own choice.
     """
@@ -140,8 +141,8 @@ class TrainConfig:
     save_every_n_steps: int = setting(100, at_least=1)
     val_check_interval: int | None = setting(None, at_least=1)
     limit_val_batches: int = setting(32, at_least=0)
-    save_top_k: int = -1
-    keep_last_n: int = setting(1, at_least=1)
+    save_top_k: int | None = setting(None, at_least=-1)
+    keep_last_n: int | None = setting(None, at_least=1)
     index_mapping_dir: str | None = None
     num_threads: int | None = setting(None, at_least=1)
 
@@ -200,8 +201,8 @@ def validate(config: TrainConfig, world_size: int) -> None:
     warmup = optimizer.lr_warmup_steps
     if warmup is not None and warmup >= config.max_steps:
         problems.append(f"--lr_warmup_steps {warmup} must be below --max_steps {config.max_steps}")
-    if config.save_top_k == 0 or config.save_top_k < -1:
-        problems.append(f"--save_top_k {config.save_top_k} must be -1 (all) or at least 1")
+    if config.save_top_k == 0:
+        problems.append("--save_top_k 0 must be at least 1, or -1 for all")
     parallel = config.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         problems.append("--sequence_parallel needs --tensor_model_parallel_size above 1")

@@ -11,10 +11,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
+from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.cpu_device import cpu_device
 from cosmos_posttrain.training.config import TrainConfig
 
@@ -72,19 +76,69 @@ def build_schedule(config: TrainConfig, optimizer: Any) -> OptimizerParamSchedul
     return schedule
 
 
+def gradient_norm(optimizer: Any) -> float:
+    """Norm of the whole model's gradient, made ready for an update; the same on every rank.
+
+    Infinite wherever any rank's gradient is not finite: Megatron's norm looks at the first
+    tensor-parallel rank's copy of those weights that every rank has.
+    """
+    with cpu_device():
+        if optimizer.prepare_grads():
+            return float("inf")
+        norm = float(optimizer.get_grad_norm())
+        if parallel_state.get_tensor_model_parallel_world_size() == 1:
+            return norm
+        is_finite = all(bool(torch.isfinite(copy).all()) for copy in _copied_gradients(optimizer))
+        return float("inf") if groups.any_rank(int(not is_finite)) else norm
+
+
+def _copied_gradients(optimizer: Any) -> Iterator[torch.Tensor]:
+    """Gradients of this rank that the norm leaves out."""
+    for part in parts_of(optimizer):
+        for parameter in part.get_parameters():
+            gradient = parameter.grad
+            if gradient is not None and not param_is_not_tensor_parallel_duplicate(parameter):
+                yield gradient
+
+
+def apply_gradients(optimizer: Any, norm: float) -> None:
+    """Clips the gradient, whose norm is known, and updates the parameters."""
+    with cpu_device():
+        for part in parts_of(optimizer):
+            if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
+                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+        optimizer.step_with_ready_grads()
+
+
+def apply_settings(config: TrainConfig, optimizer: Any) -> None:
+    """Puts the config's numbers in place of a checkpoint's.
+
+    Megatron keeps them in the parameter groups, which a checkpoint brings along. Weight decay and
+    the learning rate itself follow with the schedule's next step.
+    """
+    settings = config.optimizer
+    for part in parts_of(optimizer):
+        for group in part.param_groups:
+            group["max_lr"], group["min_lr"] = settings.lr, _min_lr(config)
+            group["betas"] = (settings.adam_beta1, settings.adam_beta2)
+            group["eps"] = settings.adam_eps
+
+
+def parts_of(optimizer: Any) -> Iterator[Any]:
+    """Megatron's optimizers behind one that may chain several."""
+    yield from getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 class CheckpointableOptimizer:
     """The optimizer as checkpoints see it, with the work-arounds for torch's AdamW."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
 
-    def _parts(self) -> Iterator[Any]:
-        yield from getattr(self.optimizer, "chained_optimizers", [self.optimizer])
-
     def sharded_state_dict(self, model_state: dict, is_loading: bool, metadata: dict) -> Any:
         """Megatron's sharded state; loading needs state of the right shapes to load into."""
         if is_loading:
-            for part in self._parts():
+            for part in parts_of(self.optimizer):
                 if not part.optimizer.state:
                     part._init_optimizer_states_with_dummy_values()
         return self.optimizer.sharded_state_dict(
@@ -93,14 +147,14 @@ class CheckpointableOptimizer:
 
     def load_state_dict(self, state: Any) -> None:
         """Loads; AdamW's ``step`` comes from the parameter groups, one tensor per parameter."""
-        for part in self._parts():
+        for part in parts_of(self.optimizer):
             part._set_main_param_and_optimizer_states = _with_own_step(part)
         try:
             self.optimizer.load_state_dict(state)
         finally:
-            for part in self._parts():
+            for part in parts_of(self.optimizer):
                 del part._set_main_param_and_optimizer_states
-        for part in self._parts():
+        for part in parts_of(self.optimizer):
             for values in part.optimizer.state.values():
                 # Megatron gives all parameters one tensor; it would advance once per parameter.
                 if isinstance(values.get("step"), torch.Tensor):

@@ -1,34 +1,41 @@
 """The run folder: what a run writes, where, and how it is found again.
 
+    LOG_DIR/.lock                                            while a run writes here
     LOG_DIR/default/config.yaml                              resolved config
     LOG_DIR/default/metrics.jsonl                            one JSON object per step
     LOG_DIR/default/tb_logs/                                 TensorBoard
     LOG_DIR/default/checkpoints/epoch=E-step=S/weights       Megatron torch_dist
-    LOG_DIR/default/checkpoints/epoch=E-step=S/context       model, data, state, config
+    LOG_DIR/default/checkpoints/epoch=E-step=S/context       model, data, state, metrics, config
 
 A checkpoint is written under a hidden name and renamed when all ranks are done, so a killed run
-leaves either a whole checkpoint or none.
+leaves either a whole checkpoint or none. Rank 0 decides, and writes everything but weights.
 """
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cosmos_posttrain import files, launch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from cosmos_posttrain import files
 from cosmos_posttrain.checkpoint import context, dist
 from cosmos_posttrain.config import to_yaml
 from cosmos_posttrain.distributed import groups
-from cosmos_posttrain.errors import ConfigError, OutputFolderError
+from cosmos_posttrain.errors import ConfigError, OutputFolderError, SaveError
 from cosmos_posttrain.models.builder import CosmosGPTModel
 from cosmos_posttrain.training.config import TrainConfig
 from cosmos_posttrain.training.optimizer import CheckpointableOptimizer
+from cosmos_posttrain.training.retention import to_remove
+
+METRICS_FILE = "metrics.json"  # the row of the checkpoint's last step, in its context
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainState:
     """How far a run is: completed optimizer steps, and clips consumed by them."""
 
     completed_steps: int = 0
@@ -44,107 +51,177 @@ class RunFolder:
 
     Args:
         log_dir: the folder.
-        data: what the run trains on: ``contract``, ``dataset`` (a fingerprint) and the split.
+        data: what the run trains on.
 
     Attributes:
         data: the same, and what the run's start recorded beside it; goes into every checkpoint.
     """
 
-    def __init__(self, log_dir: str | Path, data: dict[str, Any]) -> None:
+    def __init__(self, log_dir: str | Path, data: context.TrainingData) -> None:
         self.log_dir = Path(log_dir)
         self.run = self.log_dir / "default"
+        self.checkpoints = self.run / "checkpoints"
         self.data = data
+        self._held = contextlib.ExitStack()
 
-    @property
-    def metrics_path(self) -> Path:
-        """One JSON object per step."""
-        return self.run / "metrics.jsonl"
+    def open(self) -> Path | None:
+        """Holds the folder against other runs and finds the checkpoint to resume from.
 
-    def newest(self) -> Path | None:
-        """The checkpoint to resume from; None for a new run.
+        Returns:
+            The newest checkpoint, the same on every rank; None for a new run.
 
         Raises:
-            OutputFolderError: the folder holds something else than a run.
+            OutputFolderError: another run writes there, or the folder holds something else.
             ConfigError: the run was trained on other data.
         """
-        if self.log_dir.exists() and not self.log_dir.is_dir():
-            raise OutputFolderError(f"--log_dir {self.log_dir} is a file; name a folder.")
+        newest, self.data = groups.decide(self._open)
+        return newest
+
+    def _open(self) -> tuple[Path | None, context.TrainingData]:
+        files.check_writable(self.log_dir, "--log_dir")
         known = self.run.is_dir() and any(
             (self.run / name).exists() for name in ("config.yaml", "checkpoints")
         )
-        if self.log_dir.is_dir() and any(self.log_dir.iterdir()) and not known:
+        if not known and files.foreign_names(self.log_dir, lambda name: False):
             raise OutputFolderError(
                 f"--log_dir {self.log_dir} holds something else than a run of this script; name "
                 "an empty or new folder."
             )
+        self._held.enter_context(files.locked(self.log_dir))
         checkpoints = context.list_checkpoints(self.log_dir)
         if not checkpoints:
-            return None
-        self._check_same_data(checkpoints[-1])
-        return checkpoints[-1]
+            return None, self.data
+        return checkpoints[-1], self._same_data(checkpoints[-1])
 
-    def _check_same_data(self, checkpoint: Path) -> None:
-        before = context.read_data(checkpoint) or {}
-        different = [key for key in self.data if before.get(key) != self.data[key]]
+    def close(self) -> None:
+        """Lets other runs write here again."""
+        self._held.close()
+
+    def _same_data(self, checkpoint: Path) -> context.TrainingData:
+        before = context.read_data(checkpoint) or context.TrainingData()
+        names = ("contract", "dataset", "split")
+        different = [name for name in names if getattr(before, name) != getattr(self.data, name)]
         if different:
             raise ConfigError(
                 f"the run in {self.log_dir} was trained on other data (its "
                 f"{' and '.join(different)} differ); give the same --data_path, --split_string "
                 "and --seed, or a new --log_dir to start a run from one of its checkpoints."
             )
-        self.data = {**before, **self.data}
+        return dataclasses.replace(self.data, embedding_transfer=before.embedding_transfer)
 
-    def record(self, key: str, value: Any) -> None:
-        """Keeps something about the run's start in all its checkpoints."""
-        self.data = {**self.data, key: value}
+    def record_transfer(self, described: dict[str, Any]) -> None:
+        """Keeps in all checkpoints of the run how the rows of its tokens began."""
+        self.data = dataclasses.replace(self.data, embedding_transfer=described)
 
-    def start(self, config: TrainConfig, resumed: Progress) -> None:
-        """Makes the folder, saves the config and removes what a killed run left."""
-        if launch.rank() == 0:
-            (self.run / "checkpoints").mkdir(parents=True, exist_ok=True)
-            files.remove_leftovers(self.run / "checkpoints")
-            files.write_text(self.run / "config.yaml", to_yaml(config))
-        groups.barrier()
+    def start(self, config: TrainConfig, num_bytes: int) -> None:
+        """Makes the folder, saves the config and removes what a killed run left.
+
+        Args:
+            config: the run's.
+            num_bytes: of a checkpoint, about.
+
+        Raises:
+            OutputFolderError: the disk cannot hold a checkpoint.
+        """
+        groups.decide(lambda: self._start(config, num_bytes))
+
+    def _start(self, config: TrainConfig, num_bytes: int) -> None:
+        files.check_free_space(self.log_dir, self._size(num_bytes), "a checkpoint of this run")
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        files.remove_leftovers(self.checkpoints)
+        files.write_text(self.run / "config.yaml", to_yaml(config))
+
+    def _size(self, estimate: int) -> int:
+        """Bytes of the newest checkpoint, which the next one will have too; else the estimate."""
+        checkpoints = context.list_checkpoints(self.log_dir)
+        return files.num_bytes_in(checkpoints[-1]) if checkpoints else estimate
 
     def save(
         self,
         config: TrainConfig,
         model: CosmosGPTModel,
         optimizer: CheckpointableOptimizer,
-        progress: Progress,
-        num_clips: int,
+        name: str,
+        state: dict[str, Any],
+        row: dict[str, Any],
+        num_bytes: int,
     ) -> Path:
-        """Writes a checkpoint; every rank takes part. Returns its path."""
-        name = context.checkpoint_name(progress.epoch(num_clips), progress.completed_steps)
-        target = self.run / "checkpoints" / name
+        """Writes a checkpoint; every rank takes part. Returns its path.
+
+        Args:
+            config: the run's.
+            model: this rank's part.
+            optimizer: this rank's part.
+            name: of the checkpoint's folder.
+            state: how far the run is, and what callbacks keep.
+            row: of the last step.
+            num_bytes: of a checkpoint, about.
+
+        Raises:
+            SaveError: there is no room, or writing failed; older checkpoints are untouched.
+        """
+        target = self.checkpoints / name
         temporary = files.temporary_path(target, is_shared=True)
-        if launch.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / "weights").mkdir(parents=True)
+        groups.decide(lambda: self._make_room(temporary, num_bytes))
+        try:
+            dist.save(temporary / "weights", model, optimizer)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            files.remove(temporary)
+            raise SaveError(
+                f"{target} cannot be written ({str(error).strip().splitlines()[0]}); make room, "
+                "and give the same command to go on from the checkpoint before."
+            ) from error
         groups.barrier()
-        dist.save(temporary / "weights", model, optimizer)
-        if launch.rank() == 0:
-            state = {
-                "completed_steps": progress.completed_steps,
-                "consumed_samples": progress.consumed_samples,
-            }
+
+        def complete() -> None:
             context.write_context(temporary, model.model_config, self.data, state)
+            files.write_json(temporary / "context" / METRICS_FILE, row)
             files.write_text(temporary / "context" / "config.yaml", to_yaml(config))
-            if target.exists():
-                shutil.rmtree(target)
+            files.remove(target)
             temporary.rename(target)
-        groups.barrier()
+            self._prune(config)
+
+        groups.decide(complete)
         return target
 
+    def _make_room(self, temporary: Path, num_bytes: int) -> None:
+        try:
+            files.check_free_space(self.log_dir, self._size(num_bytes), f"{temporary.parent}")
+        except OutputFolderError as error:
+            raise SaveError(
+                f"no checkpoint was written: {error} The same command then goes on from the "
+                "checkpoint before; --keep_last_n keeps fewer."
+            ) from error
+        files.remove(temporary)
+        (temporary / "weights").mkdir(parents=True)
+
+    def record_validation(self, config: TrainConfig, checkpoint: Path, row: dict[str, Any]) -> None:
+        """Writes a checkpoint's row again, which now has its validation loss."""
+
+        def record() -> None:
+            files.write_json(checkpoint / "context" / METRICS_FILE, row)
+            self._prune(config)
+
+        groups.decide(record)
+
+    def _prune(self, config: TrainConfig) -> None:
+        """Removes what need not be kept; each under a hidden name first, so that none is half."""
+        checkpoints = context.list_checkpoints(self.log_dir)
+        losses = [saved_row(checkpoint).get("val_loss") for checkpoint in checkpoints]
+        for number in to_remove(losses, config.save_top_k, config.keep_last_n):
+            hidden = files.temporary_path(checkpoints[number])
+            checkpoints[number].rename(hidden)
+            files.remove(hidden)
+
     def restore(
-        self,
-        checkpoint: Path,
-        model: CosmosGPTModel,
-        optimizer: CheckpointableOptimizer,
-        schedule: Any,
-    ) -> Progress:
-        """Loads weights, optimizer and schedule; any layout reads any other."""
-        state = context.read_json(checkpoint / "context" / "state.json")
+        self, checkpoint: Path, model: CosmosGPTModel, optimizer: CheckpointableOptimizer
+    ) -> dict[str, Any]:
+        """Loads weights and optimizer, at any layout; returns the state that was saved."""
         dist.load(checkpoint / "weights", model, optimizer)
-        schedule.step(increment=state["completed_steps"])
-        return Progress(state["completed_steps"], state["consumed_samples"])
+        return context.read_json(checkpoint / "context" / "state.json")
+
+
+def saved_row(checkpoint: Path) -> dict[str, Any]:
+    """The row of a checkpoint's last step; empty where it has none."""
+    path = checkpoint / "context" / METRICS_FILE
+    return context.read_json(path) if path.is_file() else {}

@@ -1,13 +1,12 @@
-"""One optimizer step, and one validation: batches in, losses out.
+"""One pass of a global batch through the model: batches in, losses out.
 
-Shapes: tokens (B, S) int64, one clip a row; labels are the tokens shifted left; the last position
-has no label and no weight, so that S stays a multiple of every parallel size.
+Shapes: everything in a batch is (B, S), one clip a row. Knows no kind of model: what a batch
+carries, the model gets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,50 +16,33 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from cosmos_posttrain.data.batch import Batch
 from cosmos_posttrain.distributed.cpu_device import cpu_device, cuda_calls_mean_cpu, plain_torch
 from cosmos_posttrain.models.builder import CosmosGPTModel
 from cosmos_posttrain.models.rope import context_parallel_positions
 
 
-@dataclass
-class Batch:
-    """One micro-batch on this rank.
-
-    Attributes:
-        tokens: (B, S) int64.
-        weights: (B,) float32; 0 for rows that only fill up a last batch.
-    """
-
-    tokens: Tensor
-    weights: Tensor
+def _own_part(batch: Batch, device: torch.device) -> Batch:
+    """What this context-parallel rank works on, (B, S / CP), on its device."""
+    batch = batch.to(device)
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return batch
+    return batch.at(context_parallel_positions(batch.tokens.shape[1], device))
 
 
-def _inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, labels and loss mask (B, S / CP) of this context-parallel rank."""
-    tokens = batch.tokens.to(device, non_blocking=True)
-    labels = tokens.roll(-1, dims=1)
-    mask = torch.ones(tokens.shape, dtype=torch.float32, device=device)
-    mask[:, -1] = 0
-    mask *= batch.weights.to(device)[:, None]
-    if parallel_state.get_context_parallel_world_size() > 1:
-        own = context_parallel_positions(tokens.shape[1], device)
-        tokens, labels, mask = tokens[:, own], labels[:, own], mask[:, own]
-    return tokens, labels, mask
-
-
-def _loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the losses in nats and number of predicted tokens, as Megatron's schedules want."""
-    total = (losses.float() * mask).sum()
-    count = mask.sum()
+    total = (losses.float() * loss_mask).sum()
+    count = loss_mask.sum()
     return total, count.to(torch.int), {"sum": total.detach(), "count": count}
 
 
 def _forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
     with plain_torch(), cuda_calls_mean_cpu():
-        device = next(model.parameters()).device
-        tokens, labels, mask = _inputs(next(batches), device)
-        output = model(tokens, None, None, labels=labels)
-    return output, partial(_loss, mask)
+        batch = _own_part(next(batches), next(model.parameters()).device)
+        context = {} if batch.context is None else {"context": batch.context}
+        output = model(batch.tokens, None, None, labels=batch.labels, **context)
+    return output, partial(_loss, batch.loss_mask)
 
 
 def _reduce(outputs: list[dict[str, Tensor]], device: torch.device) -> tuple[float, int]:
@@ -89,11 +71,7 @@ def wire_gradients(ddp: DistributedDataParallel, optimizer: Any) -> None:
 
 
 def run_batches(
-    ddp: DistributedDataParallel,
-    batches: list[Batch],
-    seq_length: int,
-    micro_batch_size: int,
-    forward_only: bool = False,
+    ddp: DistributedDataParallel, batches: list[Batch], forward_only: bool = False
 ) -> tuple[float, int]:
     """Runs all micro-batches of a global batch through Megatron's schedule.
 
@@ -102,6 +80,7 @@ def run_batches(
         predicted tokens; the same on every rank.
     """
     model: CosmosGPTModel = ddp.module
+    micro_batch_size, seq_length = batches[0].tokens.shape
     with cpu_device():
         outputs = get_forward_backward_func()(
             forward_step_func=_forward_step,

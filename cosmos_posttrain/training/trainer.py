@@ -1,42 +1,38 @@
-"""The training run, top to bottom: set up, fit, validate, save.
+"""The training run, top to bottom: set up, fit, save.
 
 Flows in: a ``TrainConfig``. Flows out: a run folder with checkpoints and metrics. Read ``train``
-first, then ``Trainer.fit`` and ``Trainer.train_step``.
+first, then ``Trainer.fit`` and ``Trainer.train_step``; what else happens is in ``callbacks``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from torch import Tensor
 
 from cosmos_posttrain import launch
-from cosmos_posttrain.checkpoint.dist import quiet_megatron_logging
-from cosmos_posttrain.checkpoint.load import open_at_grid
-from cosmos_posttrain.checkpoint.source import Source
-from cosmos_posttrain.data.dataset import TokenDataset
+from cosmos_posttrain.checkpoint import context
+from cosmos_posttrain.data.batch import Batch, BatchSizes, training_batches
 from cosmos_posttrain.distributed import groups
-from cosmos_posttrain.distributed.cpu_device import cpu_device
-from cosmos_posttrain.errors import ConfigError, NonFiniteLossError
-from cosmos_posttrain.models.builder import CosmosGPTModel, build_model
-from cosmos_posttrain.runlog import wants_wandb
-from cosmos_posttrain.training import data
-from cosmos_posttrain.training.config import TrainConfig, validate
-from cosmos_posttrain.training.metrics import MetricsLog, model_flops_utilization
-from cosmos_posttrain.training.optimizer import (
-    CheckpointableOptimizer,
-    build_optimizer,
-    build_schedule,
-)
-from cosmos_posttrain.training.run_folder import Progress, RunFolder
-from cosmos_posttrain.training.step import Batch, run_batches, wire_gradients
-from cosmos_posttrain.transfer.embedding import Transfer, plan_transfer
+from cosmos_posttrain.errors import NonFiniteLossError, StoppedError
+from cosmos_posttrain.models.sequence import sequence_layout
+from cosmos_posttrain.training import optimizer as optimizers
+from cosmos_posttrain.training import setup
+from cosmos_posttrain.training.callbacks import Callback, make_callbacks
+from cosmos_posttrain.training.callbacks.log import Log
+from cosmos_posttrain.training.callbacks.save import Save
+from cosmos_posttrain.training.config import TrainConfig
+from cosmos_posttrain.training.metrics import model_flops_utilization
+from cosmos_posttrain.training.run_folder import TrainState, saved_row
+from cosmos_posttrain.training.step import run_batches, wire_gradients
+from cosmos_posttrain.training.validation import Validation
 
 
 def train(config: TrainConfig) -> Path:
@@ -44,262 +40,207 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         UserError: bad settings, data or checkpoints; raised before anything is written.
-        NonFiniteLossError: the loss became NaN or infinite.
+        NonFiniteLossError: a loss, gradient or weight became NaN or infinite.
+        StoppedError: a signal ended the run, after it was saved.
+        SaveError: a checkpoint could not be written.
     """
-    trainer = Trainer(config)
-    try:
+    with contextlib.closing(Trainer(config)) as trainer:
         return trainer.fit()
-    finally:
-        trainer.log.close()
 
 
 class Trainer:
-    """Everything that a run holds, set up in the order in which it can fail."""
+    """Everything that a run holds, set up in the order in which it can fail.
+
+    Attributes:
+        state: how far the run is.
+        stop_reason: why it ends before its last step; None while it goes on.
+        callbacks: what happens after each step, in order.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
-        quiet_megatron_logging()
-        validate(config, launch.world_size())
-        wants_wandb()
         self.config = config
-        self.parallelism = groups.Parallelism(
-            config.parallel.tensor_model_parallel_size,
-            config.parallel.pipeline_model_parallel_size,
-            config.parallel.context_parallel_size,
-        )
-        self.train_data = data.open_split(config.data, "train")
-        self.folder = RunFolder(config.log_dir, data.describe(self.train_data, config.data))
-        self.resume_from = self.folder.newest()
-        source = self._open_source()
-        self.transfer = self._plan_transfer(source)
-        self.model_config = source.config if self.transfer is None else self.transfer.config
-        self._check_fit()
-        self._set_up(source)
+        self.state = TrainState()
+        self.stop_reason: str | None = None
+        self.callbacks: list[Callback] = []
+        self._closing = contextlib.ExitStack()
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self.close)
+            self._set_up()
+            on_error.pop_all()
 
-    def _open_source(self) -> Source:
-        """The model to start from, or the run's own last checkpoint, for this data's grid."""
-        settings = self.config.model
-        return open_at_grid(
-            self.resume_from or settings.path,
-            self.train_data.vocab_size,
-            self.train_data.latent_shape,
-            settings.rope_scaling,
-            settings.rope_scale,
-        )
-
-    def _plan_transfer(self, source: Source) -> Transfer | None:
-        """Other rows for the new tokens, at the start of a run only; None keeps the rows."""
-        settings, vocab_size = self.config.model, self.train_data.vocab_size
-        if self.resume_from is None and settings.embedding_init != "keep":
-            contract = self.folder.data["contract"]
-            return plan_transfer(
-                source,
-                settings.embedding_init,
-                vocab_size,
-                None if contract is None else contract["tokenizer"],
-                settings.cooccurrence_path,
-                settings.seed,
-            )
-        if source.config.vocab_size != vocab_size:
-            raise ConfigError(
-                f"the model predicts {source.config.vocab_size} tokens but the data set has a "
-                f"vocabulary of {vocab_size}; use a tokenizer with the same number of codes, give "
-                "--embedding_init aligned, mean or reset, or start from random:<size>."
-            )
-        return None
-
-    def _check_fit(self) -> None:
-        """Refuses sizes that do not divide, before process groups exist."""
-        sizes = self.parallelism
-        self.model_config.check_tensor_parallel(sizes.tensor)
-        self.model_config.check_pipeline_parallel(sizes.pipeline)
-        groups.check_world(sizes)
-        length, parallel = self.train_data.seq_length, self.config.parallel
-        pieces = (sizes.tensor if parallel.sequence_parallel else 1) * (
-            2 * sizes.context if sizes.context > 1 else 1
-        )
-        if length % pieces:
-            raise ConfigError(
-                f"a clip of {length} tokens cannot be cut into {pieces} equal pieces for sequence "
-                "and context parallelism; choose smaller sizes."
-            )
-
-    def _set_up(self, source: Source) -> None:
+    def _set_up(self) -> None:
         config = self.config
-        groups.initialize(self.parallelism, config.model.seed)
-        self.dtype = launch.parse_dtype(config.model.dtype) or (
-            torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        self.inputs = inputs = setup.open_inputs(config, self._closing)
+        self.train_data, self.folder = inputs.train_data, inputs.folder
+        self.resume_from = inputs.resume_from
+        groups.initialize(inputs.parallelism, config.model.seed)
+        self.dtype = setup.training_dtype(config)
+        self.model = setup.build(config, inputs.model_config, self.dtype)
+        self.ddp = setup.wrap(self.model)
+        self.optimizer = optimizers.CheckpointableOptimizer(
+            optimizers.build_optimizer(config, self.ddp, self.dtype)
         )
-        self.model = self._build()
-        self.ddp = self._wrap(self.model)
-        optimizer = build_optimizer(config, self.ddp, self.dtype)
-        self.optimizer = CheckpointableOptimizer(optimizer)
-        self.schedule = build_schedule(config, optimizer)
-        wire_gradients(self.ddp, optimizer)
-        self.progress = Progress()
-        if self.resume_from is not None:
-            self.progress = self.folder.restore(
-                self.resume_from, self.model, self.optimizer, self.schedule
-            )
-        else:
-            (self.transfer or source).load_weights(self.model)
-            optimizer.reload_model_params()
-        if self.transfer is not None:
-            self.folder.record("embedding_transfer", self.transfer.describe())
-        self.val_data = self._open_validation()
-        self.folder.start(config, self.progress)
-        self.log = MetricsLog(config, self.folder.run, self.progress.completed_steps)
-        self._announce(source)
-
-    def _build(self) -> CosmosGPTModel:
-        recompute: dict[str, Any] = {}
-        if self.config.model.recompute:
-            recompute = {
-                "recompute_granularity": "full",
-                "recompute_method": "uniform",
-                "recompute_num_layers": 1,
-            }
-        return build_model(
-            self.model_config,
-            dtype=self.dtype,
-            layer_spec=self.config.model.layer_spec,
-            sequence_parallel=self.config.parallel.sequence_parallel,
-            seed=self.config.model.seed,
-            calculate_per_token_loss=True,
-            **recompute,
+        self.schedule = optimizers.build_schedule(config, self.optimizer.optimizer)
+        wire_gradients(self.ddp, self.optimizer.optimizer)
+        self.layout = sequence_layout(self.model.model_config)
+        self.sizes = BatchSizes(
+            config.global_batch_size,
+            config.micro_batch_size,
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
         )
+        kept = self._load()
+        self.folder.start(config, self._checkpoint_bytes)
+        self.log = Log(config, self.folder.run, self.state.completed_steps)
+        validation = None
+        if inputs.val_data is not None:
+            limit = config.limit_val_batches
+            validation = Validation(self.ddp, inputs.val_data, self.layout, self.sizes, limit)
+        self.callbacks = make_callbacks(config, validation, self.log)
+        for callback in self.callbacks:
+            callback.state = kept.get(type(callback).__name__, {})
+        setup.announce(config, inputs, self.dtype)
 
-    def _wrap(self, model: CosmosGPTModel) -> DistributedDataParallel:
-        on_gpu = torch.cuda.is_available()
-        with cpu_device():
-            return DistributedDataParallel(
-                model.config,
-                DistributedDataParallelConfig(
-                    grad_reduce_in_fp32=True,
-                    use_distributed_optimizer=True,
-                    overlap_grad_reduce=on_gpu,
-                ),
-                model,
-            )
+    def _load(self) -> dict[str, Any]:
+        """Weights, and for a resumed run all the rest; returns what its callbacks kept."""
+        if self.resume_from is None:
+            self.inputs.load_weights(self.model)
+            self.optimizer.optimizer.reload_model_params()
+            return {}
+        saved = self.folder.restore(self.resume_from, self.model, self.optimizer)
+        optimizers.apply_settings(self.config, self.optimizer.optimizer)
+        self.state = TrainState(saved["completed_steps"], saved["consumed_samples"])
+        self.schedule.step(increment=self.completed_steps)
+        kept: dict[str, Any] = saved.get("callbacks", {})
+        return kept
 
-    def _open_validation(self) -> TokenDataset | None:
-        shares = self.config.data.split_string.split(",")
-        if len(shares) < 2 or float(shares[1]) == 0:
-            return None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said once, for the training split
-            split = data.open_split(self.config.data, "validation")
-        return split if len(split) else None
-
-    def _announce(self, source: Source) -> None:
-        config, say = self.config, launch.say
-        sizes = self.parallelism
-        say(
-            f"{self.model_config.num_parameters / 1e6:,.1f}M parameters, "
-            f"{len(self.train_data)} training clips of {self.train_data.seq_length} tokens "
-            f"{tuple(self.train_data.latent_shape)}, TP {sizes.tensor} PP {sizes.pipeline} "
-            f"CP {sizes.context} DP {parallel_state.get_data_parallel_world_size()}, {self.dtype}"
-        )
-        if self.resume_from is not None:
-            say(f"resuming {self.resume_from}")
-        elif source.contract is not None and self.folder.data["contract"] is not None:
-            before, after = source.contract["tokenizer"], self.folder.data["contract"]["tokenizer"]
-            if before["sha256"] != after["sha256"]:
-                say(f"tokenizer swap: the model saw {before['id']}, the data is {after['id']}")
-        if self.transfer is not None:
-            say(self.transfer.sentence())
-        steps = math.ceil(config.max_epochs * len(self.train_data) / config.global_batch_size)
-        if steps < config.max_steps:
-            say(
-                f"note: --max_epochs {config.max_epochs} would end after {steps} steps; "
-                f"--max_steps {config.max_steps} decides and the data repeats."
-            )
-
-    def fit(self) -> Path:
-        """Trains up to ``max_steps``; validates and saves on the way and at the end."""
-        config = self.config
-        batches = data.training_batches(self.train_data, config, self.progress.consumed_samples)
-        checkpoint = self.resume_from
-        while self.progress.completed_steps < config.max_steps:
-            values = self.train_step(next(batches))
-            done = self.progress.completed_steps
-            last = done == config.max_steps
-            if self.val_data is not None and (last or done % self._val_interval == 0):
-                values["val_loss"] = self.validate()
-            self.log.write(values)
-            if last or done % config.save_every_n_steps == 0:
-                checkpoint = self.folder.save(
-                    config,
-                    self.model,
-                    self.optimizer,
-                    self.progress,
-                    len(self.train_data),
-                )
-                launch.say(f"saved {checkpoint}")
-        if checkpoint is not None and checkpoint == self.resume_from:
-            launch.say(f"nothing to do: {checkpoint} has {config.max_steps} steps or more")
-        assert checkpoint is not None
-        return checkpoint
+    def close(self) -> None:
+        """Closes the callbacks and lets others write into the folder; safe to call twice."""
+        for callback in self.callbacks:
+            callback.close()
+        self.callbacks = []
+        self._closing.close()
 
     @property
-    def _val_interval(self) -> int:
-        return self.config.val_check_interval or self.config.save_every_n_steps
+    def completed_steps(self) -> int:
+        """Optimizer steps of the run so far."""
+        return self.state.completed_steps
+
+    @property
+    def is_last_step(self) -> bool:
+        """True after the last step, and where the run was asked to end."""
+        return self.stop_reason is not None or self.completed_steps >= self.config.max_steps
+
+    def fit(self) -> Path:
+        """Trains up to ``max_steps``; saves, validates and logs on the way."""
+        config, self.last_checkpoint = self.config, self.resume_from
+        if self.completed_steps >= config.max_steps:
+            launch.say(f"nothing to do: {self.resume_from} has {config.max_steps} steps or more")
+        self._finish_interrupted_step()
+        batches = self.batches()
+        while not self.is_last_step:
+            row = self.train_step(next(batches))
+            for callback in self.callbacks:
+                callback.after_step(self, row)
+        assert self.last_checkpoint is not None
+        if self.completed_steps < config.max_steps:
+            raise StoppedError(
+                f"stopped by {self.stop_reason} after {self.completed_steps} of {config.max_steps} "
+                f"steps, saved as {self.last_checkpoint}; the same command goes on."
+            )
+        return self.last_checkpoint
+
+    def _finish_interrupted_step(self) -> None:
+        """What a run that was killed between saving and logging still owes its last step."""
+        row = saved_row(self.resume_from) if self.resume_from is not None else {}
+        is_logged = self.log.last_step == row.get("step")
+        if not row or groups.decide(lambda: is_logged):
+            return
+        number = next(i for i, item in enumerate(self.callbacks) if isinstance(item, Save))
+        for callback in self.callbacks[number + 1 :]:
+            callback.after_step(self, row)
+
+    def batches(self) -> Iterator[list[Batch]]:
+        """Global batches of this rank, from where the run is, without end."""
+        consumed, seed = self.state.consumed_samples, self.config.data.seed
+        return training_batches(self.train_data, self.layout, self.sizes, consumed, seed)
 
     def train_step(self, batches: list[Batch]) -> dict[str, Any]:
-        """One optimizer step on one global batch; returns what metrics.jsonl records of it."""
+        """One optimizer step on one global batch; returns what metrics.jsonl records of it.
+
+        Where the loss or the gradient is not finite nothing is updated, and the row says so.
+        """
         started = time.monotonic()
         self.ddp.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.optimizer.zero_grad()
-        lr = self._lr()
-        loss, _ = self._run(batches)
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss is {loss} at step {self.progress.completed_steps}; nothing was updated. "
-                "Go on from the last checkpoint with a lower --lr or other data."
-            )
-        with cpu_device():
-            _, grad_norm, _ = self.optimizer.optimizer.step()
-        self.schedule.step(increment=1)
-        step = self.progress.completed_steps
-        self.progress = Progress(
-            step + 1, self.progress.consumed_samples + self.config.global_batch_size
-        )
+        lr = float(self.optimizer.optimizer.param_groups[0]["lr"])
+        loss, _ = run_batches(self.ddp, batches)
+        norm = optimizers.gradient_norm(self.optimizer.optimizer)
+        step, clips = self.completed_steps, self.config.global_batch_size
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizers.apply_gradients(self.optimizer.optimizer, norm)
+            self.schedule.step(increment=1)
+            self.state = TrainState(step + 1, self.state.consumed_samples + clips)
         seconds = time.monotonic() - started
-        rate = self.config.global_batch_size * self.train_data.seq_length / seconds
+        rate = clips * self.train_data.seq_length / seconds
         return {
             "step": step,
             "reduced_train_loss": loss,
             "lr": lr,
-            "grad_norm": float(grad_norm),
-            "consumed_samples": self.progress.consumed_samples,
-            "epoch": self.progress.epoch(len(self.train_data)),
+            "grad_norm": norm,
+            "consumed_samples": self.state.consumed_samples,
+            "epoch": self.state.epoch(len(self.train_data)),
             "train_step_seconds": seconds,
             "tokens_per_second": rate,
             "mfu": model_flops_utilization(rate, self.model.model_config),
         }
 
-    def _lr(self) -> float:
-        return float(self.optimizer.optimizer.param_groups[0]["lr"])
+    def save(self, row: dict[str, Any]) -> Path:
+        """Writes a checkpoint; every rank takes part.
 
-    def _run(self, batches: list[Batch], forward_only: bool = False) -> tuple[float, int]:
-        return run_batches(
-            self.ddp,
-            batches,
-            self.train_data.seq_length,
-            self.config.micro_batch_size,
-            forward_only,
+        Raises:
+            NonFiniteLossError: a weight is not finite on some rank; nothing is written.
+            SaveError: it cannot be written.
+        """
+        parameters: list[Tensor] = list(self.model.parameters())
+        is_finite = all(bool(torch.isfinite(p).all()) for p in parameters)
+        if groups.any_rank(int(not is_finite)):
+            raise NonFiniteLossError(
+                f"a weight is not finite after step {row['step']}; nothing was saved. Go on from "
+                "the last checkpoint with a lower --lr."
+            )
+        state: dict[str, Any] = {
+            "completed_steps": self.completed_steps,
+            "consumed_samples": self.state.consumed_samples,
+        }
+        kept = {type(item).__name__: item.state for item in self.callbacks if item.state}
+        if kept:
+            state["callbacks"] = kept
+        epoch = self.state.epoch(len(self.train_data))
+        checkpoint = self.folder.save(
+            self.config,
+            self.model,
+            self.optimizer,
+            context.checkpoint_name(epoch, self.completed_steps),
+            state,
+            row,
+            self._checkpoint_bytes,
         )
+        self.last_checkpoint = checkpoint
+        for callback in self.callbacks:
+            callback.after_save(self, checkpoint)
+        return checkpoint
 
-    def validate(self) -> float:
-        """Mean loss in nats per token over the validation clips."""
-        assert self.val_data is not None
-        self.ddp.eval()
-        total, count = 0.0, 0
-        with torch.no_grad():
-            for batches in data.validation_batches(self.val_data, self.config):
-                loss, num_tokens = self._run(batches, forward_only=True)
-                total += loss * num_tokens
-                count += num_tokens
-        return total / count
+    def record_validation(self, row: dict[str, Any]) -> None:
+        """Adds the row's validation to the checkpoint of this step, if one was written."""
+        checkpoint = self.last_checkpoint
+        if checkpoint is not None and context.completed_steps(checkpoint) == self.completed_steps:
+            self.folder.record_validation(self.config, checkpoint, row)
+
+    @property
+    def _checkpoint_bytes(self) -> int:
+        """About: the weights, and the optimizer's master copy and two moments in float32."""
+        model = self.model.model_config
+        count = model.num_parameters + model.num_padding_parameters
+        return count * (self.dtype.itemsize + 12)

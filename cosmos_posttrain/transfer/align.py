@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_posttrain.errors import DatasetError, OutputFolderError
-from cosmos_posttrain.transfer.config import AlignConfig
+from cosmos_posttrain.transfer.config import AlignConfig, validate
 
 
 def align(config: AlignConfig) -> None:
@@ -22,7 +22,7 @@ def align(config: AlignConfig) -> None:
     """
     from cosmos_posttrain.transfer.counting import PreparedFolder, count_cooccurrence
 
-    config.validate()
+    validate(config)
     old, new = PreparedFolder(config.old_data_path), PreparedFolder(config.new_data_path)
     record = {
         "old_data": old.manifest.fingerprint,

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.contracts import data_of, make_tokenizer
 from helpers.distributed_run import run_script
 
 from cosmos_posttrain.checkpoint import context, mapping
-from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
+from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
+from cosmos_posttrain.checkpoint.convert import convert
 from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.checkpoint.torch_dist import TorchDistWriter
 from cosmos_posttrain.errors import CheckpointError, ConfigError, OutputFolderError
@@ -42,7 +44,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def _convert(source: Path, target: Path, form: str, **options: Any) -> None:
-    convert(ConvertConfig(str(source), str(target), form, **options))
+    convert(CheckpointConversionConfig(str(source), str(target), form, **options))
 
 
 def _names(folder: Path) -> set[str]:
@@ -52,9 +54,12 @@ def _names(folder: Path) -> set[str]:
 def test_bfloat16_and_the_contract_survive(source: Path, tmp_path: Path) -> None:
     first, second, back = (tmp_path / name for name in ("first", "second", "back"))
     _convert(source, first, "megatron", verify=True)
-    context.write_context(first, CONFIG, {"contract": {"vocab_size": 100}})
+    data = data_of(make_tokenizer("codes", 100))
+    context.write_context(first, CONFIG, data)
     _convert(first, second, "megatron", verify=True)
-    assert open_source(second).contract == {"vocab_size": 100}
+    assert open_source(second).data == data
+    name = Path("context", "data.json")
+    assert (second / name).read_bytes() == (first / name).read_bytes()
     assert open_source(second).config == CONFIG
     _convert(second, back, "pt", verify=True)
     before, after = (torch.load(f / "model.pt", weights_only=True) for f in (source, back))
@@ -88,7 +93,7 @@ def test_output_folder_rules(
     (target / "mine.txt").write_text("kept")
     _convert(source, target, "megatron", overwrite=True)
     assert _names(target) == {"mine.txt", "weights", "context", "conversion.json"}
-    assert open_source(target).kind == "megatron"
+    assert open_source(target).format.name == "megatron"
 
 
 def test_folders_that_are_never_touched(source: Path, tmp_path: Path) -> None:
@@ -118,9 +123,12 @@ def test_a_damaged_source_leaves_nothing_behind(source: Path, tmp_path: Path) ->
 
 def test_settings_that_do_not_fit(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--source is missing; --target is missing; --target_f"):
-        convert(ConvertConfig())
+        convert(CheckpointConversionConfig())
+    everything = r"--target_format gguf is not one of .*; --max_shard_gb -1\.0 must be above 0; --s"
+    with pytest.raises(ConfigError, match=everything):
+        convert(CheckpointConversionConfig(target_format="gguf", max_shard_gb=-1.0))
     with pytest.raises(CheckpointError, match="no files to convert"):
-        convert(ConvertConfig("random:tiny", str(tmp_path / "t"), "pt"))
+        convert(CheckpointConversionConfig("random:tiny", str(tmp_path / "t"), "pt"))
 
 
 def test_the_script_exits_with_2_in_one_sentence(source: Path, tmp_path: Path) -> None:
@@ -162,7 +170,7 @@ def test_verify_finds_one_changed_bit(
 
 def test_a_target_of_one_form_replaces_another(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
-    convert(ConvertConfig(str(source), str(target), "safetensors", max_shard_gb=1e-5))
+    convert(CheckpointConversionConfig(str(source), str(target), "safetensors", max_shard_gb=1e-5))
     assert len(list(target.glob("*.safetensors"))) > 2
     assert (target / "README.md").is_file()
     (target / "notes.md").write_text("mine")

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.golden_ar import LOGIT_TOLERANCE, case_dir, case_io, max_difference, weights
-from helpers.reference import GOLDEN_DIR, needs_golden
+from helpers.golden_ar import CASES, LOGIT_TOLERANCE, case_dir, case_io, max_difference, weights
 from safetensors.torch import load_file, save_file
 
-from cosmos_posttrain.checkpoint import infer_config, mapping, nemo_context, plain
-from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
+from cosmos_posttrain.checkpoint import infer_config, mapping, nemo_context, torch_dist_weights
+from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
+from cosmos_posttrain.checkpoint.convert import convert
 from cosmos_posttrain.checkpoint.load import load_model
 from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
@@ -28,14 +28,13 @@ from cosmos_posttrain.models.config import ModelConfig, YarnConfig
 from cosmos_posttrain.models.presets import preset
 from cosmos_posttrain.models.reference_config import to_reference
 
-ALL_CASES = sorted(path.name for path in (GOLDEN_DIR / "ar").glob("*"))
 YARN = YarnConfig(LatentShape(3, 2, 3), beta_fast=5.0)
 CONFIG = ModelConfig(2, 32, 4, 2, 12, 48, 100, LatentShape(5, 2, 3), yarn=YARN)
 TEXT = ModelConfig(2, 32, 4, 2, 12, 48, 100, LatentShape(2, 2, 3), context_dim=20, context_len=8)
 
 
 def _convert(source: Path, target: Path, form: str, **options: Any) -> Path:
-    convert(ConvertConfig(str(source), str(target), form, verify=True, **options))
+    convert(CheckpointConversionConfig(str(source), str(target), form, verify=True, **options))
     return target
 
 
@@ -64,12 +63,11 @@ def _only_nemos_own_context(folder: Path) -> None:
         (folder / "context" / name).unlink(missing_ok=True)
 
 
-@needs_golden
-@pytest.mark.parametrize("name", ALL_CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_golden_weights_and_logits_through_every_form(name: str, tmp_path: Path) -> None:
     nemo = _convert(case_dir(name), tmp_path / "nemo", "nemo")
     _only_nemos_own_context(nemo)
-    assert open_source(nemo).kind == "nemo"
+    assert open_source(nemo).format.name == "nemo"
     shards = _convert(case_dir(name), tmp_path / "shards", "safetensors", max_shard_gb=2e-4)
     assert len(list(shards.glob("*.safetensors"))) > 3
     io, before = case_io(name), weights(name)
@@ -92,13 +90,13 @@ def test_golden_weights_and_logits_through_every_form(name: str, tmp_path: Path)
 def test_a_nemo_context_says_everything(config: ModelConfig, given: str, tmp_path: Path) -> None:
     nemo = _convert(_make(tmp_path / "pt", config), tmp_path / "repository" / "nemo", "nemo")
     assert open_source(nemo).config == config
-    assert open_source(nemo).kind == "megatron"  # with this package's context beside NeMo's
+    assert open_source(nemo).format.name == "megatron"  # with this package's context beside NeMo's
     _only_nemos_own_context(nemo)
     (other,) = {"io.json", "model.yaml"} - {given}
     (nemo / "context" / other).unlink()
     for path in (nemo, nemo.parent, nemo / "weights"):
         source = open_source(path)
-        assert (source.kind, source.path, source.config) == ("nemo", nemo, config)
+        assert (source.format.name, source.path, source.config) == ("nemo", nemo, config)
 
 
 def test_the_nemo_context_names_the_adapter(tmp_path: Path) -> None:
@@ -151,7 +149,7 @@ def _stacked_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     reference = mapping.reference_shapes(config)
     shapes = {}
     for name in mapping.megatron_names(config):
-        key, layer = plain.disk_key(name)
+        key, layer = torch_dist_weights.disk_key(name)
 
         def fetch(part: str) -> torch.Tensor:
             return torch.empty(reference[part], device="meta")
@@ -170,12 +168,12 @@ def test_megatron_lm_folders(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (run / "latest_checkpointed_iteration.txt").write_text("100\n")
     writer = TorchDistWriter(folder)
-    for name, tensor in plain.read_megatron(open_source(source)):
-        key, layer = plain.disk_key(name)
+    for name, tensor in open_source(source).open_weights().all_megatron():
+        key, layer = torch_dist_weights.disk_key(name)
         key = key.removeprefix("module.")
-        for fused, alone in plain._ALONE.items():
+        for fused, alone in torch_dist_weights.NORMS_ALONE.items():
             key = key.replace(fused, alone)
-        if key in plain._VOCABULARY:
+        if key in torch_dist_weights.VOCABULARY:
             tensor = torch.nn.functional.pad(tensor[:100], (0, 0, 0, 156), value=7.0)
         writer.add(key, tensor, layer, CONFIG.num_layers)
     writer.add("optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight", torch.zeros(3))
@@ -184,7 +182,7 @@ def test_megatron_lm_folders(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="give --model_config"):
         open_source(run)
     named = {"model_config": str(source / "config.json")}
-    assert open_source(run, **named).kind == "torch_dist"
+    assert open_source(run, **named).format.name == "torch_dist"
     assert _same(source, _convert(run, tmp_path / "back", "pt", **named))
     shutil.copyfile(source / "config.json", folder / "config.json")
     assert open_source(folder).config == CONFIG

@@ -13,10 +13,13 @@ import torch
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-from cosmos_posttrain.checkpoint import context, dist, guard, plain
-from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
+from cosmos_posttrain.checkpoint import context, dist, guard
+from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
+from cosmos_posttrain.checkpoint.convert import convert
 from cosmos_posttrain.checkpoint.load import load_model
 from cosmos_posttrain.checkpoint.source import open_source
+from cosmos_posttrain.checkpoint.torch_dist import TorchDistWriter
+from cosmos_posttrain.checkpoint.torch_dist_weights import disk_key
 from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.models.presets import preset
 
@@ -58,7 +61,7 @@ def test_what_megatron_writes_is_read(checkpoint: Path, model: Any) -> None:
     metadata = guard.check_folder(checkpoint / "weights")
     assert "module.output_layer.weight" in metadata.state_dict_metadata
     source = open_source(checkpoint)
-    parameters = dict(plain.read_megatron(source))
+    parameters = dict(source.open_weights().all_megatron())
     assert torch.equal(parameters["output_layer.weight"], model.module.output_layer.weight)
 
 
@@ -75,7 +78,7 @@ def test_code_in_the_index(checkpoint: Path, model: Any, tmp_path: Path, where: 
     _refused(checkpoint, model, "holds more than tables.*not executed")
     assert not (tmp_path / "executed").exists()
     with pytest.raises(CheckpointError, match="not executed"):
-        convert(ConvertConfig(str(checkpoint), str(tmp_path / "target"), "pt"))
+        convert(CheckpointConversionConfig(str(checkpoint), str(tmp_path / "target"), "pt"))
     assert not (tmp_path / "target").exists()
 
 
@@ -112,15 +115,15 @@ def test_code_instead_of_a_tensor(model: Any, tmp_path: Path) -> None:
     context.write_context(folder, model.config)
     bomb = tmp_path / "bomb.pt"
     torch.save(_Call(Path.touch, tmp_path / "executed"), bomb)
-    writer = plain.TorchDistWriter(folder / "weights")
-    for name, tensor in plain.read_megatron(open_source(_saved(model, tmp_path))):
-        key, layer = plain.disk_key(name)
+    writer = TorchDistWriter(folder / "weights")
+    for name, tensor in open_source(_saved(model, tmp_path)).open_weights().all_megatron():
+        key, layer = disk_key(name)
         writer.add(key, tensor, layer, model.config.num_layers)
     writer.finish()
     with (folder / "weights" / "__0_0.distcp").open("r+b") as file:
         file.write(bomb.read_bytes())  # over the first tensor, the embedding
     with pytest.raises(CheckpointError, match=r"damaged|not executed"):
-        convert(ConvertConfig(str(folder), str(tmp_path / "target"), "pt"))
+        convert(CheckpointConversionConfig(str(folder), str(tmp_path / "target"), "pt"))
     assert not (tmp_path / "executed").exists() and not (tmp_path / "target").exists()
 
 
@@ -145,7 +148,7 @@ def test_an_object_where_a_tensor_belongs(checkpoint: Path, model: Any, tmp_path
     (weights / ".metadata").write_bytes(pickle.dumps(metadata))
     _refused(checkpoint, model, "pickled object instead of a tensor")
     with pytest.raises(CheckpointError, match="pickled object instead of a tensor"):
-        convert(ConvertConfig(str(checkpoint), str(tmp_path / "target"), "pt"))
+        convert(CheckpointConversionConfig(str(checkpoint), str(tmp_path / "target"), "pt"))
     assert not (tmp_path / "executed").exists()
 
 

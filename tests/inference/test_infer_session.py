@@ -29,8 +29,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 64)
     infer_case.write_checkpoint(folder / "trained")
     infer_case.write_checkpoint(folder / "with_text", "tiny-video2world", kind="video2world")
-    infer_case.write_checkpoint(folder / "damaged", latent_shape=[3, 2])
-    other = infer_case.contract()["tokenizer"] | {"sha256": "0" * 64}
+    infer_case.write_checkpoint(folder / "damaged", latent_shape=(3, 2))
+    other = dataclasses.replace(infer_case.contract().tokenizer, sha256="0" * 64)
     infer_case.write_checkpoint(folder / "other_weights", tokenizer=other)
     return folder
 

@@ -61,7 +61,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def trained_config(folder: Path, name: str, **changes: str) -> InferConfig:
     """A run of a checkpoint that names its tokenizer so."""
-    recorded = infer_case.contract()["tokenizer"] | {"id": name}
+    recorded = dataclasses.replace(infer_case.contract().tokenizer, id=name)
     infer_case.write_checkpoint(folder / "model", tokenizer=recorded)
     values = {"ar_model_dir": str(folder / "model"), "encoder_path": None, **changes}
     return random_config(folder / "in.mp4", folder, **values)

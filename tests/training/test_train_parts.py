@@ -7,18 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from helpers.run_case import make_config
 
 from cosmos_posttrain.checkpoint import context
-from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.presets import PRESETS
-from cosmos_posttrain.training import data
 from cosmos_posttrain.training.config import TrainConfig, validate
 from cosmos_posttrain.training.flops import flops_per_token
 from cosmos_posttrain.training.optimizer import build_schedule
-from cosmos_posttrain.training.run_folder import Progress
+from cosmos_posttrain.training.run_folder import TrainState
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -75,36 +71,10 @@ def test_constant_schedule_stays() -> None:
     assert set(schedule_of(5, lr=0.5, lr_decay_style="constant", lr_warmup_steps=0)) == {0.5}
 
 
-def test_global_batches_do_not_depend_on_micro_batches(tokens: Path, tmp_path: Path) -> None:
-    groups.initialize(groups.Parallelism())
-    clips = data.open_split(make_config(tokens, tmp_path).data, "train")
-    streams = []
-    for micro in (1, 2, 4):
-        config = make_config(tokens, tmp_path, micro_batch_size=micro)
-        batches = data.training_batches(clips, config, consumed_samples=8)
-        streams.append(
-            torch.cat(
-                [batch.tokens for _, row in zip(range(3), batches, strict=False) for batch in row]
-            )
-        )
-    assert torch.equal(streams[0], streams[1])
-    assert torch.equal(streams[0], streams[2])
-
-
-def test_validation_counts_every_clip_once(tokens: Path, tmp_path: Path) -> None:
-    groups.initialize(groups.Parallelism())
-    config = make_config(tokens, tmp_path, micro_batch_size=4, data__split_string="2,3,0")
-    clips = data.open_split(config.data, "validation")
-    batches = [batch for row in data.validation_batches(clips, config) for batch in row]
-    assert sum(float(batch.weights.sum()) for batch in batches) == len(clips)
-    kept = torch.cat([batch.tokens[batch.weights > 0] for batch in batches])
-    assert torch.equal(kept, torch.stack([clips[i] for i in range(len(clips))]))
-
-
 def test_checkpoint_names_count_as_documented() -> None:
     assert context.checkpoint_name(0, 25) == "epoch=0-step=24"
-    assert Progress(25, 50).epoch(num_clips=50) == 0
-    assert Progress(26, 51).epoch(num_clips=50) == 1
+    assert TrainState(25, 50).epoch(num_clips=50) == 0
+    assert TrainState(26, 51).epoch(num_clips=50) == 1
 
 
 def test_flops_of_the_published_sizes() -> None:

@@ -196,7 +196,7 @@ def test_a_finished_file_is_left_alone(
 
 def test_data_that_cannot_be_compared_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
     output = tmp_path / "c"
-    with pytest.raises(ConfigError, match=r"--old_data_path is missing.*--max_pairs 0 must be"):
+    with pytest.raises(ConfigError, match=r"--max_pairs 0 must be at least 1; --old_data_path is"):
         align(AlignConfig(max_pairs=0))
     (tmp_path / "other").mkdir()
     for path in pair[1].iterdir():

@@ -1,0 +1,30 @@
+"""What happens around the steps of a run: one explicit list, walked in order after each step.
+
+Flows in: the run and the row of numbers of its last step. Flows out: the same row, with what a
+callback adds; checkpoints, log lines, an end. New behaviour is an item of ``make_callbacks``, never
+a branch in the loop.
+"""
+
+from __future__ import annotations
+
+from cosmos_posttrain.training.callbacks.base import Callback
+from cosmos_posttrain.training.callbacks.guard import Guard
+from cosmos_posttrain.training.callbacks.log import Log
+from cosmos_posttrain.training.callbacks.save import Save
+from cosmos_posttrain.training.callbacks.signals import Signals
+from cosmos_posttrain.training.callbacks.validate import Validate
+from cosmos_posttrain.training.config import TrainConfig
+from cosmos_posttrain.training.validation import Validation
+
+__all__ = ["Callback", "make_callbacks"]
+
+
+def make_callbacks(config: TrainConfig, validation: Validation | None, log: Log) -> list[Callback]:
+    """The callbacks of a run, in their order.
+
+    Saving comes before validating, so that steps are safe as soon as they can be.
+    """
+    callbacks: list[Callback] = [Guard(), Signals(), Save(config)]
+    if validation is not None:
+        callbacks.append(Validate(config, validation))
+    return [*callbacks, log]

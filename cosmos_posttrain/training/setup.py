@@ -1,0 +1,266 @@
+"""Setting a run up: what is opened and checked, in the order in which it can fail.
+
+Flows in: a ``TrainConfig``. Flows out: ``Inputs`` (data, the model to start from, the run folder),
+and the model built and wrapped for training. Nothing is written before all of it fits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+from cosmos_posttrain import launch
+from cosmos_posttrain.checkpoint.context import SplitInfo, TrainingData
+from cosmos_posttrain.checkpoint.dist import quiet_megatron_logging
+from cosmos_posttrain.checkpoint.source import CheckpointSource, open_source
+from cosmos_posttrain.data.dataset import TokenDataset
+from cosmos_posttrain.data.splits import parse_split_string
+from cosmos_posttrain.distributed import groups
+from cosmos_posttrain.distributed.cpu_device import cpu_device
+from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.geometry import parse_latent_shape
+from cosmos_posttrain.models.builder import CosmosGPTModel, build_model
+from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.runlog import wants_wandb
+from cosmos_posttrain.training.config import DataConfig, TrainConfig, validate
+from cosmos_posttrain.training.run_folder import RunFolder
+from cosmos_posttrain.transfer import advice
+from cosmos_posttrain.transfer.embedding import Transfer, plan_transfer
+
+
+@dataclass
+class Inputs:
+    """What a run starts from.
+
+    Attributes:
+        train_data: the training split.
+        val_data: the validation split; None where validation is off.
+        folder: the run folder, held against other runs.
+        resume_from: the run's own last checkpoint; None for a new run.
+        source: the model to start from, at the data's grid.
+        transfer: other rows for the new tokens; None keeps the source's.
+        parallelism: sizes of the parallel groups.
+    """
+
+    train_data: TokenDataset
+    val_data: TokenDataset | None
+    folder: RunFolder
+    resume_from: Path | None
+    source: CheckpointSource
+    transfer: Transfer | None
+    parallelism: groups.Parallelism
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The numbers of the model that is trained."""
+        return self.source.config if self.transfer is None else self.transfer.config
+
+    def load_weights(self, model: CosmosGPTModel) -> None:
+        """Fills a built model at the start of a run."""
+        (self.transfer or self.source).load_weights(model)
+
+
+def open_inputs(config: TrainConfig, closing: contextlib.ExitStack) -> Inputs:
+    """Opens everything and checks that it fits together.
+
+    Args:
+        config: the run's.
+        closing: gets what must be closed at the run's end.
+
+    Raises:
+        UserError: the first thing that does not fit.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    quiet_megatron_logging()
+    validate(config, launch.world_size())
+    wants_wandb()
+    sizes = groups.Parallelism(
+        config.parallel.tensor_model_parallel_size,
+        config.parallel.pipeline_model_parallel_size,
+        config.parallel.context_parallel_size,
+    )
+    train_data, val_data = open_split(config.data, "train"), _open_validation(config)
+    groups.start()
+    folder = RunFolder(config.log_dir, describe(train_data, config.data))
+    closing.callback(folder.close)
+    resume_from = folder.open()
+    settings = config.model
+    source = open_source(resume_from or settings.path).at_grid(
+        train_data.latent_shape,
+        settings.rope_scaling,
+        settings.rope_scale,
+        train_data.vocab_size,
+    )
+    transfer = None
+    if resume_from is None:
+        transfer = _plan_transfer(config, source, train_data, folder)
+    if transfer is None and source.config.vocab_size != train_data.vocab_size:
+        raise ConfigError(
+            f"the model predicts {source.config.vocab_size} tokens but the data set has a "
+            f"vocabulary of {train_data.vocab_size}; use a tokenizer with the same number of "
+            "codes, give --embedding_init aligned, mean or reset, or start from random:<size>."
+        )
+    inputs = Inputs(train_data, val_data, folder, resume_from, source, transfer, sizes)
+    _check_division(inputs, config.parallel.sequence_parallel)
+    return inputs
+
+
+def open_split(config: DataConfig, split: str) -> TokenDataset:
+    """One split of the data set.
+
+    Raises:
+        DatasetError: the data is missing, damaged, or needs more settings to be read.
+    """
+    shape = None if config.latent_shape is None else parse_latent_shape(config.latent_shape)
+    return TokenDataset(
+        config.path,
+        split,
+        config.split_string,
+        config.seed,
+        latent_shape=shape,
+        vocab_size=config.vocab_size,
+    )
+
+
+def _open_validation(config: TrainConfig) -> TokenDataset | None:
+    """The validation split; None where validation is off or no clip falls in it.
+
+    Raises:
+        ConfigError: the best checkpoints are to be kept, but nothing is validated.
+    """
+    split = None
+    if parse_split_string(config.data.split_string)[1] > 0 and config.limit_val_batches > 0:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said once, for the training split
+            split = open_split(config.data, "validation")
+    if split is not None and len(split):
+        return split
+    if config.save_top_k is not None and config.save_top_k > 0:
+        raise ConfigError(
+            f"--save_top_k {config.save_top_k} keeps the checkpoints of lowest validation loss, "
+            "but validation is off here; give --split_string and --limit_val_batches for it, or "
+            "--keep_last_n instead."
+        )
+    return None
+
+
+def describe(dataset: TokenDataset, config: DataConfig) -> TrainingData:
+    """What a checkpoint records of its data, and what a resumed run must find again."""
+    contract = None if dataset.manifest is None else dataset.manifest.contract
+    return TrainingData(contract, dataset.fingerprint, SplitInfo(config.split_string, config.seed))
+
+
+def _plan_transfer(
+    config: TrainConfig, source: CheckpointSource, train_data: TokenDataset, folder: RunFolder
+) -> Transfer | None:
+    """Other rows for the new tokens; None keeps the checkpoint's."""
+    settings = config.model
+    if settings.embedding_init == "keep":
+        return None
+    contract = folder.data.contract
+    transfer = plan_transfer(
+        source,
+        settings.embedding_init,
+        train_data.vocab_size,
+        None if contract is None else contract.tokenizer,
+        settings.cooccurrence_path,
+        settings.seed,
+    )
+    folder.record_transfer(transfer.describe())
+    return transfer
+
+
+def _check_division(inputs: Inputs, sequence_parallel: bool) -> None:
+    """Refuses sizes that do not divide the model or a clip, before Megatron's groups exist."""
+    sizes, model = inputs.parallelism, inputs.model_config
+    model.check_tensor_parallel(sizes.tensor)
+    model.check_pipeline_parallel(sizes.pipeline)
+    groups.check_world(sizes)
+    pieces = (sizes.tensor if sequence_parallel else 1) * (
+        2 * sizes.context if sizes.context > 1 else 1
+    )
+    if model.seq_length % pieces:
+        raise ConfigError(
+            f"a sequence of {model.seq_length} tokens cannot be cut into {pieces} equal pieces for "
+            "sequence and context parallelism; choose smaller sizes."
+        )
+
+
+def training_dtype(config: TrainConfig) -> torch.dtype:
+    """The config's dtype, or this machine's usual one."""
+    usual = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return launch.parse_dtype(config.model.dtype) or usual
+
+
+def build(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> CosmosGPTModel:
+    """This rank's part of the model, with fresh weights."""
+    recompute: dict[str, Any] = {}
+    if config.model.recompute:
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    return build_model(
+        model,
+        dtype=dtype,
+        layer_spec=config.model.layer_spec,
+        sequence_parallel=config.parallel.sequence_parallel,
+        seed=config.model.seed,
+        calculate_per_token_loss=True,
+        **recompute,
+    )
+
+
+def wrap(model: CosmosGPTModel) -> DistributedDataParallel:
+    """The model with Megatron's gradient buffers."""
+    with cpu_device():
+        return DistributedDataParallel(
+            model.config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                overlap_grad_reduce=torch.cuda.is_available(),
+            ),
+            model,
+        )
+
+
+def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
+    """Says what is about to run."""
+    sizes, data, say = inputs.parallelism, inputs.train_data, launch.say
+    say(
+        f"{inputs.model_config.num_parameters / 1e6:,.1f}M parameters, {len(data)} training clips "
+        f"of {data.seq_length} tokens {tuple(data.latent_shape)}, TP {sizes.tensor} PP "
+        f"{sizes.pipeline} CP {sizes.context} DP "
+        f"{parallel_state.get_data_parallel_world_size()}, {dtype}"
+    )
+    contract = inputs.folder.data.contract
+    tokenizer = None if contract is None else contract.tokenizer
+    if inputs.resume_from is not None:
+        say(f"resuming {inputs.resume_from}")
+    else:
+        known = inputs.source.contract
+        if (
+            known is not None
+            and tokenizer is not None
+            and known.tokenizer.sha256 != tokenizer.sha256
+        ):
+            say(f"tokenizer swap: the model saw {known.tokenizer.id}, the data is {tokenizer.id}")
+        if advised := advice.sentence(inputs.source, tokenizer, inputs.transfer):
+            say(advised)
+    steps = math.ceil(config.max_epochs * len(data) / config.global_batch_size)
+    if steps < config.max_steps:
+        say(
+            f"note: --max_epochs {config.max_epochs} would end after {steps} steps; "
+            f"--max_steps {config.max_steps} decides and the data repeats."
+        )
