@@ -236,29 +236,33 @@ _locked: dict[Path, _Lock] = {}
 
 
 @contextlib.contextmanager
-def locked(folder: Path, names: Collection[str] | None = None) -> Iterator[None]:
+def locked(
+    folder: Path, name: Path | None = None, *, only: Collection[str] | None = None
+) -> Iterator[None]:
     """Makes the folder if needed and holds it against a second writer until the block ends.
 
     A folder that was made here and into which nothing was written is removed again.
 
     Args:
-        folder: the output folder.
-        names: holds only these names in it, so that others may write other names beside them; None,
-            or more than a few thousand, hold the whole folder.
+        folder: the folder that the lock lies in.
+        name: what is written, for messages, where that is not the folder itself.
+        only: holds these names in the folder alone, so that others may write other names beside
+            them; None, or more than a few thousand, hold the whole folder.
 
     Raises:
         OutputFolderError: another process, or this one, is writing there, or the folder cannot be
             made or written to.
     """
-    held = None if names is None or len(names) > _MAX_NAMES else set(names)
+    held = None if only is None or len(only) > _MAX_NAMES else set(only)
     made = [p for p in (folder.absolute(), *folder.absolute().parents) if not os.path.exists(p)]
     path = folder.resolve() / LOCK_FILE
+    name = name or folder
     try:
-        _take(path, folder, held)
+        _take(path, name, held)
     except OSError as error:
         reason = error.strerror or error
         raise OutputFolderError(
-            f"{folder} cannot be written to ({reason}); name another folder."
+            f"{name} cannot be written to ({reason}); name another folder."
         ) from error
     try:
         yield

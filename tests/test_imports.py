@@ -193,7 +193,7 @@ def test_root_scripts_are_thin(path: Path) -> None:
 
 @pytest.mark.parametrize("path", root_scripts(), ids=lambda path: path.name)
 def test_root_scripts_guard_their_main(path: Path) -> None:
-    # Saving checkpoints starts worker processes that import the script again.
+    # Helper processes that are started afresh import the script again.
     assert 'if __name__ == "__main__":' in path.read_text()
 
 

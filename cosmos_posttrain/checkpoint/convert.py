@@ -55,7 +55,7 @@ def convert(config: CheckpointConversionConfig) -> None:
     weights = source.open_weights()
     try:
         files.check_free_space(target.path, weights.num_bytes, config.target)
-        with target.replacing({"source": str(source.path), **wanted}) as folder:
+        with target.replacing({"source": str(source.path), **wanted}, config.overwrite) as folder:
             contents = _contents(source, weights, config)
             registry.WRITABLE[config.target_format].write(folder, contents)
             if config.verify:

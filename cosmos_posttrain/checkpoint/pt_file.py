@@ -10,6 +10,7 @@ that names the tensors, and one member per tensor with its bytes; so it is writt
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import struct
@@ -114,8 +115,13 @@ class PtWriter:
         }
         _Pickler(pickled, protocol=2).dump(headers)
         self._zip = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True)
-        self._member("data.pkl", pickled.getbuffer())
-        self._member("byteorder", memoryview(b"little"))
+        try:
+            self._member("data.pkl", pickled.getbuffer())
+            self._member("byteorder", memoryview(b"little"))
+        except OSError:
+            with contextlib.suppress(OSError):  # of closing what cannot be written
+                self.close()
+            raise
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Writes the next tensor."""

@@ -77,54 +77,78 @@ class TargetFolder:
         return True
 
     @contextlib.contextmanager
-    def replacing(self, marker: dict[str, Any]) -> Iterator[Path]:
+    def replacing(self, marker: dict[str, Any], overwrite: bool) -> Iterator[Path]:
         """Gives an empty folder to write to; what lies there becomes the target at the end.
 
-        An error in the block removes it and leaves the target as it was.
+        An error in the block removes it and leaves the target as it was. What a conversion that was
+        killed left is removed by the next one.
 
         Args:
             marker: what the conversion is made from, for ``conversion.json``.
+            overwrite: see ``is_complete``.
+
+        Raises:
+            OutputFolderError: another process is writing the target, or has just done so.
+            OSError: the disk is full, or fails.
         """
-        temporary = self._temporary
+        workplace = self._workplace
         try:
-            # Left there by a conversion that was killed.
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            yield temporary
-            names = sorted(
-                str(p.relative_to(temporary)) for p in temporary.rglob("*") if p.is_file()
-            )
-            files.write_json(temporary / MARKER, {**marker, "files": _sizes(temporary, names)})
-            self._take_over(temporary)
+            with files.locked(workplace, self.path):
+                yield from self._written(workplace / "new", marker, overwrite)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            # Where a conversion was killed it was there before, so the lock has left it.
+            with contextlib.suppress(OSError):
+                workplace.rmdir()
+
+    def _written(self, new: Path, marker: dict[str, Any], overwrite: bool) -> Iterator[Path]:
+        if not overwrite and not self._is_empty():
+            raise OutputFolderError(
+                f"{self.path} was written by another process in the meantime; give the same "
+                "command again to see whether it holds what you want."
+            )
+        try:
+            files.remove(new)
+            new.mkdir()
+            yield new
+            self._complete(new, marker)
+            self._take_over(new)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
     @property
-    def _temporary(self) -> Path:
-        """Where the conversion is written: beside the target, from where it is renamed.
+    def _workplace(self) -> Path:
+        """Where the conversion is written and locked: beside the target, which it is renamed to.
 
         A mounted volume cannot be renamed to, and what is beside it lies on another disk.
         """
-        folder = self.path if self.path.is_mount() else self.path.parent
-        return folder / f".{self.path.name}.converting"
+        temporary = files.temporary_path(self.path, is_shared=True)
+        return self.path / temporary.name if self.path.is_mount() else temporary
 
     def _is_empty(self) -> bool:
         """Absent, or nothing in it but what a killed conversion onto a mounted volume left."""
-        return not self.path.is_dir() or all(p == self._temporary for p in self.path.iterdir())
+        return not self.path.is_dir() or all(p == self._workplace for p in self.path.iterdir())
 
-    def _take_over(self, temporary: Path) -> None:
+    def _complete(self, new: Path, marker: dict[str, Any]) -> None:
+        """Writes the marker and forces everything to disk: some disks are full only then."""
+        written = sorted(path for path in new.rglob("*") if path.is_file())
+        names = [str(path.relative_to(new)) for path in written]
+        files.write_json(new / MARKER, {**marker, "files": _sizes(new, names)})
+        for path in (*written, *(path for path in new.rglob("*") if path.is_dir()), new):
+            files.sync(path)
+
+    def _take_over(self, new: Path) -> None:
         """Gives the complete folder its name; files of other kinds in the target stay."""
         target = self.path
-        if temporary.parent != target and self._is_empty():
-            temporary.replace(target)
+        if target not in new.parents and self._is_empty():
+            new.replace(target)
             return
         marker = _read_marker(target) or {}
         old = {target / Path(name).parts[0] for name in marker.get("files", {})}
         old |= {path for pattern in registry.parts() for path in target.glob(pattern)}
-        old |= {target / path.name for path in temporary.iterdir()}
+        old |= {target / path.name for path in new.iterdir()}
         for path in sorted(old, key=lambda path: path.name != MARKER):
             files.remove(path)
-        for path in sorted(temporary.iterdir(), key=lambda path: path.name == MARKER):
+        for path in sorted(new.iterdir(), key=lambda path: path.name == MARKER):
             path.replace(target / path.name)
 
 

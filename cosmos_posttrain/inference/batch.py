@@ -126,7 +126,7 @@ def _claimed(session: Session, items: Sequence[Item], overwrite: bool) -> Iterat
         if numbers:
             folder = items[0].video.parent
             names = {items[i].video.name for i in numbers}
-            held.enter_context(files.locked(folder, names))
+            held.enter_context(files.locked(folder, only=names))
             files.remove_leftovers(folder, names | {items[i].record.name for i in numbers})
             numbers = left(numbers)  # another run may have ended in between
         return numbers

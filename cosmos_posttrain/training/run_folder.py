@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.api import CheckpointException
-
 from cosmos_posttrain import files
 from cosmos_posttrain.checkpoint import context, dist
 from cosmos_posttrain.config import to_yaml
@@ -165,13 +163,9 @@ class RunFolder:
         groups.decide(lambda: self._make_room(temporary, num_bytes))
         try:
             dist.save(temporary / "weights", model, optimizer)
-        except (OSError, RuntimeError, CheckpointException) as error:
-            files.remove(temporary)
-            raise SaveError(
-                f"{target} cannot be written ({str(error).strip().splitlines()[0]}); make room, "
-                "and give the same command to go on from the checkpoint before."
-            ) from error
-        groups.barrier()
+        except SaveError:  # raised on every rank
+            groups.decide(lambda: files.remove(temporary))
+            raise
 
         def complete() -> None:
             context.write_context(temporary, model.model_config, self.data, state)

@@ -6,19 +6,23 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.contracts import data_of, make_tokenizer
-from helpers.distributed_run import run_script
+from helpers.distributed_run import REPOSITORY_DIR, run_script
+from helpers.full_disk import no_file_beyond
 
 from cosmos_posttrain.checkpoint import context, mapping
 from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
 from cosmos_posttrain.checkpoint.convert import convert
+from cosmos_posttrain.checkpoint.formats import registry
 from cosmos_posttrain.checkpoint.source import open_source
-from cosmos_posttrain.checkpoint.torch_dist import TorchDistWriter
+from cosmos_posttrain.checkpoint.target_folder import TargetFolder
 from cosmos_posttrain.errors import CheckpointError, ConfigError, OutputFolderError
 from cosmos_posttrain.files import write_json
 from cosmos_posttrain.geometry import LatentShape
@@ -238,23 +242,77 @@ def test_a_mounted_volume(source: Path, tmp_path: Path, monkeypatch: pytest.Monk
         return real(path, target)
 
     monkeypatch.setattr(Path, "replace", replace)
-    (volume / ".volume.converting").mkdir()  # of a conversion that was killed
+    (volume / ".tmp-0-volume" / "new").mkdir(parents=True)  # of a conversion that was killed
     _convert(source, volume, "megatron")
     assert _names(volume) == {"weights", "context", "conversion.json"}
     _convert(source, volume, "pt", overwrite=True)
     assert _names(volume) == {"model.pt", "config.json", "conversion.json"}
 
 
-def test_a_target_that_cannot_be_written(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_target_that_cannot_be_written(source: Path) -> None:
     with pytest.raises(OutputFolderError, match="cannot be written"):
         _convert(source, source / "model.pt" / "target", "pt")
 
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(TorchDistWriter, "add", full)
-    with pytest.raises(OutputFolderError, match=r"cannot be written \(No space left on device\)"):
-        _convert(source, tmp_path / "target", "megatron")
-    assert _names(tmp_path) == {"source"}
+@pytest.mark.parametrize("form", registry.WRITABLE)
+@pytest.mark.parametrize("num_bytes", [60, 5000, 30000], ids=["at-once", "early", "late"])
+def test_a_disk_that_becomes_full(source: Path, tmp_path: Path, form: str, num_bytes: int) -> None:
+    """The largest file has 76 kB: one sentence, and what was in the target before stays."""
+    target = tmp_path / "target"
+    _convert(source, target, "pt")
+    before = {path: path.read_bytes() for path in target.iterdir()}
+    with pytest.raises(OutputFolderError) as error, no_file_beyond(num_bytes):
+        _convert(source, target, form, overwrite=True)
+    said = str(error.value)
+    assert said.startswith(f"{target} cannot be written (") and "make room" in said
+    assert "\n" not in said
+    assert {path: path.read_bytes() for path in target.iterdir()} == before
+    assert _names(tmp_path) == {"source", "target"}
+
+
+_WRITER = """
+import sys
+from pathlib import Path
+from cosmos_posttrain.checkpoint.target_folder import TargetFolder
+
+target, origin = map(Path, sys.argv[1:])
+with TargetFolder(target, origin).replacing({}, overwrite=False) as folder:
+    (folder / "part").write_text("half")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_writer_is_refused_and_a_killed_one_leaves_no_trace(
+    source: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    command = [sys.executable, "-c", _WRITER, str(target), str(source)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY_DIR)}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+    ) as first:
+        assert first.stdout is not None and first.stdout.readline() == "writing\n"
+        for overwrite in (False, True):
+            with pytest.raises(OutputFolderError, match="is being written by another process") as e:
+                _convert(source, target, "pt", overwrite=overwrite)
+            assert str(e.value).startswith(f"{target} is")
+        _convert(source, tmp_path / "beside", "pt")  # another target in the same folder is free
+        first.kill()
+    assert _names(tmp_path) == {"source", "beside", ".tmp-0-target"}
+    _convert(source, target, "pt")
+    assert _names(tmp_path) == {"source", "beside", "target"}
+    assert _names(target) == {"model.pt", "config.json", "conversion.json"}
+
+
+def test_what_another_process_wrote_in_the_meantime_stays(source: Path, tmp_path: Path) -> None:
+    target = TargetFolder(tmp_path / "target", source)
+    assert not target.is_complete({}, overwrite=False)
+    _convert(source, tmp_path / "target", "pt")
+    with (
+        pytest.raises(OutputFolderError, match="by another process in the meantime"),
+        target.replacing({}, overwrite=False),
+    ):
+        pass
+    assert _names(tmp_path / "target") == {"model.pt", "config.json", "conversion.json"}
+    assert _names(tmp_path) == {"source", "target"}

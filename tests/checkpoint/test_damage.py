@@ -139,60 +139,59 @@ def _chunk(index: Any) -> Any:
     return index.state_dict_metadata[NORM].chunks[0]
 
 
-DAMAGES: list[tuple[Callable[[Path], object], str, str]] = [
-    (lambda w: _replace_norm(w, torch.ones(31)), "something else as", "cannot be loaded"),
-    (lambda w: _replace_norm(w, {"a": 1}), "something else as", "cannot be loaded"),
-    (lambda w: _replace_norm(w, Path), "was not executed", "was not executed"),
+# Converting and loading read through the same guards, so both say the same.
+DAMAGES: list[tuple[Callable[[Path], object], str]] = [
+    (lambda w: _replace_norm(w, torch.ones(31)), "something else as"),
+    (lambda w: _replace_norm(w, {"a": 1}), "something else as"),
+    (lambda w: _replace_norm(w, Path), "was not executed"),
     (
         lambda w: _edit_index(w, lambda i: i.state_dict_metadata[NORM].chunks.clear()),
-        f"lacks parts of {NORM}",
         f"lacks parts of {NORM}",
     ),
     (
         lambda w: _edit_index(w, lambda i: setattr(_chunk(i), "offsets", torch.Size([1, 2]))),
         "not a torch_dist index",
-        "not a torch_dist index",
     ),
     (
         lambda w: _edit_index(w, lambda i: setattr(_chunk(i), "sizes", torch.Size([10**13]))),
-        "lies outside it",
         "lies outside it",
     ),
     (
         lambda w: _edit_index(w, lambda i: setattr(i, "storage_data", {"a": 1})),
         "not a torch_dist index",
-        "not a torch_dist index",
     ),
     (
         lambda w: _edit_index(w, lambda i: setattr(i, "state_dict_metadata", None)),
         "not a torch_dist index",
-        "not a torch_dist index",
     ),
-    (
-        lambda w: _edit_index(w, lambda i: i.storage_data.clear()),
-        "missing or compressed pieces",
-        "cannot be loaded",
-    ),
+    (lambda w: _edit_index(w, lambda i: i.storage_data.clear()), "missing or compressed pieces"),
 ]
 
 
-@pytest.mark.parametrize(("damage", "converting", "loading"), DAMAGES)
+@pytest.mark.parametrize(("damage", "sentence"), DAMAGES)
 def test_an_index_that_is_wrong(
-    checkpoint: Path, damage: Callable[[Path], object], converting: str, loading: str
+    checkpoint: Path, damage: Callable[[Path], object], sentence: str
 ) -> None:
     damage(checkpoint / "weights")
-    assert converting in _not_converted(checkpoint, "pt")
+    assert sentence in _not_converted(checkpoint, "pt")
     with pytest.raises(CheckpointError) as error:
         load_model(checkpoint)
-    assert loading in _sentence(error)
+    assert sentence in _sentence(error)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"sharded_backend": "zarr"}'])
-def test_megatrons_own_note_of_the_format(checkpoint: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", "metadata.json is damaged"),
+        ("[]", "metadata.json is damaged"),
+        ('{"sharded_backend": "zarr"}', "is in Megatron's form 'zarr', not in torch_dist"),
+    ],
+)
+def test_megatrons_own_note_of_the_format(checkpoint: Path, text: str, sentence: str) -> None:
     (checkpoint / "weights" / "metadata.json").write_text(text)
     with pytest.raises(CheckpointError) as error:
         load_model(checkpoint)
-    assert "cannot be loaded" in _sentence(error)
+    assert sentence in _sentence(error)
 
 
 def test_loading_names_every_tensor_that_does_not_fit(checkpoint: Path) -> None:

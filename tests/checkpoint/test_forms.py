@@ -20,7 +20,7 @@ from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
 from cosmos_posttrain.checkpoint.convert import convert
 from cosmos_posttrain.checkpoint.load import load_model
 from cosmos_posttrain.checkpoint.source import open_source
-from cosmos_posttrain.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
+from cosmos_posttrain.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, write_index
 from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.files import write_json
 from cosmos_posttrain.geometry import LatentShape
@@ -193,33 +193,49 @@ def test_megatron_lm_folders(tmp_path: Path) -> None:
 
 
 def test_pieces_are_put_together(tmp_path: Path) -> None:
-    """A tensor in 2 x 2 pieces, as two tensor-parallel ranks of two stages would write it."""
-    from torch.distributed.checkpoint import filesystem, metadata
-
+    """A tensor in 2 x 2 pieces, as two tensor-parallel ranks of two stages write it."""
     whole = torch.arange(4 * 6 * 5.0).reshape(4, 6, 5)
-    writer = TorchDistWriter(tmp_path)
-    writer.add("weight", whole)
-    entry = writer._entries["weight"]
-    entry.chunks.clear()
-    writer._places.clear()
-    for layer in range(0, 4, 2):
-        for row in range(0, 6, 3):
-            piece = whole[layer : layer + 2, row : row + 3].contiguous()
-            offsets = torch.Size([layer, row, 0])
-            file, name = writer._open()
-            start = file.tell()
-            torch.save(piece, file)
-            index = metadata.MetadataIndex("weight", offsets)
-            writer._places[index] = filesystem._StorageInfo(name, start, file.tell() - start)
-            entry.chunks.append(metadata.ChunkStorageMetadata(offsets, piece.shape))
-    writer.finish()
+    writers = [TorchDistWriter(tmp_path, rank) for rank in range(2)]
+    for rank, writer in enumerate(writers):
+        for layer in (0, 2):
+            piece = whole[layer : layer + 2, 3 * rank : 3 * rank + 3]
+            writer.add_box("weight", whole.shape, ((layer, 3 * rank, 0), piece))
+        writer.close()
+    assert not (tmp_path / ".metadata").exists()
+    write_index(tmp_path, [writer.index for writer in writers])
     reader = TorchDistReader(tmp_path)
     assert torch.equal(reader.read("weight"), whole)
     for layer in range(4):
         assert torch.equal(reader.read("weight", layer), whole[layer])
+    first, second = torch.zeros(1, 4, 2), torch.zeros(4, 1, 5, dtype=torch.bfloat16)
+    reader.read_into("weight", [((1, 1, 3), first), ((0, 5, 0), second)])
+    assert torch.equal(first, whole[1:2, 1:5, 3:])
+    assert torch.equal(second, whole[:, 5:].bfloat16())
     reader._chunks["weight"].pop()
     with pytest.raises(CheckpointError, match="lacks parts of weight"):
         reader.read("weight", 3)
+    with pytest.raises(AssertionError, match="weight"):
+        write_index(tmp_path, [writers[0].index])
+
+
+def test_every_piece_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = TorchDistWriter(tmp_path)
+    for row in range(0, 6, 2):
+        writer.add_box("weight", (6, 4), ((row, 0), torch.full((2, 4), float(row))))
+    writer.finish()
+    reader = TorchDistReader(tmp_path)
+    read: list[int] = []
+    original = TorchDistReader._read_piece
+
+    def counting(self: TorchDistReader, key: str, chunk: Any) -> torch.Tensor:
+        read.append(chunk.offsets[0])
+        return original(self, key, chunk)
+
+    monkeypatch.setattr(TorchDistReader, "_read_piece", counting)
+    boxes = [((row, 0), torch.zeros(1, 4)) for row in (0, 1, 5)]
+    reader.read_into("weight", boxes)
+    assert read == [0, 4]
+    assert [box[0, 0].item() for _, box in boxes] == [0, 0, 4]
 
 
 def test_model_pt_is_what_torch_save_writes(tmp_path: Path) -> None:

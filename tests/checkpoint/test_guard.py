@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.megatron_checkpoint import save_with_megatron
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
@@ -41,10 +42,10 @@ def model() -> Any:
 
 @pytest.fixture
 def checkpoint(model: Any, tmp_path: Path) -> Path:
-    """As training writes it, through Megatron."""
+    """As Megatron writes it."""
     folder = tmp_path / "default" / "checkpoints" / "epoch=0-step=9"
     (folder / "weights").mkdir(parents=True)
-    dist.save(folder / "weights", model.module)
+    save_with_megatron(folder / "weights", model.module)
     context.write_context(folder, model.config)
     return folder
 
@@ -58,7 +59,7 @@ def _refused(checkpoint: Path, model: Any, sentence: str) -> None:
 
 
 def test_what_megatron_writes_is_read(checkpoint: Path, model: Any) -> None:
-    metadata = guard.check_folder(checkpoint / "weights")
+    metadata = guard.read_metadata(checkpoint / "weights")
     assert "module.output_layer.weight" in metadata.state_dict_metadata
     source = open_source(checkpoint)
     parameters = dict(source.open_weights().all_megatron())

@@ -199,7 +199,7 @@ def test_an_output_never_replaces_an_input(tmp_path: Path, video: Path) -> None:
 
 def test_a_second_run_of_the_same_outputs_is_refused(tmp_path: Path, video: Path) -> None:
     out = tmp_path / "out"
-    with files.locked(out, ["bar.mp4"]):
+    with files.locked(out, only=["bar.mp4"]):
         finished = run_script(
             [
                 "infer.py",

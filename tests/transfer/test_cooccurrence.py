@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.full_disk import no_file_beyond
 from helpers.two_tokenizers import Coarse, Shuffled, prepare_pair
 from safetensors.numpy import save_file
 
@@ -192,6 +193,20 @@ def test_a_finished_file_is_left_alone(
     align(config(pair, output, max_clips=2, overwrite=True))
     assert Cooccurrence.load(output).record["num_clips"] == 2
     assert [path.name for path in output.parent.iterdir()] == ["c.safetensors"]
+
+
+def test_a_file_that_cannot_be_written(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    align(config(pair, tmp_path / "c"))
+    before = (tmp_path / "c").read_bytes()
+    with (
+        pytest.raises(OutputFolderError, match=r"c cannot be written \(.*\); make room"),
+        no_file_beyond(200),
+    ):
+        align(config(pair, tmp_path / "c", max_clips=2, overwrite=True))
+    assert (tmp_path / "c").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    with pytest.raises(OutputFolderError, match=r"the folder of --output .* is a file"):
+        align(config(pair, tmp_path / "c" / "d"))
 
 
 def test_data_that_cannot_be_compared_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
