@@ -132,52 +132,29 @@ def shutdown() -> None:
         torch.distributed.destroy_process_group()
 
 
-def from_rank(source: int, make: Callable[[], T], group: Any = None) -> T:
-    """What ``make`` gives on one rank, on all ranks of its group; or the error that it raises.
-
-    So one rank decides what all must agree on, and none waits for one that has failed.
-
-    Args:
-        source: the global rank that calls ``make``.
-        make: its result, or its ``CosmosPosttrainError``, must be picklable.
-        group: all of whose ranks call this function; None means all ranks of the job.
-    """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size(group) == 1:
-        return make()
-    shared: list[Any] = [None]
-    if torch.distributed.get_rank() == source:
-        try:
-            shared = [make()]
-        except CosmosPosttrainError as error:
-            shared = [error]
-    torch.distributed.broadcast_object_list(shared, source, group=group)
-    if isinstance(shared[0], CosmosPosttrainError):
-        raise shared[0]
-    result: T = shared[0]
-    return result
-
-
 def barrier() -> None:
     """Waits for all ranks."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.barrier()
 
 
-def decide(function: Callable[[], T]) -> T:
-    """Rank 0 calls a function; every rank gets its result, or raises its error.
+def decide(function: Callable[[], T], source: int = 0, group: Any = None) -> T:
+    """One rank calls a function; every rank gets its result, or raises its error.
 
     Args:
-        function: called on rank 0 only; its result and error must be picklable.
+        function: called on one rank only; its result and error must be picklable.
+        source: that rank, counted over the whole job.
+        group: the ranks that get its result, all of which call this; None means all of the job.
     """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size(group) == 1:
         return function()
     box: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
+    if torch.distributed.get_rank() == source:
         try:
             box[0] = function()
         except CosmosPosttrainError as error:
             box[1] = error
-    torch.distributed.broadcast_object_list(box, src=0)
+    torch.distributed.broadcast_object_list(box, src=source, group=group)
     if box[1] is not None:
         raise box[1]
     result: T = box[0]

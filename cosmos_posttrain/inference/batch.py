@@ -132,7 +132,7 @@ def _claimed(session: Session, items: Sequence[Item], overwrite: bool) -> Iterat
         return numbers
 
     with contextlib.ExitStack() as held:
-        yield [items[i] for i in groups.from_rank(0, claim)]
+        yield [items[i] for i in groups.decide(claim)]
 
 
 def _generate(session: Session, item: Item, progress: Callable[[int], None]) -> _Outcome:

@@ -184,9 +184,9 @@ class Session:
 
     def _prompt(self, request: Request) -> Prompt:
         """The request's prompt on every rank, or the same error on every rank."""
-        return groups.from_rank(
-            parallel_state.get_tensor_model_parallel_src_rank(),
+        return groups.decide(
             lambda: self._read(request),
+            parallel_state.get_tensor_model_parallel_src_rank(),
             parallel_state.get_tensor_model_parallel_group(),
         )
 
