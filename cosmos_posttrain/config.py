@@ -191,9 +191,19 @@ def rule_of(config_class: type, key: str) -> Rule:
 
 
 def documentation(config_class: type) -> dict[str, str]:
-    """The text of each field's entry under ``Attributes`` in a config class's docstring."""
+    """The text of each field's entry under ``Attributes`` in a config class's docstring.
+
+    A class that adds to another one documents what it adds.
+    """
+    found: dict[str, str] = {}
+    for parent in reversed(config_class.__mro__[:-1]):
+        found |= _entries(parent.__doc__ or "")
+    return found
+
+
+def _entries(docstring: str) -> dict[str, str]:
     # Python 3.13 strips the indentation of docstrings, earlier ones do not.
-    lines = inspect.cleandoc(config_class.__doc__ or "").partition("Attributes:")[2].splitlines()
+    lines = inspect.cleandoc(docstring).partition("Attributes:")[2].splitlines()
     found: dict[str, str] = {}
     name = ""
     for line in lines:

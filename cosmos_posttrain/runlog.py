@@ -101,6 +101,13 @@ class ProgressDisplay:
             parts.append(f"{duration(self.seconds_left)} left")
         self._write(self._prefix + ", ".join(part for part in parts if part), is_end)
 
+    def say(self, text: str) -> None:
+        """Writes a line of its own, which the display does not run into."""
+        if self._is_active:
+            start = "\r\x1b[K" if self._is_terminal else ""
+            self._stream.write(f"{start}{text}\n")
+            self._stream.flush()
+
     def _write(self, line: str, is_end: bool) -> None:
         if self._is_terminal:
             if not is_end:  # a wrapped line could not be rewritten

@@ -45,11 +45,11 @@ def contract() -> Contract:
     return make_contract(info, ClipGeometry(FRAMES, HEIGHT, WIDTH, compression), "uint16")
 
 
-def write_checkpoint(folder: Path, **changes: Any) -> Path:
+def write_checkpoint(folder: Path, size: str = "tiny", **changes: Any) -> Path:
     """A checkpoint without weights: enough for everything that comes before they are loaded."""
     (folder / "weights").mkdir(parents=True)
     data = context.TrainingData(dataclasses.replace(contract(), **changes))
-    context.write_context(folder, preset("tiny", 1000, LATENT_SHAPE), data=data)
+    context.write_context(folder, preset(size, 1000, LATENT_SHAPE), data=data)
     return folder
 
 
