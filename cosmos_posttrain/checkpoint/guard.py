@@ -48,6 +48,13 @@ _ALLOWED: dict[str, set[str]] = {
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
 }
 
+# megatron-core up to 0.15 (so NeMo 2) has its own names for two of torch's tables.
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+_RENAMED = {
+    "MCoreMetadata": ("torch.distributed.checkpoint.metadata", "Metadata"),
+    "MCoreSavePlan": ("torch.distributed.checkpoint.planner", "SavePlan"),
+}
+
 
 def _enum_member(kind: Any, name: str) -> Any:
     """What some Python versions pickle the members of an enumeration with ``getattr`` for."""
@@ -69,6 +76,8 @@ class _GuardedUnpickler(pickle.Unpickler):
                 return value
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
+        if module == _MEGATRON and name in _RENAMED:
+            return super().find_class(*_RENAMED[name])
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
 

@@ -66,6 +66,21 @@ def test_what_megatron_writes_is_read(checkpoint: Path, model: Any) -> None:
     assert torch.equal(parameters["output_layer.weight"], model.module.output_layer.weight)
 
 
+def test_an_index_of_megatron_core_0_15_is_read(checkpoint: Path, model: Any) -> None:
+    """With its own classes and their own field, as in every checkpoint of NeMo 2."""
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreMetadata, MCoreSavePlan
+
+    plan = MCoreSavePlan.__new__(MCoreSavePlan)
+    plan.__dict__.update(items=[], storage_data=None, planner_data={}, mcore_data={"a": {}})
+    index = MCoreMetadata.__new__(MCoreMetadata)
+    index.__dict__.update(vars(guard.read_metadata(checkpoint / "weights")))
+    index.__dict__.update(mcore_data={"a": {"shape": (1, 2)}}, all_local_plans=[plan])
+    (checkpoint / "weights" / ".metadata").write_bytes(pickle.dumps(index))
+    dist.load(checkpoint / "weights", model.module)
+    found = load_model(checkpoint).module.output_layer.weight
+    assert torch.equal(found, model.module.output_layer.weight)
+
+
 @pytest.mark.parametrize("where", ["whole", "inside", "attribute"])
 def test_code_in_the_index(checkpoint: Path, model: Any, tmp_path: Path, where: str) -> None:
     index = checkpoint / "weights" / ".metadata"
