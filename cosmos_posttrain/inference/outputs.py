@@ -17,7 +17,7 @@ from typing import Any
 
 from cosmos_posttrain import files
 from cosmos_posttrain.errors import ConfigError, OutputFolderError
-from cosmos_posttrain.inference.request import Request, Result
+from cosmos_posttrain.inference.request import GeneratedClip, Request
 from cosmos_posttrain.video import write_mp4
 
 
@@ -164,7 +164,7 @@ def _recorded_settings(record: Path) -> dict[str, Any] | None:
     return settings if isinstance(settings, dict) else None
 
 
-def write(item: Item, result: Result) -> None:
+def write(item: Item, result: GeneratedClip) -> None:
     """Writes an item's clip and record in place of older ones.
 
     Raises:

@@ -1,7 +1,7 @@
 """One clip to generate, and what came of it.
 
 Flows in: an image, a video, frames or tokens, with the settings of the sampling: a ``Request``.
-Flows out of a ``Session``: a ``Result``, the clip's tokens, its frames where they are asked for,
+Flows out of a ``Session``: a ``GeneratedClip``, its tokens, its frames where they are asked for,
 and a record of how it was made.
 """
 
@@ -149,7 +149,7 @@ class Prompt:
 
 
 @dataclass(eq=False)
-class Result:
+class GeneratedClip:
     """A generated clip.
 
     Attributes:

@@ -1,6 +1,6 @@
 """A model, its tokenizer and their contract: opened and checked once, then asked for clips.
 
-Flows in: a ``SessionConfig``, then ``Request``s. Flows out: ``Result``s. Nothing is written.
+Flows in: a ``SessionConfig``, then ``Request``s. Flows out: ``GeneratedClip``s. Nothing is written.
 
     image or video --read_input--> frames (3, T_in, H, W) uint8
         --encode--> prompt (1, P): a causal tokenizer's tokens of the first frames are those that
@@ -36,7 +36,7 @@ from cosmos_posttrain.inference import contract as contracts
 from cosmos_posttrain.inference import opening
 from cosmos_posttrain.inference.config import SESSION_FLAGS, SessionConfig
 from cosmos_posttrain.inference.engine import generate
-from cosmos_posttrain.inference.request import IMAGE_FPS, Prompt, Request, Result
+from cosmos_posttrain.inference.request import IMAGE_FPS, GeneratedClip, Prompt, Request
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.tokenizer.video_tokenizer import VideoTokenizer
@@ -144,7 +144,9 @@ class Session:
         if self._config.offload_ar_model:
             self._move_model("cpu")
 
-    def generate(self, request: Request, progress: Callable[[int], None] | None = None) -> Result:
+    def generate(
+        self, request: Request, progress: Callable[[int], None] | None = None
+    ) -> GeneratedClip:
         """Generates one clip; all ranks that share the model together.
 
         Args:
@@ -162,7 +164,7 @@ class Session:
         prompt = self._prompt(request)
         encoded = time.perf_counter()
         tokens = self._continue(prompt.tokens, request, progress)
-        return Result(
+        return GeneratedClip(
             tokens=tokens.view(*self.geometry.latent_shape),
             num_condition_tokens=prompt.tokens.shape[1],
             num_repeated=prompt.num_repeated,
