@@ -20,6 +20,7 @@ from cosmos_posttrain.data.manifest import DocumentRow, Failure
 from cosmos_posttrain.errors import TokenizerError, VideoError
 from cosmos_posttrain.geometry import Compression
 from cosmos_posttrain.prepare.decoding import ClipSpec, DecodingPool
+from cosmos_posttrain.prepare.folder import write_shard
 from cosmos_posttrain.runlog import ProgressDisplay
 from cosmos_posttrain.video import Clip, to_float
 
@@ -80,7 +81,8 @@ def encode_shards(
                 num_failed += not work.add_source(source, pool, position)
                 progress.advance(f"{num_failed} failed")
                 position += 1
-            output.write_shard(number, work.finish(), work.failures)
+            dtype = output.contract.dtype
+            write_shard(output.folder, number, dtype, work.finish(), work.failures, [])
 
 
 class _ShardWork:

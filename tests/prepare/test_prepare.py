@@ -52,7 +52,7 @@ def test_documents_are_the_tokens_of_the_clips_that_their_rows_name(videos, tmp_
     assert (contract.kind, contract.dtype, contract.text_encoder) == ("base", "uint16", None)
     assert contract.tokenizer.sha256 == BlockMean.sha256
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        ["manifest.json"]
+        ["manifest.json", "sources.npz"]
         + [f"shard-0000{n}.{extension}" for n in range(3) for extension in ("bin", "idx", "jsonl")]
     )
     data = TokenDataset(tmp_path / "out", split="all")
