@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from cosmos_posttrain.errors import VideoError
-from cosmos_posttrain.prepare.sources import Source, clip_starts
+from cosmos_posttrain.prepare.sources import VideoSource, clip_starts
 from cosmos_posttrain.video import Clip, iter_clips, probe
 
 _POLL_SECONDS = 0.2
@@ -30,7 +30,7 @@ class ClipSpec:
     clips_per_video: int | None
 
 
-def read_source(source: Source, spec: ClipSpec) -> Iterator[Clip]:
+def read_source(source: VideoSource, spec: ClipSpec) -> Iterator[Clip]:
     """Decodes one source's clips.
 
     Raises:
@@ -57,7 +57,7 @@ class DecodingPool:
     """
 
     def __init__(
-        self, sources: Sequence[Source], spec: ClipSpec, num_workers: int, clips_ahead: int
+        self, sources: Sequence[VideoSource], spec: ClipSpec, num_workers: int, clips_ahead: int
     ) -> None:
         self._sources = sources
         self._spec = spec

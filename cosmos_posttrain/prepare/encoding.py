@@ -27,7 +27,7 @@ from cosmos_posttrain.video import Clip, to_float
 if TYPE_CHECKING:
     from cosmos_posttrain.prepare.folder import OutputFolder
     from cosmos_posttrain.prepare.prepare import PrepareConfig
-    from cosmos_posttrain.prepare.sources import Source
+    from cosmos_posttrain.prepare.sources import VideoSource
 
 
 class Encoder(Protocol):
@@ -60,7 +60,7 @@ def _pinned(num_threads: int) -> Iterator[None]:
 
 
 def encode_shards(
-    shards: dict[int, list[Source]],
+    shards: dict[int, list[VideoSource]],
     spec: ClipSpec,
     encoder: Encoder,
     output: OutputFolder,
@@ -92,12 +92,12 @@ class _ShardWork:
         self._encoder = encoder
         self._contract = contract
         self._batch_size = batch_size
-        self._pending: list[tuple[int, Source, Clip]] = []
-        self._done: list[tuple[int, Source, Clip, Any]] = []
+        self._pending: list[tuple[int, VideoSource, Clip]] = []
+        self._done: list[tuple[int, VideoSource, Clip, Any]] = []
         self._failed: set[int] = set()
         self.failures: list[Failure] = []
 
-    def add_source(self, source: Source, pool: DecodingPool, position: int) -> bool:
+    def add_source(self, source: VideoSource, pool: DecodingPool, position: int) -> bool:
         """Takes a source's clips, encoding whenever a batch is full; True if it could be read."""
         try:
             for clip in pool.clips(position):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cosmos_posttrain.data.contract import Contract
     from cosmos_posttrain.data.manifest import Manifest
     from cosmos_posttrain.prepare.encoding import Encoder
-    from cosmos_posttrain.prepare.sources import Source
+    from cosmos_posttrain.prepare.sources import VideoSource
 
 
 @dataclass
@@ -187,7 +187,7 @@ def prepare(config: PrepareConfig, tokenizer: Encoder | None = None) -> Manifest
     return manifest
 
 
-def _list_sources(config: PrepareConfig) -> list[Source]:
+def _list_sources(config: PrepareConfig) -> list[VideoSource]:
     from cosmos_posttrain.prepare.sources import from_folder, from_jsonl
 
     if config.input_videos_dir is not None:
@@ -228,7 +228,9 @@ def _make_contract(encoder: Encoder, geometry: ClipGeometry) -> Contract:
     return make_contract(info, geometry, token_dtype(encoder.vocab_size))
 
 
-def _make_plan(config: PrepareConfig, encoder: Encoder, sources: list[Source]) -> dict[str, Any]:
+def _make_plan(
+    config: PrepareConfig, encoder: Encoder, sources: list[VideoSource]
+) -> dict[str, Any]:
     """All that decides the bytes of the result, besides the contract."""
     from cosmos_posttrain.prepare.sources import sources_sha256
 
