@@ -10,8 +10,9 @@ import torch
 from cosmos_posttrain.data.contract import TokenizerInfo, make_contract
 from cosmos_posttrain.data.manifest import DocumentRow
 from cosmos_posttrain.geometry import ClipGeometry, Compression
+from cosmos_posttrain.prepare.config import PrepareConfig
 from cosmos_posttrain.prepare.folder import OutputFolder, write_shard
-from cosmos_posttrain.prepare.prepare import PrepareConfig, prepare
+from cosmos_posttrain.prepare.prepare import prepare
 from helpers.video_files import grey_frames, write_video
 
 

@@ -211,7 +211,11 @@ def test_changed_videos_are_another_data_set(tmp_path):
         ({"input_videos_dir": "/nowhere"}, UserError, "does not exist"),
         ({"input_jsonl": "x.jsonl"}, ConfigError, "one of"),
         ({"output_prefix": ""}, ConfigError, "--output_prefix"),
-        ({"num_workers": 0, "batch_size": 0}, ConfigError, "num_workers is 0.*batch_size is 0"),
+        (
+            {"num_workers": 0, "batch_size": 0},
+            ConfigError,
+            "--num_workers 0 must.*--batch_size 0 must",
+        ),
         ({"clips_per_video": "some"}, ConfigError, "neither a number"),
         ({"max_failures": -1}, ConfigError, "at least 0"),
         ({"tokenizer_compression_factor": "8,8,8"}, TokenizerError, "make them agree"),
