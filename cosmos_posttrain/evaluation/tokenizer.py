@@ -56,7 +56,7 @@ def run(config: TokenizerEvalConfig) -> dict[str, Any]:
         return _run_locked(config, sources)
 
 
-def _run_locked(config: TokenizerEvalConfig, sources: Sequence[Source]) -> dict[str, Any]:
+def _run_locked(config: TokenizerEvalConfig, sources: Sequence[VideoSource]) -> dict[str, Any]:
     """The evaluation, by the one process that may write into the folder."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
