@@ -65,7 +65,7 @@ class SourceRuns:
             name_bytes.append(len(encoded))
             num_documents.append(count)
         return cls(
-            np.frombuffer(bytes(text), np.uint8),
+            np.frombuffer(text, np.uint8),
             np.array(name_bytes, np.uint32),
             np.array(num_documents, np.uint32),
         )

@@ -5,9 +5,9 @@ Flows in: a prepared folder. Flows out: one line for each damaged file. Nothing 
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.data.config import VerifyConfig, validate
 from cosmos_posttrain.data.limits import naming_limits
 from cosmos_posttrain.data.manifest import Manifest
@@ -31,7 +31,7 @@ def verify(config: VerifyConfig) -> None:
     manifest = Manifest.load(folder)
     shards = manifest.shards
     progress = ProgressDisplay(len(shards), "shards")
-    num_files = num_damaged = 0
+    num_damaged = 0
 
     def problems_of(shard: int) -> list[str]:
         found = []
@@ -45,20 +45,20 @@ def verify(config: VerifyConfig) -> None:
     for problems in mapped(problems_of, range(len(shards)), config.num_workers, chunk_size=1):
         for problem in problems:
             num_damaged += 1
-            print(problem, file=sys.stderr, flush=True)
+            progress.say(problem)
         progress.advance(f"{num_damaged} damaged files")
     num_files = sum(int((column.num_bytes >= 0).sum()) for column in shards.files.values())
     try:
         load_runs(folder, manifest.fingerprint, manifest.num_documents)
     except DatasetError as error:
         num_damaged += 1
-        print(error, file=sys.stderr, flush=True)
+        launch.say(str(error), error=True)
     if num_damaged:
         raise PartialFailureError(
             f"{num_damaged} files of {folder} are damaged or missing; prepare it again, or copy "
             "them anew from where they are whole."
         )
-    print(
+    launch.say(
         f"{folder} is whole: {num_files} files of {len(shards)} shards are what its manifest says."
     )
 

@@ -34,7 +34,7 @@ from cosmos_posttrain.data.serial import from_plain, to_plain
 from cosmos_posttrain.data.shard_table import ShardInfo, ShardTable
 from cosmos_posttrain.data.source_runs import runs_of_sidecars
 from cosmos_posttrain.data.threads import mapped
-from cosmos_posttrain.errors import CosmosPosttrainError, DatasetError, OutputFolderError
+from cosmos_posttrain.errors import DatasetError, OutputFolderError, SaveError
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ def writing(folder: Path) -> Iterator[None]:
     """One sentence where the disk is full or fails; what was finished before stays.
 
     Raises:
-        CosmosPosttrainError: something could not be written.
+        SaveError: something could not be written.
     """
     try:
         yield
     except OSError as error:
         free = shutil.disk_usage(folder).free / 1e9 if folder.is_dir() else 0.0
-        raise CosmosPosttrainError(
+        raise SaveError(
             f"{folder} could not be written to: {error.strerror or error} ({free:.3f} GB are free "
             "there); finished shards stay, so make room and give the same command again."
         ) from error
@@ -103,7 +103,7 @@ def write_shard(
     """Writes a shard's files and then its record, which makes it count.
 
     Raises:
-        CosmosPosttrainError: the disk is full; the shard does not count.
+        SaveError: the disk is full; the shard does not count.
     """
     name = shard_name(number)
     written: dict[str, dict[str, Any]] = {}
@@ -159,7 +159,7 @@ class OutputFolder:
 
         Raises:
             OutputFolderError: it holds another data set, and ``overwrite`` is off.
-            CosmosPosttrainError: the disk is full.
+            SaveError: the disk is full.
         """
         if overwrite:
             self._remove_ours()
@@ -238,7 +238,7 @@ class OutputFolder:
         """Gathers all records into the manifest, writes it and removes what it replaces.
 
         Raises:
-            CosmosPosttrainError: the disk is full.
+            SaveError: the disk is full.
         """
         with writing(self.folder):
             manifest = self._gather()

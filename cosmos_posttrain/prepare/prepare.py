@@ -49,12 +49,14 @@ def prepare(config: PrepareConfig, tokenizer: ClipEncoder | None = None) -> Mani
         UserError: bad settings or input, or another process is writing; nothing was written.
         PartialFailureError: more than ``max_failures`` videos could not be read; everything else
             is written and complete.
-        CosmosPosttrainError: the disk is full, or another rank ended; finished shards stay.
+        SaveError: the disk is full; finished shards stay.
+        CosmosPosttrainError: the machine cannot read now, or another rank ended; likewise.
     """
     validate(config)
     folder = Path(config.output_prefix)
     check_writable(folder, config.overwrite)
-    with PreparationRanks() as ranks, ranks.locked(folder):
+    ranks = PreparationRanks()
+    with ranks.locked(folder):
         encoder = tokenizer or _load_encoder(config)
         preparation = Preparation(config, encoder)
         jobs = ranks.deal(preparation.start)

@@ -6,17 +6,19 @@ shards. Runners only schedule: what a job makes does not depend on who runs it, 
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
+
 from cosmos_posttrain import files, launch
+from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import CosmosPosttrainError, VideoError
 from cosmos_posttrain.prepare.decoding import DecodingPool
-from cosmos_posttrain.prepare.folder import writing
 from cosmos_posttrain.prepare.shard_job import ClipEncoder, ShardJob
 from cosmos_posttrain.prepare.sources import VideoSource
 from cosmos_posttrain.runlog import ProgressDisplay
@@ -62,36 +64,19 @@ def run_jobs(jobs: Sequence[ShardJob], encoder: ClipEncoder, num_workers: int) -
 class PreparationRanks:
     """The processes of one preparation, and the few moments when all of them meet.
 
-    A context in which ``rank`` and ``world_size`` hold; makes its own gloo group if needed, so that
-    no GPU is.
+    Makes its own gloo group, so that no GPU is needed. A world that is not there yet is made too,
+    and stays until the process ends: another one at the same address could meet the old one's end.
     """
 
     def __init__(self) -> None:
         self.rank = launch.rank()
         self.world_size = launch.world_size()
         self._group: Any = None
-        self._owns_world = False
-
-    def __enter__(self) -> PreparationRanks:
         if self.world_size > 1:
-            import torch.distributed as dist
-
-            if not dist.is_initialized():
-                dist.init_process_group("gloo", timeout=_PATIENCE)
-                self._owns_world = True
-            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._owns_world:
-            import torch.distributed as dist
-
-            dist.destroy_process_group()
+            if not torch.distributed.is_initialized():
+                torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+                atexit.register(groups.shutdown)
+            self._group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
     @contextmanager
     def locked(self, folder: Path) -> Iterator[None]:
@@ -99,15 +84,9 @@ class PreparationRanks:
 
         Raises:
             OutputFolderError: another process is writing there; on every rank.
-            CosmosPosttrainError: the disk is full.
         """
         with ExitStack() as stack:
-
-            def lock() -> None:
-                with writing(folder):
-                    stack.enter_context(files.locked(folder))
-
-            self.decide(lock)
+            self.decide(lambda: stack.enter_context(files.locked(folder)))
             yield
 
     def decide(self, function: Callable[[], T], gather_first: bool = False) -> T:
@@ -122,15 +101,12 @@ class PreparationRanks:
         """
         if self.world_size == 1:
             return function()
-        import torch.distributed as dist
-
+        if gather_first:
+            with _meeting():
+                torch.distributed.barrier(self._group)
+        answer = self._call(function)
         with _meeting():
-            if gather_first:
-                dist.barrier(self._group)
-        box = self._call(function)
-        with _meeting():
-            dist.broadcast_object_list(box, src=0, group=self._group)
-        return self._unpack(box)
+            return groups.decide(lambda: self._unpack(answer), group=self._group)
 
     def deal(self, function: Callable[[], Sequence[T] | None]) -> list[T] | None:
         """Rank 0 calls ``function``; every rank gets its own part of the result, item by item.
@@ -144,8 +120,6 @@ class PreparationRanks:
         if self.world_size == 1:
             items = function()
             return None if items is None else list(items)
-        import torch.distributed as dist
-
         items, error = self._call(function)
         parts = [
             [None if items is None else list(items[rank :: self.world_size]), error]
@@ -153,7 +127,9 @@ class PreparationRanks:
         ]
         box: list[Any] = [None]
         with _meeting():
-            dist.scatter_object_list(box, parts if self.rank == 0 else None, 0, self._group)
+            torch.distributed.scatter_object_list(
+                box, parts if self.rank == 0 else None, 0, self._group
+            )
         part: list[T] | None = self._unpack(box[0])
         return part
 

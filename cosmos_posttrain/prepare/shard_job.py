@@ -86,7 +86,8 @@ class ShardJob:
 
         Raises:
             TokenizerError: the encoder does not make what the contract says.
-            CosmosPosttrainError: the disk is full, or the machine cannot read now.
+            SaveError: the disk is full.
+            CosmosPosttrainError: the machine cannot read now.
         """
         batches = _Batches(encoder, self.contract, self.batch_size)
         failures: list[Failure] = []

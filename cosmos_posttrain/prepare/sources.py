@@ -64,7 +64,7 @@ def from_jsonl(path: str | Path) -> list[VideoSource]:
     if not path.is_file():
         raise UserError(f"the jsonl file {path} does not exist; name a file with a video a line.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # text may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the jsonl file {path} cannot be read: {error}.") from error
     sources = [

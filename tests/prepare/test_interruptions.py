@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -15,11 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers.distributed_run import REPOSITORY_DIR, kill_tree, run_distributed
+from helpers.full_disk import no_file_beyond
 from helpers.prepared import contents, make_videos, prepare_small
 
 from cosmos_posttrain import launch
 from cosmos_posttrain.data import Manifest
-from cosmos_posttrain.errors import CosmosPosttrainError, OutputFolderError
+from cosmos_posttrain.errors import CosmosPosttrainError, OutputFolderError, SaveError
 from cosmos_posttrain.prepare import prepare as preparing
 
 # Stops in the middle of its second shard until it is killed; ends as the real script does.
@@ -125,10 +125,10 @@ def test_a_killed_launcher_or_rank_ends_all_and_the_command_goes_on(
 
 def _prepare_with_small_files(videos: Path, output: Path) -> tuple[int, str]:
     """Prepares where no file may have more than 2,000 bytes."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
     try:
-        prepare_small(videos, output, clips_per_video="all")
-    except CosmosPosttrainError as error:
+        with no_file_beyond(2000):
+            prepare_small(videos, output, clips_per_video="all")
+    except SaveError as error:
         return error.exit_code, str(error)
     return 0, ""
 

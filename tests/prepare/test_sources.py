@@ -30,6 +30,13 @@ def test_ordinary_names_and_paths_stay_as_they_are(tmp_path: Path) -> None:
     assert [source.path for source in found] == [folder / name for name in ordinary]
 
 
+def test_a_prompt_may_hold_what_unicode_calls_a_line_separator(tmp_path: Path) -> None:
+    text = '{"visual_input": "a.mp4", "prompt": "one\u2028two\x85three"}\r\n'
+    (tmp_path / "in.jsonl").write_text(text + "\n" + text.replace("a.mp4", "b.mp4"), newline="")
+    found = from_jsonl(tmp_path / "in.jsonl")
+    assert [source.prompt for source in found] == ["one\u2028two\x85three"] * 2
+
+
 SPELLINGS = ["./a.mp4", "x/../a.mp4", "no/../a.mp4", ".//x/.././a.mp4", "link.mp4", "way/a.mp4"]
 
 
