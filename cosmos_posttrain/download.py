@@ -28,12 +28,12 @@ from cosmos_posttrain.config import check, setting
 from cosmos_posttrain.errors import ConfigError, UserError
 from cosmos_posttrain.files import write_json, write_text
 from cosmos_posttrain.launch import run_cli
+from cosmos_posttrain.text import DEFAULT_TEXT_ENCODER
 
 RECORD, SUMS = "download.json", "SHA256SUMS"
 RECIPES = ("4B", "12B", "5B-Video2World", "13B-Video2World")
 _MODEL = "nvidia/Cosmos-1.0-Autoregressive-{}"
 _TOKENIZERS = "nvidia/Cosmos-0.1-Tokenizer-DV4x8x8,nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
-_TEXT_ENCODER = "google-t5/t5-11b"
 _LICENCES = ("LICENSE*", "NOTICE*")
 
 # For each role: sets of files, the first of which that a repository has is taken whole.
@@ -80,7 +80,7 @@ class DownloadConfig:
         tokenizers = self.tokenizers or (_TOKENIZERS if self.recipe else "")
         text_encoder = self.text_encoder
         if self.recipe.endswith("Video2World"):
-            text_encoder = text_encoder or _TEXT_ENCODER
+            text_encoder = text_encoder or DEFAULT_TEXT_ENCODER
         model = _MODEL.format(self.recipe) if self.recipe else ""
         roles = {"model": f"{model},{self.models}", "tokenizer": tokenizers}
         roles["text encoder"] = text_encoder
