@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from cosmos_posttrain import files
 from cosmos_posttrain.cli import Flag, flag_names, parse
 from cosmos_posttrain.config import check, setting
-from cosmos_posttrain.errors import OutputFolderError
+from cosmos_posttrain.errors import OutputFolderError, SaveError
 from cosmos_posttrain.text import TEXT_ENCODER_DTYPES
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def convert_text_encoder(config: TextConvertConfig) -> str:
         ConfigError: a setting is missing or unknown.
         OutputFolderError: the target holds something else, or a conversion already.
         TextError: the source cannot be read.
+        SaveError: the disk is full, say.
     """
     config.validate()
     target = Path(config.target)
@@ -91,7 +92,13 @@ def convert_text_encoder(config: TextConvertConfig) -> str:
         for path in target.iterdir():
             if path.name != files.LOCK_FILE:
                 files.remove(path)
-        return write_encoder(target, source, dtype)
+        try:
+            return write_encoder(target, source, dtype)
+        except OSError as error:
+            raise SaveError(
+                f"{target} cannot be written ({error.strerror or error}); make room or name "
+                "another --target, then give the same command again."
+            ) from error
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

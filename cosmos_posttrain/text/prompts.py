@@ -60,6 +60,19 @@ def shown(text: str) -> str:
     return ascii(text) if not text.isprintable() else f'"{text}"'
 
 
+def prompt_problem(prompt: object) -> str | None:
+    """Why something cannot be a prompt, as the end of a sentence; None if it can."""
+    if not isinstance(prompt, str):
+        return f"is a {type(prompt).__name__}; a prompt is a text"
+    if not prompt.strip():
+        return "is empty; write what is to be seen"
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        return f"is {shown(prompt)}, with half a character at place {error.start}; write UTF-8"
+    return None
+
+
 class PromptTokenizer:
     """Tokenizes prompts as transformers does with the same files.
 
@@ -67,16 +80,14 @@ class PromptTokenizer:
         tokenizer: a ``tokenizers.Tokenizer``.
         context_len: most tokens of a prompt, ``</s>`` counted in.
         end_token: the number of ``</s>``.
-        folder: that it was read from, for errors.
     """
 
-    def __init__(self, tokenizer: Any, context_len: int, end_token: int, folder: Path) -> None:
+    def __init__(self, tokenizer: Any, context_len: int, end_token: int) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._context_len = context_len
         self._end_token = end_token
-        self._folder = folder
 
     @property
     def vocab_size(self) -> int:
@@ -95,38 +106,18 @@ class PromptTokenizer:
         """
         if isinstance(prompts, str):
             raise TextError("prompts come as a list; put the one prompt into brackets.")
-        return [
-            self._one(prompt, f"prompt {number} of {len(prompts)}")
-            for number, prompt in enumerate(prompts, 1)
-        ]
+        for number, prompt in enumerate(prompts, 1):
+            if problem := prompt_problem(prompt):
+                raise TextError(f"prompt {number} of {len(prompts)} {problem}.")
+        return [self._one(prompt) for prompt in prompts]
 
-    def _one(self, prompt: str, which: str) -> PromptTokens:
-        _check(prompt, which)
+    def _one(self, prompt: str) -> PromptTokens:
         # One at a time: batches would start threads, which do not survive a later fork.
         encoding = self._tokenizer.encode(prompt, add_special_tokens=False)
         ids, limit = encoding.ids, self._context_len - 1
-        if not ids:
-            raise TextError(
-                f"{which} is {shown(prompt)}, in which the tokenizer in {self._folder} finds no "
-                "text; write what is to be seen."
-            )
         cut_at = encoding.offsets[limit][0] if len(ids) > limit else None
         kept = (*ids[:limit], self._end_token)
         return PromptTokens(prompt, kept, len(ids) + 1, cut_at)
-
-
-def _check(prompt: object, which: str) -> None:
-    if not isinstance(prompt, str):
-        raise TextError(f"{which} is a {type(prompt).__name__}; a prompt is a text.")
-    if not prompt.strip():
-        raise TextError(f"{which} is empty; write what is to be seen.")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise TextError(
-            f"{which}, {shown(prompt)}, has half a character at place {error.start}; write it as "
-            "UTF-8 text."
-        ) from error
 
 
 def read_tokenizer(folder: Path, context_len: int, end_token: int) -> PromptTokenizer:
@@ -155,7 +146,7 @@ def read_tokenizer(folder: Path, context_len: int, end_token: int) -> PromptToke
         raise TextError(
             f"{path} is not a readable tokenizer ({first_line}); copy or download it again."
         ) from error
-    return PromptTokenizer(tokenizer, context_len, end_token, folder)
+    return PromptTokenizer(tokenizer, context_len, end_token)
 
 
 def _from_sentencepiece(folder: Path) -> Any:

@@ -70,3 +70,37 @@ def test_targets(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--source is missing; --target is missing"):
         convert_text_encoder(TextConvertConfig())
     assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_is_one_sentence_and_the_next_run_starts_again(tmp_path: Path) -> None:
+    program = (
+        "import resource, sys, runpy\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        f"sys.argv = ['text', '--source', 'tiny', '--target', {str(tmp_path / 'new')!r}]\n"
+        "runpy.run_module('cosmos_posttrain.text', run_name='__main__')"
+    )
+    finished = run_script(["-c", program])
+    assert finished.returncode == 1
+    assert finished.stderr.count("\n") == 1 and "cannot be written" in finished.stderr
+    assert not (tmp_path / "new" / "config.json").exists()
+    convert_text_encoder(TextConvertConfig("tiny", str(tmp_path / "new")))
+    load_text_encoder(tmp_path / "new", device="cpu")
+
+
+def test_help_and_prompts_that_are_only_checked_need_no_torch() -> None:
+    program = (
+        "import sys, runpy\n"
+        "from cosmos_posttrain.text.prompts import prompt_problem\n"
+        "assert prompt_problem('a ball') is None and prompt_problem(' ')\n"
+        "sys.argv = ['text', '--help']\n"
+        "try:\n"
+        "    runpy.run_module('cosmos_posttrain.text', run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'tokenizers', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    finished = run_script(["-c", program])
+    assert finished.returncode == 0, finished.stderr
+    for flag in ("--source", "--target", "--dtype {bfloat16,float32}", "--overwrite"):
+        assert flag in finished.stdout

@@ -105,7 +105,7 @@ def test_ten_thousand_words_are_cut_and_many_warnings_become_one(
         ([" \n\t"], "prompt 1 of 1 is empty"),
         (["a", None], "prompt 2 of 2 is a NoneType"),
         ("a ball", "prompts come as a list"),
-        (["half \ud83d of a character"], "half a character at place 5"),
+        (["half \ud83d of a character"], "1 of 1 is .half.*half a character at place 5"),
         ([], "no prompt to encode"),
     ],
 )
@@ -154,14 +154,15 @@ def test_it_moves_and_is_freed() -> None:
 @pytest.mark.gpu
 def test_on_a_gpu_it_gives_the_same_and_leaves_nothing_behind(tiny: TextEncoder) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    before = torch.cuda.memory_allocated()
     encoder = load_text_encoder("tiny", device="cuda")
     assert encoder.device.type == "cuda" and encoder.dtype == torch.float32
     context = encoder.embed(t5.PROMPTS)
     torch.testing.assert_close(context.cpu(), tiny.embed(t5.PROMPTS), rtol=0, atol=1e-5)
     del context
     encoder.to("cpu")
-    assert torch.cuda.memory_allocated() == before
-    torch.testing.assert_close(encoder.embed(["a"]), tiny.embed(["a"]), rtol=0, atol=0)
-    encoder.to("cuda").close()
-    assert torch.cuda.memory_allocated() == before
+    without = torch.cuda.memory_allocated()  # cuBLAS keeps a workspace
+    assert torch.equal(encoder.embed(["a"]), tiny.embed(["a"]))
+    encoder.to("cuda").embed(["a"])
+    assert torch.cuda.memory_allocated() > without
+    encoder.close()
+    assert torch.cuda.memory_allocated() == without
