@@ -149,6 +149,16 @@ def test_no_two_files_import_each_other() -> None:
     assert circle_in({path: imported_files(path) for path in modules()}) == []
 
 
+def test_a_class_name_means_one_thing() -> None:
+    places: dict[str, list[str]] = {}
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                file = path.relative_to(PACKAGE_DIR).as_posix()
+                places.setdefault(node.name, []).append(file)
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
 def test_a_circle_is_found() -> None:
     a, b, c = Path("a"), Path("b"), Path("c")
     assert circle_in({a: {b}, b: {c}, c: {b}}) == [b, c]
@@ -193,7 +203,7 @@ def test_root_scripts_are_thin(path: Path) -> None:
 
 @pytest.mark.parametrize("path", root_scripts(), ids=lambda path: path.name)
 def test_root_scripts_guard_their_main(path: Path) -> None:
-    # Saving checkpoints starts worker processes that import the script again.
+    # Helper processes that are started afresh import the script again.
     assert 'if __name__ == "__main__":' in path.read_text()
 
 

@@ -1,7 +1,7 @@
-"""Videos to token shards with a manifest, and back to clips for training.
+"""Prepared data, read: contract and manifest, and clips as token sequences for training.
 
-Flows in: videos and a tokenizer, or folders prepared before. Flows out: ``shard-*.bin/.idx`` with
-their manifest; ``TokenDataset`` of clips as token sequences; ``ClipSampler``, their order.
+Flows in: folders that preparation wrote. Flows out: ``Manifest``; ``TokenDataset`` of clips as
+token sequences, with where each came from; ``ClipSampler``, their order.
 """
 
 from __future__ import annotations

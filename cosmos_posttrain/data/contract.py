@@ -78,22 +78,25 @@ class Contract:
         rate = Compression(*self.tokenizer.compression)
         return ClipGeometry(clip.num_frames, clip.height, clip.width, rate)
 
+    def problem(self) -> str | None:
+        """How the parts contradict one another, in words; None if they do not."""
+        if self.format_version != FORMAT_VERSION:
+            return f"its format_version is {self.format_version}, this program reads 1"
+        if self.kind not in KINDS:
+            return f"its kind is {self.kind!r}, which must be one of {', '.join(KINDS)}"
+        if len(self.latent_shape) != 3 or min(self.latent_shape) < 1:
+            return f"its latent_shape is {list(self.latent_shape)}"
+        if LatentShape(*self.latent_shape).num_tokens != self.seq_length:
+            return f"latent_shape {list(self.latent_shape)} is not {self.seq_length} tokens"
+        if len(self.tokenizer.compression) != 3:
+            return f"its compression is {list(self.tokenizer.compression)}"
+        if self.dtype not in ("uint16", "int32"):
+            return f"its dtype is {self.dtype!r}"
+        return None
+
     def check(self, where: str) -> None:
         """Raises DatasetError if the parts contradict one another; ``where`` names the file."""
-        problem = None
-        if self.format_version != FORMAT_VERSION:
-            problem = f"its format_version is {self.format_version}, this program reads 1"
-        elif self.kind not in KINDS:
-            problem = f"its kind is {self.kind!r}, which must be one of {', '.join(KINDS)}"
-        elif len(self.latent_shape) != 3 or min(self.latent_shape) < 1:
-            problem = f"its latent_shape is {list(self.latent_shape)}"
-        elif LatentShape(*self.latent_shape).num_tokens != self.seq_length:
-            problem = f"latent_shape {list(self.latent_shape)} is not {self.seq_length} tokens"
-        elif len(self.tokenizer.compression) != 3:
-            problem = f"its compression is {list(self.tokenizer.compression)}"
-        elif self.dtype not in ("uint16", "int32"):
-            problem = f"its dtype is {self.dtype!r}"
-        if problem:
+        if problem := self.problem():
             raise DatasetError(f"{where} is damaged or foreign: {problem}; prepare it again.")
 
     def difference(self, other: Contract) -> str | None:

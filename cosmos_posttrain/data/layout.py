@@ -9,10 +9,13 @@ import re
 
 MANIFEST_FILE = "manifest.json"
 FAILURES_FILE = "failures.jsonl"
+SOURCES_FILE = "sources.npz"
 PLAN_FILE = "prepare.json"  # what a run that is not complete is about
+EXTENSIONS = ("bin", "idx", "jsonl")  # of a shard's files
 
 _OURS = re.compile(
-    r"manifest\.json|failures\.jsonl|prepare\.json|shard-\d{5,}\.(bin|idx|jsonl|json)"
+    r"manifest\.json|failures\.jsonl|prepare\.json|sources\.npz"
+    r"|shard-\d{5,}\.(bin|idx|jsonl|json)"
 )
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_posttrain.errors import UserError, VideoError
-from cosmos_posttrain.evaluation.tokenizer_config import DEFAULT_NUM_FRAMES, TokenizerEvalConfig
+from cosmos_posttrain.evaluation.config.tokenizer import DEFAULT_NUM_FRAMES, TokenizerEvalConfig
 from cosmos_posttrain.geometry import ClipGeometry, Compression
-from cosmos_posttrain.prepare.sources import Source
+from cosmos_posttrain.prepare.sources import VideoSource
 from cosmos_posttrain.video import (
     IMAGE_EXTENSIONS,
     VIDEO_EXTENSIONS,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def list_media(folder: str | Path, leave_out: Path) -> list[Source]:
+def list_media(folder: str | Path, leave_out: Path) -> list[VideoSource]:
     """All videos and images below ``folder``, sorted by name, each once; hidden ones are left out.
 
     Args:
@@ -46,7 +46,7 @@ def list_media(folder: str | Path, leave_out: Path) -> list[Source]:
             f"the folder {root} holds no video and no image; known extensions are "
             f"{' '.join(sorted(known))}."
         )
-    return [Source(path.relative_to(root).as_posix(), path) for path in found]
+    return [VideoSource(path.relative_to(root).as_posix(), path) for path in found]
 
 
 def check_size(config: TokenizerEvalConfig, compression: Compression) -> None:

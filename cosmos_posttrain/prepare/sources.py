@@ -7,21 +7,23 @@ frames of a video's clips. Nothing is decoded here.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from cosmos_posttrain import launch
+from cosmos_posttrain.data.threads import mapped
 from cosmos_posttrain.errors import ConfigError, UserError
-from cosmos_posttrain.files import sha256_of_json
 
 
-@dataclass(frozen=True)
-class Source:
+@dataclass(frozen=True, slots=True)
+class VideoSource:
     """One video to prepare.
 
     Attributes:
@@ -36,7 +38,7 @@ class Source:
     prompt: str | None = None
 
 
-def from_folder(folder: str | Path) -> list[Source]:
+def from_folder(folder: str | Path) -> list[VideoSource]:
     """All videos below a folder, sorted, each once; hidden ones are left out.
 
     Raises:
@@ -44,10 +46,10 @@ def from_folder(folder: str | Path) -> list[Source]:
     """
     from cosmos_posttrain.video.files import list_videos
 
-    return [Source(path.relative_to(folder).as_posix(), path) for path in list_videos(folder)]
+    return [VideoSource(path.relative_to(folder).as_posix(), path) for path in list_videos(folder)]
 
 
-def from_jsonl(path: str | Path) -> list[Source]:
+def from_jsonl(path: str | Path) -> list[VideoSource]:
     """One video a line: ``{"visual_input": "a.mp4", "prompt": "..."}``, in the file's order.
 
     Paths are relative to the jsonl file's folder. A video may stand on several lines, with a prompt
@@ -80,10 +82,10 @@ def from_jsonl(path: str | Path) -> list[Source]:
     return distinct
 
 
-def _one_name_a_file(sources: Sequence[Source], folder: Path) -> list[Source]:
+def _one_name_a_file(sources: Sequence[VideoSource], folder: Path) -> list[VideoSource]:
     """Normalises names, gives all sources of a file the first one's, and drops repetitions."""
     real_path = _RealPaths()
-    first: dict[str, Source] = {}
+    first: dict[str, VideoSource] = {}
     prompts: dict[str, set[str | None]] = {}  # of the names that come again
     distinct = []
     for source in sources:
@@ -121,7 +123,7 @@ class _RealPaths:
         return os.path.realpath(real) if os.path.islink(real) else real
 
 
-def _parse_line(line: str, path: Path, number: int) -> Source:
+def _parse_line(line: str, path: Path, number: int) -> VideoSource:
     try:
         value: Any = json.loads(line)
     except ValueError as error:
@@ -133,7 +135,7 @@ def _parse_line(line: str, path: Path, number: int) -> Source:
             f'line {number} of {path} does not fit; write {{"visual_input": "a.mp4"}}, '
             'with "prompt": "..." where there is one.'
         )
-    return Source(name, path.parent / name, prompt)
+    return VideoSource(name, path.parent / name, prompt)
 
 
 def _is_path(name: object) -> TypeGuard[str]:
@@ -144,7 +146,7 @@ def _is_path(name: object) -> TypeGuard[str]:
         return False
 
 
-def arrange(sources: Sequence[Source], seed: int | None) -> list[Source]:
+def arrange(sources: Sequence[VideoSource], seed: int | None) -> list[VideoSource]:
     """The order in which sources are dealt to shards: as listed, or shuffled by a seed."""
     ordered = list(sources)
     if seed is not None:
@@ -152,13 +154,28 @@ def arrange(sources: Sequence[Source], seed: int | None) -> list[Source]:
     return ordered
 
 
-def sources_sha256(sources: Sequence[Source]) -> str:
+def sources_sha256(sources: Sequence[VideoSource]) -> str:
     """Hash of names, sizes and prompts: changes when a video is added, replaced or reordered."""
-    rows = [
-        [source.name, source.path.stat().st_size if source.path.is_file() else -1, source.prompt]
-        for source in sources
-    ]
-    return sha256_of_json(rows)
+
+    def row(source: VideoSource) -> str:
+        return json.dumps([source.name, _num_bytes(source), source.prompt], separators=(",", ":"))
+
+    # The hash of a JSON list, but millions of rows are never held at once.
+    digest, separator = hashlib.sha256(b"["), b""
+    for text in mapped(row, sources, chunk_size=250):
+        digest.update(separator + text.encode())
+        separator = b","
+    digest.update(b"]")
+    return digest.hexdigest()
+
+
+def _num_bytes(source: VideoSource) -> int:
+    """Size of a source's file; -1 where there is none."""
+    try:
+        status = os.stat(source.path)
+    except OSError:
+        return -1
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
 def parse_clips_per_video(value: str) -> int | None:

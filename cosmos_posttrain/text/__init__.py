@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cosmos_posttrain.text.shipped import DEFAULT_TEXT_ENCODER, SHIPPED, TEXT_ENCODER_DTYPES
+
 if TYPE_CHECKING:
     from cosmos_posttrain.text.loading import load_text_encoder
     from cosmos_posttrain.text.text_encoder import TextEncoder
@@ -19,14 +21,6 @@ __all__ = [
     "TextEncoder",
     "load_text_encoder",
 ]
-
-# What the published Video2World models were trained with, at the commit that other projects which
-# run these models pin too.
-DEFAULT_TEXT_ENCODER = "google-t5/t5-11b@90f37703b3334dfe9d2b009bfcbfbf1ac9d28ea3"
-# In this package; random weights.
-SHIPPED = ("tiny",)
-# Not float16, in which T5's activations overflow.
-TEXT_ENCODER_DTYPES = ("bfloat16", "float32")
 
 
 def __getattr__(name: str) -> Any:

@@ -13,20 +13,16 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosmos_posttrain import files
-from cosmos_posttrain.cli import Flag, flag_names, parse
-from cosmos_posttrain.config import check, setting
+from cosmos_posttrain.cli import parse
 from cosmos_posttrain.errors import OutputFolderError, SaveError
-from cosmos_posttrain.text import TEXT_ENCODER_DTYPES
+from cosmos_posttrain.text.config import FLAGS, TextEncoderConversionConfig, validate
 
 if TYPE_CHECKING:
     from cosmos_posttrain.text.loading import EncoderSource
-
-FLAGS = tuple(Flag(name) for name in ("--source", "--target", "--dtype", "--overwrite"))
 
 _OURS = re.compile(
     r"config\.json|tokenizer\.json|tokenizer_config\.json"
@@ -38,33 +34,7 @@ _OURS = re.compile(
 _NOT_KEPT = ("dtype", "quantization_config", "num_decoder_layers", "task_specific_params")
 
 
-@dataclass
-class TextConvertConfig:
-    """Settings of a conversion.
-
-    Attributes:
-        source: a T5 encoder: folder, Hugging Face id, or ``tiny``.
-        target: folder to write.
-        dtype: of the tensors; None keeps the source's.
-        overwrite: replace an earlier conversion.
-    """
-
-    source: str = ""
-    target: str = ""
-    dtype: str | None = setting(None, choices=TEXT_ENCODER_DTYPES)
-    overwrite: bool = False
-
-    def validate(self) -> None:
-        """Refuses settings that are missing or unknown.
-
-        Raises:
-            ConfigError: lists every problem.
-        """
-        missing = [f"--{name} is missing" for name in ("source", "target") if not vars(self)[name]]
-        check(self, flag_names(FLAGS), missing)
-
-
-def convert_text_encoder(config: TextConvertConfig) -> str:
+def convert_text_encoder(config: TextEncoderConversionConfig) -> str:
     """Writes the encoder of ``source``.
 
     Returns:
@@ -76,7 +46,7 @@ def convert_text_encoder(config: TextConvertConfig) -> str:
         TextError: the source cannot be read.
         SaveError: the disk is full, say.
     """
-    config.validate()
+    validate(config)
     target = Path(config.target)
     _check_target(target, config.overwrite)
 
@@ -174,6 +144,8 @@ def write_description(folder: Path, config: dict[str, Any], tokenizer: str, dtyp
 def main() -> None:
     """Parses the command line and converts."""
     description = "Writes a T5 encoder without its decoder, in safetensors."
-    config = parse(TextConvertConfig, FLAGS, None, "python -m cosmos_posttrain.text", description)
+    config = parse(
+        TextEncoderConversionConfig, FLAGS, None, "python -m cosmos_posttrain.text", description
+    )
     sha256 = convert_text_encoder(config)
     print(f"wrote {config.target}: the text encoder {sha256[:12]} of {config.source}.")

@@ -20,9 +20,10 @@ import torch
 from cosmos_posttrain import hub, launch
 from cosmos_posttrain.errors import ConfigError, TextError
 from cosmos_posttrain.files import read_json
-from cosmos_posttrain.text import SHIPPED, TEXT_ENCODER_DTYPES, weights_io
+from cosmos_posttrain.text import weights_io
 from cosmos_posttrain.text.packages import package
 from cosmos_posttrain.text.prompts import PromptTokenizer, read_tokenizer
+from cosmos_posttrain.text.shipped import SHIPPED, TEXT_ENCODER_DTYPES
 from cosmos_posttrain.text.text_encoder import TextEncoder
 
 CONFIG_FILE = "config.json"

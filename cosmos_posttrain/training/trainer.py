@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from cosmos_posttrain import launch
-from cosmos_posttrain.checkpoint import context
+from cosmos_posttrain.checkpoint import context, dist
 from cosmos_posttrain.data.batch import Batch, BatchSizes, training_batches
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import NonFiniteLossError, StoppedError
@@ -90,6 +90,7 @@ class Trainer:
             parallel_state.get_data_parallel_world_size(),
         )
         kept = self._load()
+        self._checkpoint_bytes = dist.num_bytes(self.model, self.optimizer)
         self.folder.start(config, self._checkpoint_bytes)
         self.log = Log(config, self.folder.run, self.state.completed_steps)
         validation = None
@@ -108,7 +109,6 @@ class Trainer:
             self.optimizer.optimizer.reload_model_params()
             return {}
         saved = self.folder.restore(self.resume_from, self.model, self.optimizer)
-        optimizers.apply_settings(self.config, self.optimizer.optimizer)
         self.state = TrainState(saved["completed_steps"], saved["consumed_samples"])
         self.schedule.step(increment=self.completed_steps)
         kept: dict[str, Any] = saved.get("callbacks", {})
@@ -237,10 +237,3 @@ class Trainer:
         checkpoint = self.last_checkpoint
         if checkpoint is not None and context.completed_steps(checkpoint) == self.completed_steps:
             self.folder.record_validation(self.config, checkpoint, row)
-
-    @property
-    def _checkpoint_bytes(self) -> int:
-        """About: the weights, and the optimizer's master copy and two moments in float32."""
-        model = self.model.model_config
-        count = model.num_parameters + model.num_padding_parameters
-        return count * (self.dtype.itemsize + 12)

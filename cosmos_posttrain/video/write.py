@@ -6,12 +6,13 @@ written under a temporary name and renamed, so that a killed run leaves no half 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_posttrain.errors import UserError, VideoError
-from cosmos_posttrain.files import replacing
+from cosmos_posttrain.files import replacing, sync
 from cosmos_posttrain.video.pixels import SCALER_FLAGS
 
 if TYPE_CHECKING:
@@ -39,13 +40,19 @@ def _check(path: Path, frames: torch.Tensor, fps: float) -> None:
         raise VideoError(f"cannot write {path}: {fps} frames a second is not in (0, 1000).")
 
 
-def write_mp4(path: str | Path, frames: torch.Tensor, fps: float) -> None:
+def write_mp4(
+    path: str | Path,
+    frames: torch.Tensor,
+    fps: float,
+    before_naming: Callable[[], None] | None = None,
+) -> None:
     """Writes an mp4 atomically.
 
     Args:
         path: the file, with or without ``.mp4``'s extension; its folder is made if missing.
         frames: (3, T, H, W) uint8 RGB, H and W even.
         fps: frames a second; 29.97 and the like become the exact fraction (30000/1001).
+        before_naming: called when the clip is safely on disk, before it gets its name.
 
     Raises:
         VideoError: a shape, dtype, size or rate that H.264 cannot hold.
@@ -57,6 +64,9 @@ def write_mp4(path: str | Path, frames: torch.Tensor, fps: float) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             _encode(temporary, frames, fps)
+            if before_naming is not None:
+                sync(temporary)
+                before_naming()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.contracts import data_of, make_tokenizer
 from helpers.distributed_run import run_distributed
 from helpers.golden_ar import (
     CASES,
@@ -23,7 +24,8 @@ from helpers.golden_ar import (
 
 from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint import context, dist
-from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
+from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
+from cosmos_posttrain.checkpoint.convert import convert
 from cosmos_posttrain.checkpoint.load import load_model
 from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.distributed import groups
@@ -36,6 +38,7 @@ from cosmos_posttrain.models.rope import context_parallel_positions
 
 # Saved at one tensor parallel size and loaded at the other.
 RESHARDED = cases_of("base_12b_like", "video2world_13b_like")
+DATA = data_of(make_tokenizer("codes", 512))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -63,7 +66,7 @@ def test_a_longer_grid(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_there_and_back_again_is_bit_equal(name: str, tmp_path: Path) -> None:
     for source, form in ((case_dir(name), "megatron"), (tmp_path / "megatron", "pt")):
-        convert(ConvertConfig(str(source), str(tmp_path / form), form))
+        convert(CheckpointConversionConfig(str(source), str(tmp_path / form), form))
     before = weights(name)
     after = torch.load(tmp_path / "pt" / "model.pt", weights_only=True)
     assert sorted(before) == sorted(after)
@@ -85,7 +88,7 @@ def _saved_and_loaded(folder: Path, model: ARModel, name: str) -> dict[str, Any]
     saved = folder / f"{name}-tp2" / "weights"
     if launch.rank() == 0:
         saved.mkdir(parents=True)
-        context.write_context(saved.parent, model.config, {"contract": {"seq_length": 120}})
+        context.write_context(saved.parent, model.config, DATA)
     groups.barrier()
     dist.save(saved, model.module)
     again = load_model(folder / f"{name}-tp1", tensor_model_parallel_size=2)
@@ -133,7 +136,11 @@ def _on_two_ranks(folder: str) -> dict[str, Any]:
 @pytest.mark.distributed
 def test_two_processes(tmp_path: Path) -> None:
     for name in RESHARDED:
-        convert(ConvertConfig(str(case_dir(name)), str(tmp_path / f"{name}-tp1"), "megatron"))
+        convert(
+            CheckpointConversionConfig(
+                str(case_dir(name)), str(tmp_path / f"{name}-tp1"), "megatron"
+            )
+        )
     first, second = run_distributed(_on_two_ranks, 2, str(tmp_path))
     for results in (first, second):
         for case in CASES:
@@ -149,11 +156,11 @@ def test_two_processes(tmp_path: Path) -> None:
     # TP=2 -> TP=1: bit-equal.
     for name in RESHARDED:
         saved, back = tmp_path / f"{name}-tp2", tmp_path / f"{name}-pt"
-        convert(ConvertConfig(str(saved), str(back), "pt"))
+        convert(CheckpointConversionConfig(str(saved), str(back), "pt"))
         after = torch.load(back / "model.pt", weights_only=True)
         assert all(torch.equal(tensor, after[key]) for key, tensor in weights(name).items())
         model = load_model(saved)
-        assert model.contract == {"seq_length": 120}
+        assert model.contract == DATA.contract
         assert logit_difference(model, name) <= LOGIT_TOLERANCE
 
     model = load_model(case_dir("base_12b_like"))

@@ -17,6 +17,7 @@ from cosmos_posttrain.checkpoint.context import find_checkpoint
 from cosmos_posttrain.checkpoint.load import load_model
 from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.errors import CheckpointError, ConfigError, UserError
+from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.models.presets import preset
 
 
@@ -116,3 +117,25 @@ def test_find_checkpoint(tmp_path: Path) -> None:
     assert context.completed_steps(newest) == 101
     assert context.checkpoint_name(1, 101) == newest.name
     assert open_source(older.with_name("epoch=7-step=9")).path == older
+
+
+def test_fresh_weights_take_any_grid_and_vocabulary() -> None:
+    source = open_source("random:tiny")
+    assert source.is_fresh and source.contract is None and source.files() == []
+    larger = LatentShape(5, 24, 40)
+    moved = source.at_grid(larger, "yarn", vocab_size=64)
+    # They know no grid, so nothing is scaled.
+    assert moved.config == preset("tiny", 64, larger)
+    assert source.at_grid(None).config == source.config == preset("tiny")
+    with pytest.raises(ConfigError, match="no rope_scaling 'linear'"):
+        source.at_grid(larger, "linear")
+
+
+def test_a_checkpoint_keeps_its_vocabulary_at_another_grid(tmp_path: Path) -> None:
+    source = open_source(_checkpoint(tmp_path, "epoch=0-step=9"))
+    assert not source.is_fresh and len(source.files()) == 1
+    larger = LatentShape(5, 24, 20)
+    moved = source.at_grid(larger, "interpolate", vocab_size=64)
+    assert moved.config == preset("tiny").at_grid(larger, "interpolate")
+    assert (moved.path, moved.format) == (source.path, source.format)
+    assert source.at_grid(None, vocab_size=64) == source

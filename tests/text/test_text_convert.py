@@ -12,7 +12,8 @@ from helpers.distributed_run import run_script
 
 from cosmos_posttrain.errors import ConfigError, OutputFolderError
 from cosmos_posttrain.text import load_text_encoder, weights_io
-from cosmos_posttrain.text.convert import TextConvertConfig, convert_text_encoder
+from cosmos_posttrain.text.config import TextEncoderConversionConfig
+from cosmos_posttrain.text.convert import convert_text_encoder
 
 
 @pytest.mark.parametrize("form", ["PyTorch's old file", "safetensors in parts"])
@@ -37,7 +38,7 @@ def test_in_bfloat16_and_in_parts_it_is_still_the_same_encoder(
 ) -> None:
     monkeypatch.setattr(weights_io.plan_parts, "__defaults__", (30_000,))
     source, target = t5.write_t5(tmp_path / "source"), tmp_path / "target"
-    sha256 = convert_text_encoder(TextConvertConfig(str(source), str(target), "bfloat16"))
+    sha256 = convert_text_encoder(TextEncoderConversionConfig(str(source), str(target), "bfloat16"))
     encoder = load_text_encoder(target, device="cpu")
     assert encoder.sha256 == sha256 == load_text_encoder(source, device="cpu").sha256
     parts = sorted(target.glob("*.safetensors"))
@@ -48,7 +49,7 @@ def test_in_bfloat16_and_in_parts_it_is_still_the_same_encoder(
 
 def test_targets(tmp_path: Path) -> None:
     def convert(target: Path, **settings: bool) -> str:
-        return convert_text_encoder(TextConvertConfig("tiny", str(target), **settings))
+        return convert_text_encoder(TextEncoderConversionConfig("tiny", str(target), **settings))
 
     sha256 = convert(tmp_path / "new")
     with pytest.raises(OutputFolderError, match="holds a text encoder already"):
@@ -60,15 +61,17 @@ def test_targets(tmp_path: Path) -> None:
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
     with pytest.raises(OutputFolderError, match=r"holds something else \(thesis.tex\)"):
         convert(tmp_path / "thesis", overwrite=True)
-    itself = TextConvertConfig(str(tmp_path / "new"), str(tmp_path / "new"), overwrite=True)
+    itself = TextEncoderConversionConfig(
+        str(tmp_path / "new"), str(tmp_path / "new"), overwrite=True
+    )
     with pytest.raises(OutputFolderError, match="the source and the target are"):
         convert_text_encoder(itself)
     assert load_text_encoder(tmp_path / "new", device="cpu").sha256 == sha256
     shutil.rmtree(tmp_path / "new")
     with pytest.raises(ConfigError, match="--dtype float16 is not one of bfloat16, float32"):
-        convert_text_encoder(TextConvertConfig("tiny", str(tmp_path / "new"), "float16"))
-    with pytest.raises(ConfigError, match="--source is missing; --target is missing"):
-        convert_text_encoder(TextConvertConfig())
+        convert_text_encoder(TextEncoderConversionConfig("tiny", str(tmp_path / "new"), "float16"))
+    with pytest.raises(ConfigError, match=r"--source is missing: .*; --target is missing"):
+        convert_text_encoder(TextEncoderConversionConfig())
     assert not (tmp_path / "new").exists()
 
 
@@ -83,7 +86,7 @@ def test_a_full_disk_is_one_sentence_and_the_next_run_starts_again(tmp_path: Pat
     assert finished.returncode == 1
     assert finished.stderr.count("\n") == 1 and "cannot be written" in finished.stderr
     assert not (tmp_path / "new" / "config.json").exists()
-    convert_text_encoder(TextConvertConfig("tiny", str(tmp_path / "new")))
+    convert_text_encoder(TextEncoderConversionConfig("tiny", str(tmp_path / "new")))
     load_text_encoder(tmp_path / "new", device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""What ``infer.py`` refuses before weights are loaded, and the defaults that it fills in."""
+"""What a run refuses before weights are loaded, and what a session takes from the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from helpers import infer_case
 from helpers.infer_case import FRAMES, HEIGHT, LATENT_SHAPE, TOKENIZER, WIDTH, random_config
 
 from cosmos_posttrain.errors import UserError
+from cosmos_posttrain.inference.batch import make_items, open_run
 from cosmos_posttrain.inference.config import InferConfig
-from cosmos_posttrain.inference.plan import make_plan
+from cosmos_posttrain.inference.request import Request
+from cosmos_posttrain.inference.session import Session
 from cosmos_posttrain.models.presets import preset
 from cosmos_posttrain.models.reference_config import to_reference
 
@@ -26,8 +28,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.mp4").touch()
     (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 64)
     infer_case.write_checkpoint(folder / "trained")
-    infer_case.write_checkpoint(folder / "with_text", kind="video2world")
-    other = infer_case.contract()["tokenizer"] | {"sha256": "0" * 64}
+    infer_case.write_checkpoint(folder / "with_text", "tiny-video2world", kind="video2world")
+    infer_case.write_checkpoint(folder / "damaged", latent_shape=(3, 2))
+    other = dataclasses.replace(infer_case.contract().tokenizer, sha256="0" * 64)
     infer_case.write_checkpoint(folder / "other_weights", tokenizer=other)
     return folder
 
@@ -43,15 +46,16 @@ def trained_config(inputs: Path, output: Path, **changes: Any) -> InferConfig:
 
 
 def test_a_checkpoint_says_tokenizer_and_geometry(inputs: Path, tmp_path: Path) -> None:
-    plan = make_plan(trained_config(inputs, tmp_path / "out"))
-    geometry = plan.geometry
+    session, items = open_run(trained_config(inputs, tmp_path / "out"))
+    geometry = session.geometry
     assert (geometry.num_frames, geometry.height, geometry.width) == (FRAMES, HEIGHT, WIDTH)
-    assert plan.tokenizer.id == TOKENIZER
-    assert plan.num_input_frames == 9
-    assert plan.num_condition_tokens == 2 * LATENT_SHAPE.tokens_per_frame
-    assert plan.tensor_model_parallel_size == 1
-    assert plan.notes == ()
-    assert [item.video for item in plan.items] == [tmp_path / "out" / "output.mp4"]
+    assert session.tokenizer_info.id == TOKENIZER
+    assert session.contract is not None and session.contract.tokenizer == session.tokenizer_info
+    assert session.model_config.latent_shape == LATENT_SHAPE
+    assert items[0].request.num_given(geometry) == 9
+    assert session.tensor_model_parallel_size == 1
+    assert session.notes == ()
+    assert [item.video for item in items] == [tmp_path / "out" / "output.mp4"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -63,7 +67,8 @@ def test_a_checkpoint_says_tokenizer_and_geometry(inputs: Path, tmp_path: Path) 
         ({"tokenizer_compression_factor": "4,8,8"}, "8x16x16.*but 4x8x8 was asked for"),
         ({"encoder_path": "tiny-dv4x8x8"}, "compresses by 4x8x8, but 8x16x16"),
         ({"ar_model_dir": "other_weights"}, "has other weights"),
-        ({"ar_model_dir": "with_text"}, "video2world data"),
+        ({"ar_model_dir": "with_text"}, "with_text is a Video2World model"),
+        ({"ar_model_dir": "damaged"}, "damaged or foreign: its latent_shape is"),
         ({"tensor_model_parallel_size": 3}, "does not divide num_attention_heads 8"),
         ({"tensor_model_parallel_size": 2}, "torchrun --nproc-per-node=2"),
         ({"num_input_frames": 8}, "8 input frames cannot be encoded.*use 1 or 9"),
@@ -79,9 +84,17 @@ def test_a_checkpoint_says_tokenizer_and_geometry(inputs: Path, tmp_path: Path) 
         ({"ar_model_dir": "."}, "holds no model"),
         ({"video_save_name": ""}, "is not a file name"),
         ({"video_save_name": "bar.mp4/clip"}, "is a file"),
-        ({"temperature": -1.0}, "temperature -1.0"),
-        ({"top_p": 80.0}, "top_p 80.0"),
-        ({"fps": 0.0}, "--fps 0.0"),
+        ({"temperature": -1.0}, "--temperature -1.0 must be at least 0"),
+        ({"temperature": float("nan")}, "--temperature nan must be a finite number"),
+        ({"top_p": 80.0}, "--top_p 80.0 must be at most 1"),
+        ({"top_k": 0}, "--top_k 0 must be at least 1"),
+        ({"seed": -1}, "--seed -1 must be at least 0"),
+        ({"fps": 0.0}, "--fps 0.0 must be above 0"),
+        ({"num_input_frames": 0}, "--num_input_frames 0 must be at least 1"),
+        ({"rope_scale": 0.5}, "--rope_scale 0.5 must be at least 1"),
+        ({"dtype": "bf16"}, "--dtype bf16 is not one of bfloat16"),
+        ({"layer_spec": "x"}, "--layer_spec x is not one of torch, te"),
+        ({"seed": -1, "top_p": 2.0, "input_type": "audio"}, "--top_p 2.*--seed -1.*'audio'"),
         ({"tokenizer_compression_factor": "4,8"}, "three positive whole numbers"),
     ],
 )
@@ -95,7 +108,7 @@ def test_bad_usage_is_one_sentence_and_nothing_is_written(
     monkeypatch.chdir(inputs)
     before = sorted(inputs.rglob("*"))
     with pytest.raises(UserError, match=message) as caught:
-        make_plan(trained_config(inputs, tmp_path / "out", **changes))
+        open_run(trained_config(inputs, tmp_path / "out", **changes))
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -116,8 +129,8 @@ def test_a_mismatch_can_be_tried_anyway(
 ) -> None:
     monkeypatch.chdir(inputs)
     config = trained_config(inputs, tmp_path, allow_tokenizer_mismatch=True, **changes)
-    plan = make_plan(config)
-    assert plan.source.config.latent_shape == plan.geometry.latent_shape
+    session, _ = open_run(config)
+    assert session.model_config.latent_shape == session.geometry.latent_shape
 
 
 def write_published(folder: Path, **changes: Any) -> Path:
@@ -137,29 +150,26 @@ def test_a_model_pt_runs_at_its_own_grid_or_says_that_it_does_not(
     config = trained_config(
         inputs, tmp_path / "out", ar_model_dir="Cosmos-tiny", encoder_path=TOKENIZER
     )
-    plan = make_plan(config)
-    assert plan.geometry.latent_shape == LATENT_SHAPE
-    assert plan.notes == ()
-    wider = make_plan(dataclasses.replace(config, width=64, disable_diffusion_decoder=False))
-    assert wider.source.config.latent_shape == (3, 2, 4)
-    assert [note.split(",")[0] for note in wider.notes] == [
-        "the diffusion decoder is not part of this package",
-        "the model's own grid is (3",
-    ]
+    session = Session(config)
+    assert session.geometry.latent_shape == LATENT_SHAPE
+    assert session.notes == ()
+    wider = Session(dataclasses.replace(config, width=64))
+    assert wider.model_config.latent_shape == (3, 2, 4)
+    assert [note.split(",")[0] for note in wider.notes] == ["the model's own grid is (3"]
 
 
 def test_rope_scaling_reaches_the_model_and_the_settings(inputs: Path, tmp_path: Path) -> None:
     config = trained_config(inputs, tmp_path, width=96, allow_tokenizer_mismatch=True)
-    plain = make_plan(config)
-    scaled = make_plan(dataclasses.replace(config, rope_scaling="interpolate"))
-    given = make_plan(dataclasses.replace(config, rope_scaling="yarn", rope_scale=3.0))
-    assert plain.source.config.position_scale == (1.0, 1.0, 1.0)
-    assert scaled.source.config.position_scale == (1.0, 1.0, 0.5)
-    assert given.source.config.yarn is not None and given.source.config.yarn.scale == 3.0
+    plain = Session(config)
+    scaled = Session(dataclasses.replace(config, rope_scaling="interpolate"))
+    given = Session(dataclasses.replace(config, rope_scaling="yarn", rope_scale=3.0))
+    assert plain.model_config.position_scale == (1.0, 1.0, 1.0)
+    assert scaled.model_config.position_scale == (1.0, 1.0, 0.5)
+    assert given.model_config.yarn is not None and given.model_config.yarn.scale == 3.0
     # A clip made with another scaling is another clip.
-    assert plain.settings != scaled.settings != given.settings
-    with pytest.raises(UserError, match=r"rope_scale 0\.5 must be at least 1"):
-        make_plan(dataclasses.replace(config, rope_scaling="yarn", rope_scale=0.5))
+    request = Request(path=inputs / "bar.mp4")
+    settings = [session.settings_of(request) for session in (plain, scaled, given)]
+    assert settings[0] != settings[1] != settings[2]
 
 
 def test_another_vocabulary_is_refused_whatever_the_flags(inputs: Path, tmp_path: Path) -> None:
@@ -172,7 +182,7 @@ def test_another_vocabulary_is_refused_whatever_the_flags(inputs: Path, tmp_path
         allow_tokenizer_mismatch=True,
     )
     with pytest.raises(UserError, match="has 1000 tokens and the model 512"):
-        make_plan(config)
+        Session(config)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +199,7 @@ def test_bare_names_lie_in_the_output_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = random_config(inputs / "bar.mp4", Path("out"), video_save_name=name)
-    assert make_plan(config).items[0].video == Path(expected)
+    assert make_items(config)[0].video == Path(expected)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +209,7 @@ def test_bare_names_lie_in_the_output_folder(
         ("{", "line 1, is not JSON"),
         ('{"prompt": "x"}', "line 1, has no visual_input"),
         ('\n{"visual_input": "missing.mp4"}', "line 2: .*missing.mp4 is not a file"),
-        ('{"visual_input": "bar.mp4"}\n{"visual_input": "./bar.mp4"}', "2 inputs called bar"),
+        ('{"visual_input": "bar.mp4"}\n{"visual_input": "./bar.mp4"}', "bar.mp4 is named twice"),
         ('{"visual_input": "picture.png"}', "is an image; add --input_type image"),
     ],
 )
@@ -210,4 +220,4 @@ def test_bad_batches_are_refused(inputs: Path, tmp_path: Path, text: str, messag
         inputs, tmp_path, input_image_or_video_path=None, batch_input_path=str(path)
     )
     with pytest.raises(UserError, match=message):
-        make_plan(config)
+        make_items(config)

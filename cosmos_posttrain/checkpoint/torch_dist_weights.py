@@ -1,42 +1,47 @@
-"""A model's weights from disk and to disk without building the model, on the CPU.
+"""A model in a torch_dist folder, whoever wrote it: this package, NeMo or Megatron-LM.
 
-Flows in: an opened ``Source``. Flows out: its tensors one after the other, whole (as at tensor
-parallel size 1), in the reference's form or Megatron's; or a ``weights`` folder made of them.
+Flows in: a ``weights`` folder. Flows out: its model's tensors (``WholeWeights``) and, where no
+config says them, its numbers. And the other way round: whole tensors become such a folder.
 
-Every tensor is read when it is asked for, and layers of one kind, which lie stacked in one tensor
-in torch_dist folders, are read one by one. So the memory needed is that of one layer's largest
-tensor, whatever the size of the model.
+Writers differ in the prefix of the keys, in norms that stand alone or are named by the layer that
+they are fused into, in layers that are stacked or single, and in the rows that pad the vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cosmos_posttrain.checkpoint import mapping, pt_file
-from cosmos_posttrain.checkpoint.safetensors_file import SafetensorsReader
-from cosmos_posttrain.checkpoint.source import Source
-from cosmos_posttrain.checkpoint.torch_dist import PREFIX, TorchDistReader, TorchDistWriter
+from cosmos_posttrain.checkpoint import infer_config, mapping
+from cosmos_posttrain.checkpoint.tensor_bytes import Tensors
+from cosmos_posttrain.checkpoint.torch_dist import (
+    PREFIX,
+    TorchDistReader,
+    TorchDistWriter,
+    is_torch_dist,
+)
+from cosmos_posttrain.checkpoint.weights import WholeWeights
 from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.models.config import ModelConfig
 
-Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
+ZARR_SCRIPT = "scripts/convert_zarr_checkpoint.py"
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+# Norms that stand alone in Megatron's local layer spec, and their fused names.
+NORMS_ALONE = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 # What belongs to the model in a torch_dist folder, behind the prefix; the rest is optimizer state.
 _ROOTS = ("embedding.", "decoder.", "output_layer.")
 _EXTRA_STATE = "_extra_state"
-_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
-# Norms that stand alone in Megatron's local layer spec, and their fused names.
-_ALONE = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
 
 
 def disk_key(name: str) -> tuple[str, int | None]:
@@ -49,6 +54,45 @@ def disk_key(name: str) -> tuple[str, int | None]:
     if match is None:
         return PREFIX + name, None
     return f"{PREFIX}decoder.layers.{match[2]}", int(match[1])
+
+
+def check_form(weights: Path) -> None:
+    """Refuses zarr, and folders that hold no weights.
+
+    Raises:
+        CheckpointError: says what to do.
+    """
+    if any(weights.glob("*/.zarray")):
+        raise CheckpointError(
+            f"{weights} is in Megatron's old zarr format; convert it with {ZARR_SCRIPT}, then give "
+            "the folder that it wrote."
+        )
+    if not is_torch_dist(weights):
+        raise CheckpointError(
+            f"{weights} holds no Megatron torch_dist weights (.metadata and *.distcp); copy or "
+            "download it again."
+        )
+
+
+def config_from_tensors(
+    weights: Path, known: dict[str, Any], named: ModelConfig | None, where: Path
+) -> ModelConfig:
+    """The numbers of a foreign model: what is known of it, and what its tensors tell.
+
+    Args:
+        weights: the torch_dist folder.
+        known: numbers in the reference's field names.
+        named: the config that the user gave; it counts before everything else.
+        where: the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: the index is damaged, or there are numbers that nothing tells.
+    """
+    reader = TorchDistReader(weights)
+    config = named or infer_config.from_shapes(model_shapes(reader), known, str(where))
+    dtypes = {reader.dtypes[key] for key in reader.shapes if key.endswith("linear_fc2.weight")}
+    params_dtype = str(min(dtypes, key=str, default=config.params_dtype)).removeprefix("torch.")
+    return dataclasses.replace(config, params_dtype=params_dtype)
 
 
 def model_shapes(reader: TorchDistReader) -> dict[str, tuple[int, ...]]:
@@ -67,74 +111,24 @@ def _prefix(reader: TorchDistReader) -> str:
     return PREFIX if any(key.startswith(PREFIX + "decoder.") for key in reader.shapes) else ""
 
 
-class Weights(Protocol):
-    """The tensors of a source, in both forms."""
+class TorchDistWeights(WholeWeights):
+    """The model of a torch_dist folder.
 
-    def megatron(self, name: str) -> Tensor:
-        """One whole Megatron tensor, by its name on disk with a global layer number."""
-        ...
-
-    def reference(self) -> Iterator[tuple[str, Tensor]]:
-        """All reference tensors, in the order of the forward pass."""
-        ...
-
-    def tensors(self) -> Tensors:
-        """Shape and dtype of all reference tensors, in the same order; reads no weights."""
-        ...
-
-
-def open_weights(source: Source) -> Weights:
-    """Opens a source's weights and compares their names and shapes with its config's.
+    Args:
+        folder: the ``weights`` folder.
+        config: the model's numbers.
 
     Raises:
-        CheckpointError: files are missing or damaged, or tensors missing, surplus or misshapen; all
-            of them are named.
+        CheckpointError: the index is damaged, or tensors are missing, surplus or misshapen; all of
+            them are named.
     """
-    assert source.path is not None
-    if source.kind in ("pt", "safetensors"):
-        return _ReferenceWeights(source)
-    return _MegatronWeights(source)
 
-
-class _ReferenceWeights:
-    """``model.pt`` and safetensors: the reference's names."""
-
-    def __init__(self, source: Source) -> None:
-        assert source.path is not None
-        self._config = source.config
-        if source.kind == "pt":
-            where = source.path / "model.pt"
-            state = pt_file.read(where)
-            self._read = state.__getitem__
-            self._shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-            self._dtypes = {name: tensor.dtype for name, tensor in state.items()}
-        else:
-            where = source.path
-            reader = SafetensorsReader(where)
-            self._read, self._shapes, self._dtypes = reader.read, reader.shapes, reader.dtypes
-        mapping.check_reference_shapes(self._shapes, source.config, str(where))
-
-    def megatron(self, name: str) -> Tensor:
-        return mapping.to_megatron(name, self._read, self._config)
-
-    def reference(self) -> Iterator[tuple[str, Tensor]]:
-        for name in mapping.reference_names(self._config):
-            yield name, self._read(name)
-
-    def tensors(self) -> Tensors:
-        names = mapping.reference_names(self._config)
-        return {name: (self._shapes[name], self._dtypes[name]) for name in names}
-
-
-class _MegatronWeights:
-    """torch_dist folders of this package, NeMo and Megatron-LM."""
-
-    def __init__(self, source: Source) -> None:
-        self._config, self._folder = source.config, source.weights
-        self._reader = TorchDistReader(self._folder)
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        self.config, self._folder = config, folder
+        self._reader = TorchDistReader(folder)
         self._prefix = _prefix(self._reader)
-        self._reference_shapes = mapping.reference_shapes(self._config)
-        self._places = {name: self._place(name) for name in mapping.megatron_names(self._config)}
+        self._reference_shapes = mapping.reference_shapes(config)
+        self._places = {name: self._place(name) for name in mapping.megatron_names(config)}
         self._check()
 
     def _place(self, name: str) -> tuple[str, int | None]:
@@ -143,7 +137,7 @@ class _MegatronWeights:
         if match is None:
             return self._prefix + name, None
         number, rest = match.groups()
-        for inner in (rest, _ALONE.get(rest, rest)):
+        for inner in (rest, NORMS_ALONE.get(rest, rest)):
             stacked = f"{self._prefix}decoder.layers.{inner}"
             if stacked in self._reader.shapes:
                 return stacked, int(number)
@@ -156,7 +150,7 @@ class _MegatronWeights:
         def fetch(part: str) -> Tensor:
             return torch.empty(self._reference_shapes[part], device="meta")
 
-        return tuple(mapping.to_megatron(name, fetch, self._config).shape)
+        return tuple(mapping.to_megatron(name, fetch, self.config).shape)
 
     def _check(self) -> None:
         """Names everything that does not fit."""
@@ -166,13 +160,13 @@ class _MegatronWeights:
                 missing.add(key)
                 continue
             wanted = self._expected_shape(name)
-            if name in _VOCABULARY:
+            if name in VOCABULARY:
                 # Rows that pad the vocabulary are the writer's choice.
                 (part,) = mapping.reference_sources(name)
                 rows = self._reference_shapes[part][0]
                 wanted = (max(shapes[key][0], rows), *wanted[1:])
             if layer is not None:
-                wanted = (self._config.num_layers, *wanted)
+                wanted = (self.config.num_layers, *wanted)
             if shapes[key] != wanted:
                 wrong.add(f"has {key} of shape {shapes[key]} instead of {wanted}")
         used = {key for key, _ in self._places.values()}
@@ -196,15 +190,15 @@ class _MegatronWeights:
         key, layer = self._places[name]
         tensor = self._reader.read(key, layer)
         wanted = self._expected_shape(name)
-        if name in _VOCABULARY and tuple(tensor.shape) != wanted:
+        if name in VOCABULARY and tuple(tensor.shape) != wanted:
             (part,) = mapping.reference_sources(name)
             real = tensor[: self._reference_shapes[part][0]]
             tensor = torch.nn.functional.pad(real, (0, 0, 0, wanted[0] - real.shape[0]))
         return tensor
 
     def reference(self) -> Iterator[tuple[str, Tensor]]:
-        for name in mapping.megatron_names(self._config):
-            yield from mapping.to_reference(name, self.megatron(name), self._config).items()
+        for name in mapping.megatron_names(self.config):
+            yield from mapping.to_reference(name, self.megatron(name), self.config).items()
 
     def tensors(self) -> Tensors:
         return {
@@ -237,27 +231,7 @@ def check_stackable(tensors: Tensors, config: ModelConfig) -> None:
         )
 
 
-def read_megatron(source: Source) -> Iterator[tuple[str, Tensor]]:
-    """Yields (Megatron name, whole tensor) of a source on the CPU, in its own dtype.
-
-    Raises:
-        CheckpointError: tensors that are missing, damaged, or of another shape than the config's.
-    """
-    weights = open_weights(source)
-    for name in mapping.megatron_names(source.config):
-        yield name, weights.megatron(name)
-
-
-def read_reference(source: Source) -> Iterator[tuple[str, Tensor]]:
-    """Yields (reference name, tensor) of a source on the CPU, in its own dtype.
-
-    Raises:
-        CheckpointError: see ``read_megatron``.
-    """
-    yield from open_weights(source).reference()
-
-
-def write_megatron(
+def write_torch_dist(
     folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
     """Writes whole Megatron tensors as a torch_dist folder that any layout can load.
@@ -265,7 +239,8 @@ def write_megatron(
     Args:
         folder: an existing empty folder.
         config: the model's numbers.
-        tensors: what ``read_megatron`` yields; each is written before the next is asked for.
+        tensors: what ``WholeWeights.all_megatron`` yields; each is written before the next is
+            asked for.
     """
     writer = TorchDistWriter(folder)
     try:

@@ -1,4 +1,4 @@
-"""Command lines: defaults < YAML < flags < overrides, and sentences for what does not fit."""
+"""Command lines: defaults < YAML < flags < overrides; help from the docstrings, without torch."""
 
 from __future__ import annotations
 
@@ -8,30 +8,46 @@ from pathlib import Path
 import pytest
 from helpers.distributed_run import REPOSITORY_DIR, run_script
 
-from cosmos_posttrain import config
-from cosmos_posttrain.cli import Flag, parse
+from cosmos_posttrain.cli import Flag, build_parser, flag_names, parse
+from cosmos_posttrain.config import check, setting
 from cosmos_posttrain.errors import ConfigError
 
 
 @dataclass
 class Inner:
+    """Numbers.
+
+    Attributes:
+        lr: learning rate.
+        steps: of the run.
+    """
+
     lr: float = 0.1
     steps: int | None = None
 
 
 @dataclass
 class Outer:
-    name: str = "default"
+    """Settings.
+
+    Attributes:
+        name: a name.
+        fast: 100% fast.
+        shape: of something.
+        inner: numbers.
+    """
+
+    name: str = setting("default", choices=("default", "a", "b"))
     fast: bool = False
     shape: list[int] = field(default_factory=lambda: [1, 2])
     inner: Inner = field(default_factory=Inner)
 
 
 FLAGS = (
-    Flag("--name", "name", "a name", aliases=("--title",), choices=("default", "a", "b")),
-    Flag("--fast", "fast", "100% fast"),
-    Flag("--lr", "inner.lr", "learning rate"),
-    Flag("--steps", "inner.steps", "steps"),
+    Flag("--name", aliases=("--title",)),
+    Flag("--fast"),
+    Flag("--lr", "inner.lr"),
+    Flag("--steps", "inner.steps", "in other words"),
 )
 
 
@@ -55,7 +71,6 @@ def test_later_beats_earlier(tmp_path: Path) -> None:
     [
         (["--nmae", "a"], "--nmae"),
         (["--lr", "fast"], "--lr"),
-        (["--name", "c"], "invalid choice"),
         (["inner.speed=1"], "speed"),
         (["inner.steps=many"], "many"),
         (["word"], "neither a flag nor an override"),
@@ -68,18 +83,19 @@ def test_what_does_not_fit(argv: list[str], words: str) -> None:
         _parse(*argv)
 
 
-def test_damaged_yaml(tmp_path: Path) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text("name: [")
-    with pytest.raises(ConfigError, match="does not fit"):
-        _parse("--config", str(file))
+def test_choices_are_shown_and_bind() -> None:
+    with pytest.raises(ConfigError, match=r"^--name c is not one of default, a, b\.$"):
+        check(_parse("--title", "c"), flag_names(FLAGS))
 
 
-def test_the_resolved_config_can_be_read_again(tmp_path: Path) -> None:
-    before = Outer("b", shape=[3], inner=Inner(0.5))
-    (tmp_path / "config.yaml").write_text(config.to_yaml(before))
-    assert config.merge(Outer, tmp_path / "config.yaml") == before
-    assert config.to_dict(before)["inner"] == {"lr": 0.5, "steps": None}
+def test_help_says_what_the_docstrings_say() -> None:
+    text = build_parser(Outer, FLAGS, "prog", "A test.").format_help()
+    assert "--name {default,a,b}, --title {default,a,b}" in text
+    words = " ".join(text.split())
+    assert "a name (default: default)" in words
+    assert "100% fast (default: False)" in words
+    assert "--lr X learning rate (default: 0.1)" in words
+    assert "--steps N in other words" in words and "of the run" not in words
 
 
 # Runs a script's --help and then says which heavy packages came in: what makes help slow.
