@@ -205,6 +205,7 @@ def test_other_ranks_are_silent(
 ) -> None:
     launch.say("one")
     launch.say("two", error=True)
+    monkeypatch.setattr(launch, "_group", lambda: None)  # which an earlier test may have made
     monkeypatch.setenv("RANK", "1")
     launch.say("three")
     assert tuple(capsys.readouterr()) == ("one\n", "two\n")

@@ -114,6 +114,7 @@ def test_a_terminal_has_one_line_that_is_rewritten(
 
 
 def test_other_ranks_show_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_group", lambda: None)  # which an earlier test may have made
     monkeypatch.setenv("RANK", "1")
     stream = io.StringIO()
     ProgressDisplay(1, "steps", stream=stream).advance()
@@ -159,6 +160,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_group", lambda: None)  # which an earlier test may have made
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WANDB_API_KEY", "key")
     log = RunLog(tmp_path, Settings(), 0)

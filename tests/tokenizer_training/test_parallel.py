@@ -17,6 +17,7 @@ from helpers.distributed_run import free_port, run_distributed
 from helpers.tokenizer_training_case import read_rows, small_config
 from safetensors.torch import load_file
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError
 from cosmos_posttrain.tokenizer_training import trainer
 from cosmos_posttrain.tokenizer_training.config import (
@@ -94,6 +95,7 @@ def test_batches_that_cannot_be_split_are_refused_before_process_groups_exist(
         r"a batch of 5 images of 32x32 does not divide among 2 processes; change batch_size or "
         r"image_batch_size\.$"
     )
+    monkeypatch.setattr(launch, "_group", lambda: None)  # which an earlier test may have made
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(
