@@ -27,12 +27,12 @@ from cosmos_posttrain.cli import Flag, flag_names, parse
 from cosmos_posttrain.config import check, setting
 from cosmos_posttrain.errors import UserError
 from cosmos_posttrain.launch import run_cli
+from cosmos_posttrain.text import DEFAULT_TEXT_ENCODER
 
 RECORD, SUMS = "download.json", "SHA256SUMS"
 RECIPES = ("4B", "12B", "5B-Video2World", "13B-Video2World")
 _MODEL = "nvidia/Cosmos-1.0-Autoregressive-{}"
 _TOKENIZERS = "nvidia/Cosmos-0.1-Tokenizer-DV4x8x8,nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
-_TEXT_ENCODER = "google-t5/t5-11b"
 _LICENCES = ("LICENSE*", "NOTICE*")
 _FIX = "restore it, or download anew"
 
@@ -84,7 +84,7 @@ def wanted(config: DownloadConfig) -> dict[str, str]:
     if config.recipe:
         tokenizers = tokenizers or _TOKENIZERS
     if config.recipe.endswith("Video2World"):
-        text_encoder = text_encoder or _TEXT_ENCODER
+        text_encoder = text_encoder or DEFAULT_TEXT_ENCODER
     model = _MODEL.format(config.recipe) if config.recipe else ""
     roles = {"model": f"{model},{config.models}", "tokenizer": tokenizers}
     roles["text encoder"] = text_encoder

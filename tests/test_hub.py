@@ -27,10 +27,12 @@ run_cli(lambda: print(resolve(sys.argv[1], sys.argv[2:])))
 LOOK_UP = """
 import json
 from cosmos_posttrain import download
+from cosmos_posttrain.hub import split_revision
 found = {}
 for recipe in download.RECIPES:
     for hub_id, role in download.wanted(download.DownloadConfig("unused", recipe)).items():
-        found[hub_id] = [role, list(download._look_up(hub_id, None, role)["files"])]
+        files = download._look_up(*split_revision(hub_id), role)["files"]
+        found[hub_id] = [role, list(files)]
 print(json.dumps(found))
 """
 
