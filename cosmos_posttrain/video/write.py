@@ -1,7 +1,8 @@
 """Frames to an mp4 that plays everywhere.
 
-Flows in: ``(3, T, H, W) uint8`` and a frame rate. Flows out: H.264, yuv420p, BT.709 limited range,
-written under a temporary name and renamed, so that a killed run leaves no half file.
+Flows in: ``(3, T, H, W) uint8``, torch's or numpy's, and a frame rate. Flows out: H.264, yuv420p,
+BT.709 limited range, written under a temporary name and renamed, so that a killed run leaves no
+half file. torch is not imported here.
 """
 
 from __future__ import annotations
@@ -11,21 +12,23 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cosmos_posttrain.errors import UserError, VideoError
 from cosmos_posttrain.files import replacing, sync
 from cosmos_posttrain.video.pixels import SCALER_FLAGS
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 _CRF = "17"
 _BT709 = 1
 
 
-def _check(path: Path, frames: torch.Tensor, fps: float) -> None:
-    import torch
-
-    if frames.ndim != 4 or frames.shape[0] != 3 or frames.dtype != torch.uint8:
+def _check(path: Path, frames: torch.Tensor | NDArray[np.uint8], fps: float) -> None:
+    dtype = str(frames.dtype).removeprefix("torch.")
+    if frames.ndim != 4 or frames.shape[0] != 3 or dtype != "uint8":
         raise VideoError(
             f"cannot write {path}: frames are {tuple(frames.shape)} {frames.dtype}; "
             "they must be (3, T, H, W) uint8."
@@ -42,7 +45,7 @@ def _check(path: Path, frames: torch.Tensor, fps: float) -> None:
 
 def write_mp4(
     path: str | Path,
-    frames: torch.Tensor,
+    frames: torch.Tensor | NDArray[np.uint8],
     fps: float,
     before_naming: Callable[[], None] | None = None,
 ) -> None:
@@ -50,7 +53,7 @@ def write_mp4(
 
     Args:
         path: the file, with or without ``.mp4``'s extension; its folder is made if missing.
-        frames: (3, T, H, W) uint8 RGB, H and W even.
+        frames: (3, T, H, W) uint8 RGB, H and W even; a tensor or an array.
         fps: frames a second; 29.97 and the like become the exact fraction (30000/1001).
         before_naming: called when the clip is safely on disk, before it gets its name.
 
@@ -71,12 +74,13 @@ def write_mp4(
         raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
-def _encode(path: Path, frames: torch.Tensor, fps: float) -> None:
+def _encode(path: Path, frames: torch.Tensor | NDArray[np.uint8], fps: float) -> None:
     import av
     from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
     reformatter = VideoReformatter()
-    pixels = frames.detach().cpu().permute(1, 2, 3, 0).contiguous().numpy()
+    array = frames if isinstance(frames, np.ndarray) else frames.detach().cpu().numpy()
+    pixels = np.ascontiguousarray(array.transpose(1, 2, 3, 0))
     options = {"movflags": "+faststart"}
     with av.open(str(path), "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
