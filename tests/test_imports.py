@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -210,3 +211,9 @@ def test_root_scripts_guard_their_main(path: Path) -> None:
 def test_modules_hold_one_idea() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in modules()}
     assert {str(path): n for path, n in lengths.items() if n > MAX_MODULE_LINES} == {}
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    # pytest imports them by name alone, and processes that tests start find them by it.
+    names = sorted(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [a for a, b in itertools.pairwise(names) if a == b] == []
