@@ -6,31 +6,38 @@ Flows in: a prepared folder, or data of the original recipe. Flows out: lines of
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from cosmos_posttrain.data.config import InfoConfig, validate
 from cosmos_posttrain.data.documents import open_shards
+from cosmos_posttrain.data.layout import MANIFEST_FILE, PLAN_FILE
 from cosmos_posttrain.data.manifest import Manifest
+from cosmos_posttrain.data.shards import ShardSet
 
 
 def info(config: InfoConfig) -> None:
-    """Prints the contract and the counts.
+    """Prints the contract and the counts; looks at no shard where there is a manifest.
 
     Raises:
         DatasetError: nothing is there, or it is damaged or incomplete.
     """
     validate(config)
-    shards = open_shards(config.data_path)
-    rows = [("data", config.data_path)]
-    if shards.manifest is None:
-        rows += [("manifest", "none: not prepared by this program")]
-        rows += [("clips", f"{len(shards):,} of {shards.seq_length:,} tokens")]
+    folder = Path(config.data_path)
+    if any((folder / name).is_file() for name in (MANIFEST_FILE, PLAN_FILE)):
+        rows = _rows_of(Manifest.load(folder))
     else:
-        rows += _rows_of(shards.manifest)
-    rows += [("fingerprint", shards.fingerprint)]
-    for name, value in rows:
+        rows = _rows_without(open_shards(folder))
+    for name, value in (("data", config.data_path), *rows):
         print(f"{name:<13}{value}")
+
+
+def _rows_without(shards: ShardSet) -> Iterator[tuple[str, str]]:
+    """Name and value of each line, for data without a manifest."""
+    yield "manifest", "none: not prepared by this program"
+    yield "clips", f"{len(shards):,} of {shards.seq_length:,} tokens"
+    yield "fingerprint", shards.fingerprint
 
 
 def _rows_of(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -60,3 +67,4 @@ def _rows_of(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "videos", f"{num_read:,} read, {manifest.num_failures:,} could not be read"
     for reason, count in manifest.rejected.items():
         yield "", f"{count:,} left out: {reason}"
+    yield "fingerprint", manifest.fingerprint

@@ -117,6 +117,9 @@ def test_info_prints_contract_and_counts(folder, monkeypatch, capsys):
         assert words in text
     assert "6 in 3 shards" in text and "6 read, 0 could not be read" in text
     assert Manifest.load(folder).fingerprint in text
+    (folder / "shard-00001.bin").unlink()  # the manifest is enough
+    run_main(monkeypatch, "info", "--data_path", folder)
+    assert capsys.readouterr().out == text
     run_main(monkeypatch, "info", "--data_path", folder / "shard-00000")
     assert "2 of 18 tokens" in capsys.readouterr().out
     run_main(monkeypatch, "--help")
