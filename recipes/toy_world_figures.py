@@ -1,4 +1,4 @@
-"""How well tokenizers keep the objects of small worlds: a table, and a picture of one clip of each."""
+"""How well tokenizers keep the objects of small worlds: a table, and a picture of clips."""
 
 import argparse
 from pathlib import Path

@@ -63,8 +63,8 @@ def test_diameters_need_not_be_known(tmp_path: Path) -> None:
     assert np.median(np.concatenate(found)) < 0.1
 
 
-# Found share, and median distance in pixels, at 96x160. docs/toy_world.md has the figures; the
-# bounds leave room for the few clips of a test. DV8x16x16 sees eight frames of 16x16 pixels a token.
+# Least share found, and median distance in pixels, at 96x160. docs/toy_world.md has the figures;
+# the bounds leave room for the few clips of a test. DV8x16x16 has a token for 8x16x16 pixels.
 @pytest.mark.parametrize(
     ("name", "least_found", "median"),
     [("tiny-dv4x8x8", 0.99, 1.0), ("tiny-dv8x8x8", 0.99, 1.0), ("tiny-dv8x16x16", 0.95, 2.0)],

@@ -111,7 +111,7 @@ def test_still_frames_do_not_tell_where_the_camera_goes() -> None:
     for one in made:
         last = one.camera[-1]
         assert (one.walls[0] >= last).all()
-        assert (one.walls[1] <= last + [WIDTH - 1, HEIGHT - 1]).all()
+        assert (one.walls[1] <= last + np.array([WIDTH - 1, HEIGHT - 1])).all()
 
 
 def test_what_is_pushed_moves_as_the_action_says() -> None:
