@@ -36,6 +36,8 @@ DIAMETERS = (12.0, 16.0, 20.0, 24.0, 28.0, 32.0, 38.0, 44.0)
 # Inner and outer radius of the ring, and its weight.
 _RING = (1.15, 1.5)
 _RING_WEIGHT = 0.5
+# So much of the disc's colour the ring may have.
+_MAX_RING = 0.6
 _NAMING_ROUNDS = 3
 # Grey levels between an object and the ground.
 _MIN_CONTRAST = 30.0
@@ -70,7 +72,7 @@ def find_objects(
     if not len(stands_out):
         return found
     if diameters is None:
-        sizes = [_best_diameter(offsets, wanted[k]) for k in stands_out]
+        sizes = [_best_diameter(offsets, wanted[k], min_score) for k in stands_out]
     else:
         sizes = [float(np.broadcast_to(diameters, len(wanted))[k]) for k in stands_out]
     wanted = wanted[stands_out]
@@ -161,27 +163,35 @@ class _Disc:
         counts = self._bare if seen is None else self._sums(seen)
         sums = self._sums(channels if seen is None else channels * seen)
         in_disc, in_ring, squared = (np.maximum(count, 1e-6) for count in counts)
-        means = sums[0] / in_disc - _RING_WEIGHT * sums[1] / np.maximum(in_ring, 1)
-        return _View(means, sums[0], squared, counts[0] >= MIN_VISIBLE * self.area)
+        ring = sums[1] / np.maximum(in_ring, 1)
+        valid = counts[0] >= MIN_VISIBLE * self.area
+        return _View(sums[0] / in_disc, ring, sums[0], squared, valid)
 
 
 class _View:
     """One frame, seen through a disc of one size.
 
     Args:
-        means: (3, H, W) mean colour of the disc less half the ring's.
+        disc: (3, H, W) mean colour of the disc.
+        ring: (3, H, W) mean colour of the ring.
         sums: (3, H, W) of the colours under the disc.
         weights: (H, W) of the squared disc.
         valid: (H, W) where enough of the disc is seen.
     """
 
-    def __init__(self, means: Array, sums: Array, weights: Array, valid: NDArray[np.bool_]) -> None:
-        self._means, self._sums, self._weights, self._valid = means, sums, weights, valid
+    def __init__(
+        self, disc: Array, ring: Array, sums: Array, weights: Array, valid: NDArray[np.bool_]
+    ) -> None:
+        self._means = disc - _RING_WEIGHT * ring
+        self._disc, self._ring, self._sums, self._weights = disc, ring, sums, weights
+        self._valid = valid
 
     def best(self, color: Array) -> tuple[float, int, int]:
         """Score, row and column of the place that is most like a disc of this colour."""
         distance = ((self._means - color[:, None, None]) ** 2).sum(0)
-        score = np.where(self._valid, 1 - distance / (color @ color), -np.inf)
+        # The middle of something larger is no disc.
+        around = np.tensordot(color, self._ring - _MAX_RING * self._disc, 1)
+        score = np.where(self._valid & (around <= 0), 1 - distance / (color @ color), -np.inf)
         row, column = divmod(int(score.argmax()), score.shape[1])
         return float(score[row, column]), row, column
 
@@ -282,14 +292,15 @@ def _score(color: Array, wanted: Array) -> float:
     return float(1 - ((color - wanted) ** 2).sum() / (wanted @ wanted))
 
 
-def _best_diameter(offsets: Array, color: Array) -> float:
-    """The diameter of the disc that explains most where this colour is seen best."""
+def _best_diameter(offsets: Array, color: Array, min_score: float) -> float:
+    """The diameter of the disc that explains most, in a few frames."""
     picked = offsets[np.linspace(0, len(offsets) - 1, 3).astype(int)]
     explained = []
     for size in DIAMETERS:
         disc = _Disc(size, *offsets.shape[1:3])
-        views = [disc.look(frame, None) for frame in picked]
-        places = [view.best(color)[1:] for view in views]
-        rest = [view.refine(*place, size / 4)[2] for view, place in zip(views, places, strict=True)]
-        explained.append(sum(rest))
+        explained.append(0.0)
+        for view in (disc.look(frame, None) for frame in picked):
+            score, row, column = view.best(color)
+            if score >= min_score:
+                explained[-1] += view.refine(row, column, size / 4)[2]
     return DIAMETERS[int(np.argmax(explained))]

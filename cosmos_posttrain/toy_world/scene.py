@@ -30,7 +30,7 @@ NUM_ACTIONS = 2 * MAX_OBJECTS + 1
 EXTENTS = {"ball": 1.0, "box": math.sqrt(math.pi) / 2, "diamond": math.sqrt(math.pi / 2)}
 # In pixels a frame: slow, so that the walls leave room.
 _CAMERA_SPEED = (0.3, 0.9)
-_PLACING_TRIES = 50
+_PLACING_TRIES, _MEETING_TRIES = 50, 6
 _MIN_SPEED = 1e-6
 
 
@@ -152,22 +152,20 @@ def _draw_starts(
         low, high = limits[0] + room, limits[1] - room
     middle = (low + high) / 2
     low, high = np.minimum(low, middle), np.maximum(high, middle)
-    best, widest = middle, -math.inf
-    for _ in range(_PLACING_TRIES):
-        starts = rng.uniform(low, high)
-        gap = min(
-            (_gap(starts, reach, i, j) for i, j in combinations(range(len(reach)), 2)), default=0
-        )
-        if gap > widest:
-            best, widest = starts, gap
-        if gap >= 0:
-            break
-    return best
+    tries = rng.uniform(low, high, (_PLACING_TRIES if len(reach) > 1 else 1, *low.shape))
+    # Apart at first, and of a few such tries the one in which one passes closest behind another.
+    apart = [starts for starts in tries if _gap(starts, reach) >= 0][:_MEETING_TRIES]
+    if not apart:
+        return max(tries, key=lambda starts: _gap(starts, reach))
+    ways = velocities * np.arange(settings.moving_steps + 1)[:, None, None]
+    return min(apart, key=lambda starts: min(_gap(places, reach) for places in starts + ways))
 
 
-def _gap(starts: Array, reach: Array, i: int, j: int) -> float:
-    """Pixels between two objects."""
-    return float(np.hypot(*(starts[i] - starts[j])) - reach[i, 0] - reach[j, 0])
+def _gap(places: Array, reach: Array) -> float:
+    """Pixels between the two nearest objects, below 0 where they overlap."""
+    pairs = combinations(range(len(reach)), 2)
+    gaps = (math.dist(places[i], places[j]) - reach[i, 0] - reach[j, 0] for i, j in pairs)
+    return min(gaps, default=0.0)
 
 
 def _simulate(
