@@ -94,7 +94,10 @@ class Preparation:
     """
 
     def __init__(
-        self, config: PrepareConfig, encoder: ClipEncoder, text_encoder: TextEncoder | None
+        self,
+        config: PrepareConfig,
+        encoder: ClipEncoder,
+        text_encoder: TextEncoder | None = None,
     ) -> None:
         self._config = config
         self._encoder = encoder

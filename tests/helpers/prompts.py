@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -43,21 +44,26 @@ def prepare_prompts(lines: Path, output: Path, **changes: object) -> Manifest:
 
 
 def write_prompt_data(
-    folder: Path, tokens: Tensor, latent_shape: tuple[int, int, int], contexts: Tensor | None = None
+    folder: Path,
+    tokens: Tensor,
+    latent_shape: tuple[int, int, int],
+    contexts: Tensor | None = None,
+    levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5),
 ) -> Path:
     """A complete data set of given tokens, without any video or text encoder.
 
     Args:
         folder: to write.
-        tokens: (num_clips, T * H * W); the vocabulary is the published tokenizers'.
+        tokens: (num_clips, T * H * W).
         latent_shape: (T, H, W).
         contexts: (num_clips, context_len, width), stored as they are in float32; random without.
+        levels: of the tokenizer; their product is the vocabulary.
     """
     contexts = torch.randn(len(tokens), 3, 8) if contexts is None else contexts
     rate = (8, 16, 16)
     time, height, width = latent_shape
     geometry = ClipGeometry(8 * (time - 1) + 1, 16 * height, 16 * width, Compression(*rate))
-    info = TokenizerInfo("given", "0" * 64, rate, (8, 8, 8, 5, 5, 5), 64_000)
+    info = TokenizerInfo("given", "0" * 64, rate, levels, math.prod(levels))
     text = TextEncoderInfo("given", "1" * 64, contexts.shape[2], "float32")
     contract = make_contract(info, geometry, "uint16", text, contexts.shape[1])
     output = OutputFolder(folder, contract, {"num_sources": len(tokens)}, 1, 1)

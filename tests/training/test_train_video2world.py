@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.distributed_run import run_distributed
-from helpers.prompts import prepare_prompts, write_lines
+from helpers.prompts import prepare_prompts, write_lines, write_prompt_data
 from helpers.run_case import losses, make_config
 
 from cosmos_posttrain.data.batch import BatchSizes, drops_prompt, training_batches
 from cosmos_posttrain.data.dataset import TokenDataset
+from cosmos_posttrain.data.manifest import Manifest
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.models.presets import preset
@@ -135,11 +138,6 @@ def test_what_does_not_go_together(prompts: Path, tokens: Path, tmp_path: Path) 
 
 
 def test_a_text_of_another_size_or_encoder_is_refused(prompts, reference_run, tmp_path) -> None:
-    import json
-    import shutil
-
-    from cosmos_posttrain.data.manifest import Manifest
-
     def changed(name: str, **changes: Any) -> Path:
         folder = tmp_path / name
         shutil.copytree(prompts, folder)
@@ -162,8 +160,6 @@ def test_a_text_of_another_size_or_encoder_is_refused(prompts, reference_run, tm
 
 def test_every_id_of_the_full_vocabulary_reaches_the_embedding(tmp_path: Path) -> None:
     """64,000 codes, each of them once: file -> batch -> embedding rows of their own."""
-    from helpers.prompts import write_prompt_data
-
     write_prompt_data(tmp_path / "data", torch.arange(64_000).view(4, 16_000), (4, 40, 100))
     data = TokenDataset(tmp_path / "data", "all")
     config = preset("tiny-video2world", latent_shape=LatentShape(4, 40, 100), vocab_size=64_000)
