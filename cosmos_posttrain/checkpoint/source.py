@@ -79,6 +79,13 @@ class CheckpointSource:
             config = dataclasses.replace(self.config, latent_shape=shape, vocab_size=rows)
         return dataclasses.replace(self, config=config)
 
+    def for_text(self, context_len: int, context_dim: int) -> CheckpointSource:
+        """The same model; fresh weights that take a text take one of this size."""
+        if not (self.is_fresh and self.config.is_video2world):
+            return self
+        config = dataclasses.replace(self.config, context_len=context_len, context_dim=context_dim)
+        return dataclasses.replace(self, config=config)
+
     def files(self) -> list[Path]:
         """The files that make it up; none for fresh weights."""
         if self.format is None or self.path is None:

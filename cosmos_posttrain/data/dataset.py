@@ -19,6 +19,7 @@ from cosmos_posttrain.data.manifest import DocumentRow
 from cosmos_posttrain.data.splits import SPLITS
 from cosmos_posttrain.errors import DatasetError
 from cosmos_posttrain.geometry import LatentShape
+from cosmos_posttrain.text.rows import pad_rows
 
 _FOREIGN_VOCAB_SIZE = 64000  # of the published tokenizers, which made every foreign data set
 
@@ -129,6 +130,18 @@ class TokenDataset(Dataset[torch.Tensor]):
                 f"vocabulary is [0, {self.vocab_size}): prepare the data set again."
             )
         return torch.from_numpy(tokens)
+
+    def context(self, index: int) -> torch.Tensor | None:
+        """The text of clip ``index`` as a model attends to it; None for base data.
+
+        Returns:
+            (context_len, width) float32, zero rows behind the prompt's own.
+        """
+        rows = self._documents.text_rows(self._document(index))
+        if rows is None:
+            return None
+        assert self.manifest is not None and self.manifest.contract.context_len is not None
+        return pad_rows([rows.float()], self.manifest.contract.context_len)[0]
 
     def row(self, index: int) -> DocumentRow:
         """Where clip ``index`` of the split came from."""

@@ -25,6 +25,7 @@ from cosmos_posttrain.files import sha256_of_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
 _opened_shards: weakref.WeakValueDictionary[Any, ShardSet] = weakref.WeakValueDictionary()
 _opened_documents: weakref.WeakValueDictionary[Any, Documents] = weakref.WeakValueDictionary()
@@ -153,6 +154,11 @@ class Documents:
         """Where a document came from."""
         shards, number = self._locate(document)
         return shards.row(number)
+
+    def text_rows(self, document: int) -> Tensor | None:
+        """A document's text as (length, width) embeddings; None for data without prompts."""
+        shards, number = self._locate(document)
+        return shards.text_rows(number)
 
     def where(self, document: int) -> str:
         """A document in words, for errors."""

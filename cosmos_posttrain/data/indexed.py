@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # integers, by code
+_FLOATS = {7: "<f4"}
 _LENGTH, _OFFSET = struct.Struct("<i"), struct.Struct("<q")
 
 
@@ -59,7 +60,7 @@ class ShardWriter:
         self._builder = _megatron().IndexedDatasetBuilder(str(bin_path), dtype=getattr(np, dtype))
 
     def add(self, tokens: NDArray[Any]) -> None:
-        """Adds one document of one sequence, (seq_length,) integers."""
+        """Adds one document of one sequence, (length,) in the dtype given."""
         self._builder.add_document(tokens, [tokens.size])
 
     def finish(self) -> None:
@@ -88,6 +89,7 @@ class ShardReader:
     Args:
         prefix: path without ``.bin`` and ``.idx``; ``folder/`` reads the original recipe's hidden
             files ``folder/.bin`` and ``folder/.idx``.
+        may_be_float: documents are embeddings, which may be float32; tokens never are.
 
     Attributes:
         bin_bytes: size of the tokens' file.
@@ -97,8 +99,9 @@ class ShardReader:
         OSError: too many files are open.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, may_be_float: bool = False) -> None:
         self.prefix = str(prefix)
+        self._dtypes = _DTYPES | _FLOATS if may_be_float else _DTYPES
         self._idx = _open(self, f"{self.prefix}.idx")
         self._bin = _open(self, f"{self.prefix}.bin")
         self._num_sequences, self._dtype = self._read_header()
@@ -118,12 +121,12 @@ class ShardReader:
         _, version, code, num_sequences, num_documents = _HEADER.unpack(head)
         num_bytes = os.fstat(self._idx).st_size
         expected = _HEADER.size + num_sequences * 12 + num_documents * 8
-        if version != 1 or code not in _DTYPES or num_bytes < expected or num_sequences < 1:
+        if version != 1 or code not in self._dtypes or num_bytes < expected or num_sequences < 1:
             raise DatasetError(
                 f"{self.prefix}.idx is damaged: version {version}, dtype code {code}, "
                 f"{num_sequences} sequences in {num_bytes} bytes; prepare the data set again."
             )
-        return num_sequences, np.dtype(_DTYPES[code])
+        return num_sequences, np.dtype(self._dtypes[code])
 
     def _place(self, document: int) -> tuple[int, int]:
         """Offset and size in bytes of a document."""

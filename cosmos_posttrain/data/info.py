@@ -52,8 +52,11 @@ def _rows_of(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "clip", f"{clip.num_frames} frames of {clip.width} x {clip.height} pixels"
     shape = ",".join(map(str, contract.latent_shape))
     yield "tokens", f"{contract.seq_length:,} a clip, latent shape {shape}, {contract.dtype}"
-    if contract.context_len is not None:
-        yield "prompts", f"{contract.context_len} rows of {contract.text_encoder}"
+    if (text := contract.text_encoder) is not None:
+        yield "text encoder", f"{text.id} (sha256 {text.sha256})"
+        num_prompts = int(manifest.prompts.num_documents.sum())
+        rows = f"{contract.context_len} rows of {text.width} numbers, {text.dtype}"
+        yield "prompts", f"{num_prompts:,} distinct, {rows}"
     shards = manifest.shards
     num_bytes = sum(int(np.maximum(c.num_bytes, 0).sum()) for c in shards.files.values())
     yield (

@@ -9,6 +9,7 @@ Files of a folder:
   shard-00000.jsonl   one row a document: where the clip came from
   sources.npz         the source of every document, in one file (see ``source_runs.py``)
   failures.jsonl      one row for each video that could not be read
+  prompts-00000.bin/.idx/.jsonl  embeddings of the distinct prompts (see ``prompts.py``)
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class DocumentRow:
         stride: distance between the clip's frames, in frames of the video.
         num_repeated: frames at the clip's end that repeat the last one.
         fps: of the video; 0.0 where unknown.
-        prompt: None without one.
+        prompt: None without one; in a Video2World data set the prompts' own shards hold it.
+        prompt_number: of the embedding there; None in a base data set.
     """
 
     document: int
@@ -62,6 +64,7 @@ class DocumentRow:
     num_repeated: int = 0
     fps: float = 0.0
     prompt: str | None = None
+    prompt_number: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The row without an absent prompt."""
@@ -80,6 +83,7 @@ class Manifest:
         failures: the first 1,000 of them.
         shards: in order.
         rejected: videos that a filter left out, counted by reason; no failures.
+        prompts: the prompts' shards, in order; none without a text encoder.
     """
 
     contract: Contract
@@ -89,6 +93,7 @@ class Manifest:
     failures: tuple[Failure, ...]
     shards: ShardTable
     rejected: dict[str, int] = field(default_factory=dict)
+    prompts: ShardTable = field(default_factory=ShardTable)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -96,6 +101,9 @@ class Manifest:
         contract = json.dumps(to_plain(self.contract), sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(f'{{"contract":{contract},"shards":['.encode())
         self.shards.update_hash(digest)
+        if len(self.prompts):
+            digest.update(b'],"prompts":[')
+            self.prompts.update_hash(digest)
         digest.update(b"]}")
         return digest.hexdigest()
 
@@ -104,6 +112,8 @@ class Manifest:
         value = to_plain(dataclasses.replace(self, shards=ShardTable()))
         if not self.rejected:
             del value["rejected"]
+        if not len(self.prompts):
+            del value["prompts"]
         head, _, tail = json_text(value, indent=2).partition(_NO_SHARDS)
         with (
             replacing(folder / MANIFEST_FILE) as temporary,
@@ -134,12 +144,17 @@ class Manifest:
             raise DatasetError(f"{folder} has no {MANIFEST_FILE}; name a prepared folder.")
         with naming_limits(str(path)):
             value = read_json(path, DatasetError, "prepare the data set again")
-        if "shards" in value:
-            value["shards"] = ShardTable.read(value["shards"], str(path))
+        for name in ("shards", "prompts"):
+            if name in value:
+                value[name] = ShardTable.read(value[name], str(path))
         manifest = from_plain(cls, value, str(path))
         manifest.contract.check(str(path))
         if manifest.shards.num_documents.sum() != manifest.num_documents:
             raise DatasetError(
                 f"{path} is damaged: its shards do not add up to num_documents; prepare it again."
+            )
+        if bool(len(manifest.prompts)) != (manifest.contract.text_encoder is not None):
+            raise DatasetError(
+                f"{path} is damaged: its prompts do not go with its text_encoder; prepare it again."
             )
         return manifest

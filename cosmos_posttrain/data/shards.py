@@ -26,23 +26,19 @@ from cosmos_posttrain.data.source_runs import SourceRuns
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
 _numbers = itertools.count()
 
 
-class ShardSet(ABC):
-    """All shards below one path; can be pickled.
+class OpenShards(ABC):
+    """Documents of several shards by number, whatever they hold; can be pickled.
 
     Attributes:
-        manifest: None for folders that were not prepared by this program.
-        fingerprint: equal only for equal data.
-        seq_length: tokens of each document.
         ends: (num_shards,) int64, documents up to and with each shard.
     """
 
-    manifest: Manifest | None
-    fingerprint: str
-    seq_length: int
+    holds_floats = False
 
     def __init__(self, num_documents: NDArray[np.int64]) -> None:
         self.ends: NDArray[np.int64] = np.cumsum(num_documents)
@@ -66,6 +62,49 @@ class ShardSet(ABC):
     def prefix(self, shard: int) -> str:
         """Path of a shard's files without their extension."""
 
+    def _check(self, shard: int, reader: ShardReader) -> None:  # noqa: B027
+        """Called when a shard is opened for the first time in this process."""
+
+    def locate(self, document: int) -> tuple[int, int]:
+        """The shard that holds a document, and its number there."""
+        shard = int(np.searchsorted(self.ends, document, side="right"))
+        return shard, document - (int(self.ends[shard - 1]) if shard else 0)
+
+    def tokens(self, document: int) -> NDArray[Any]:
+        """(length,) in the dtype on disk; not to be written to.
+
+        Raises:
+            DatasetError: the shard is missing or damaged.
+            UserError: too many files are open.
+        """
+        shard, number = self.locate(document)
+        reader = POOL.reader(
+            (self._key, shard), lambda: ShardReader(self.prefix(shard), self.holds_floats)
+        )
+        if not self._checked[shard]:
+            self._check(shard, reader)
+            self._checked[shard] = True
+        return reader[number]
+
+    def where(self, document: int) -> str:
+        """A document in words, for errors."""
+        shard, number = self.locate(document)
+        return f"document {number} of {self.prefix(shard)}"
+
+
+class ShardSet(OpenShards):
+    """All shards below one path: clips, each (seq_length,) tokens.
+
+    Attributes:
+        manifest: None for folders that were not prepared by this program.
+        fingerprint: equal only for equal data.
+        seq_length: tokens of each document.
+    """
+
+    manifest: Manifest | None
+    fingerprint: str
+    seq_length: int
+
     @abstractmethod
     def row(self, document: int) -> DocumentRow:
         """Where a document came from.
@@ -82,29 +121,6 @@ class ShardSet(ABC):
             DatasetError: a sidecar is missing or damaged.
         """
 
-    def _check(self, shard: int, reader: ShardReader) -> None:  # noqa: B027
-        """Called when a shard is opened for the first time in this process."""
-
-    def locate(self, document: int) -> tuple[int, int]:
-        """The shard that holds a document, and its number there."""
-        shard = int(np.searchsorted(self.ends, document, side="right"))
-        return shard, document - (int(self.ends[shard - 1]) if shard else 0)
-
-    def tokens(self, document: int) -> NDArray[Any]:
-        """(seq_length,) in the dtype on disk; not to be written to.
-
-        Raises:
-            DatasetError: the shard is missing or damaged.
-            UserError: too many files are open.
-        """
-        shard, number = self.locate(document)
-        reader = POOL.reader((self._key, shard), lambda: ShardReader(self.prefix(shard)))
-        if not self._checked[shard]:
-            self._check(shard, reader)
-            self._checked[shard] = True
-        return reader[number]
-
-    def where(self, document: int) -> str:
-        """A document in words, for errors."""
-        shard, number = self.locate(document)
-        return f"document {number} of {self.prefix(shard)}"
+    def text_rows(self, document: int) -> Tensor | None:
+        """A document's text as (length, width) embeddings; None for data without prompts."""
+        return None

@@ -7,6 +7,7 @@ from which splits are made.
     sources.npz   names         UTF-8, one after the other, without separators
                   name_bytes    uint32, length of each
                   num_documents uint32, documents in a row that have this source
+                  prompt_numbers  uint32, the prompt of each document; only where there are prompts
                   fingerprint   of the manifest that it belongs to
 
 Preparation writes it just before the manifest. It says nothing that the sidecars do not say: a
@@ -15,13 +16,14 @@ folder without it, or with one of another manifest, is read by its sidecars.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
 import zipfile
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,15 +51,24 @@ class SourceRuns:
         text: (num_bytes,) uint8, UTF-8 of all names, one after the other.
         name_bytes: (num_runs,) uint32, length of each.
         num_documents: (num_runs,) uint32, documents in a row that have this source.
+        prompt_numbers: (all documents,) uint32, the prompt of each; empty without prompts.
     """
 
     text: NDArray[np.uint8]
     name_bytes: NDArray[np.uint32]
     num_documents: NDArray[np.uint32]
+    prompt_numbers: NDArray[np.uint32] = dataclasses.field(
+        default_factory=lambda: np.empty(0, np.uint32)
+    )
 
     @classmethod
-    def of(cls, runs: Iterable[tuple[str, int]]) -> SourceRuns:
-        """From names and numbers of documents, one after the other."""
+    def of(cls, runs: Iterable[tuple[str, int]], prompt_numbers: Sequence[int] = ()) -> SourceRuns:
+        """From names and numbers of documents, one after the other.
+
+        Args:
+            runs: read to its end before ``prompt_numbers`` is looked at.
+            prompt_numbers: of the documents.
+        """
         text, name_bytes, num_documents = bytearray(), array("I"), array("I")
         for name, count in runs:
             encoded = name.encode()
@@ -68,6 +79,7 @@ class SourceRuns:
             np.frombuffer(text, np.uint8),
             np.array(name_bytes, np.uint32),
             np.array(num_documents, np.uint32),
+            np.array(prompt_numbers, np.uint32),
         )
 
     def __len__(self) -> int:
@@ -103,6 +115,9 @@ class SourceRuns:
 
     def save(self, folder: Path, fingerprint: str) -> None:
         """Writes ``sources.npz`` for the manifest of that fingerprint."""
+        prompts: dict[str, Any] = {}
+        if len(self.prompt_numbers):
+            prompts["prompt_numbers"] = self.prompt_numbers
         with replacing(folder / SOURCES_FILE) as temporary, temporary.open("wb") as file:
             np.savez_compressed(
                 file,
@@ -110,6 +125,7 @@ class SourceRuns:
                 name_bytes=self.name_bytes,
                 num_documents=self.num_documents,
                 fingerprint=np.array(fingerprint.encode()),
+                **prompts,
             )
 
 
@@ -128,7 +144,10 @@ def load_runs(folder: Path, fingerprint: str, num_documents: int) -> SourceRuns 
         ):
             if bytes(arrays["fingerprint"]).decode() != fingerprint:
                 return None
-            runs = SourceRuns(arrays["names"], arrays["name_bytes"], arrays["num_documents"])
+            prompts = arrays["prompt_numbers"] if "prompt_numbers" in arrays else np.empty(0, "u4")
+            runs = SourceRuns(
+                arrays["names"], arrays["name_bytes"], arrays["num_documents"], prompts
+            )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -154,13 +173,16 @@ def runs_of_sidecars(sidecars: Iterable[tuple[Path, bytes, int]]) -> SourceRuns:
     Raises:
         DatasetError: a sidecar is damaged.
     """
+    prompts = array("I")
 
     def runs() -> Iterator[tuple[str, int]]:
         for path, data, num_documents in sidecars:
-            sources = [row["source"] for row in parse_rows(data, path, num_documents)]
+            rows = parse_rows(data, path, num_documents)
+            sources = [row["source"] for row in rows]
+            prompts.extend(row["prompt_number"] for row in rows if "prompt_number" in row)
             yield from ((name, len(list(group))) for name, group in itertools.groupby(sources))
 
-    return SourceRuns.of(runs())
+    return SourceRuns.of(runs(), prompts)
 
 
 def parse_rows(data: bytes, path: Path, num_documents: int) -> list[dict[str, Any]]:
@@ -173,7 +195,8 @@ def parse_rows(data: bytes, path: Path, num_documents: int) -> list[dict[str, An
         rows = json.loads(b"[" + b",".join(data.splitlines()) + b"]")
         for row in rows:
             row["source"].encode()  # half of a character cannot be
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            np.uint32(row.get("prompt_number", 0))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DatasetError(
             f"{path} is damaged: it does not hold a source a line ({error}); prepare the data set "
             "again."

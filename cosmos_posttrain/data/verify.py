@@ -11,6 +11,7 @@ from cosmos_posttrain import launch
 from cosmos_posttrain.data.config import VerifyConfig, validate
 from cosmos_posttrain.data.limits import naming_limits
 from cosmos_posttrain.data.manifest import Manifest
+from cosmos_posttrain.data.shard_table import ShardTable
 from cosmos_posttrain.data.source_runs import load_runs
 from cosmos_posttrain.data.threads import mapped
 from cosmos_posttrain.errors import DatasetError, PartialFailureError
@@ -29,25 +30,29 @@ def verify(config: VerifyConfig) -> None:
     validate(config)
     folder = Path(config.data_path)
     manifest = Manifest.load(folder)
-    shards = manifest.shards
+    tables = (manifest.shards, manifest.prompts)
+    shards = [(table, shard) for table in tables for shard in range(len(table))]
     progress = ProgressDisplay(len(shards), "shards")
     num_damaged = 0
 
-    def problems_of(shard: int) -> list[str]:
+    def problems_of(place: tuple[ShardTable, int]) -> list[str]:
         found = []
-        for extension, column in shards.files.items():
+        table, shard = place
+        for extension, column in table.files.items():
             if column.num_bytes[shard] >= 0:
-                path = folder / f"{shards.name(shard)}.{extension}"
+                path = folder / f"{table.name(shard)}.{extension}"
                 recorded = int(column.num_bytes[shard]), column.hash_of(shard)
                 found += _problems_of_file(path, *recorded)
         return found
 
-    for problems in mapped(problems_of, range(len(shards)), config.num_workers, chunk_size=1):
+    for problems in mapped(problems_of, shards, config.num_workers, chunk_size=1):
         for problem in problems:
             num_damaged += 1
             progress.say(problem)
         progress.advance(f"{num_damaged} damaged files")
-    num_files = sum(int((column.num_bytes >= 0).sum()) for column in shards.files.values())
+    num_files = sum(
+        int((column.num_bytes >= 0).sum()) for table in tables for column in table.files.values()
+    )
     try:
         load_runs(folder, manifest.fingerprint, manifest.num_documents)
     except DatasetError as error:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from cosmos_posttrain.cli import Flag, flag_names
 from cosmos_posttrain.config import check, setting
+from cosmos_posttrain.data.contract import TEXT_DTYPES
 from cosmos_posttrain.errors import ConfigError, GeometryError
 from cosmos_posttrain.geometry import ClipGeometry, parse_compression
 from cosmos_posttrain.launch import DTYPES
 from cosmos_posttrain.prepare.sources import parse_clips_per_video
+from cosmos_posttrain.text.shipped import TEXT_ENCODER_DTYPES
 
 
 @dataclass
@@ -37,6 +39,12 @@ class PrepareConfig:
         encoder_threads: CPU threads of the encoder; fixed, because rounding depends on it.
         videos_per_shard: videos in each .bin/.idx pair; what is lost at most when a run is killed,
             for each process.
+        text_encoder_path: T5 encoder of the prompts: folder, Hugging Face id, or ``tiny``; makes a
+            Video2World data set. None leaves prompts as they are.
+        text_encoder_dtype: to compute in; None means the weights' own on a GPU and float32 on the
+            CPU.
+        text_encoder_batch_size: prompts in one call of the text encoder.
+        embedding_dtype: in which prompts are stored.
         seed: shuffles the videos before they are dealt to shards; None keeps them sorted.
         max_failures: unreadable videos that still give exit code 0.
         overwrite: delete an earlier data set in the output folder and start anew.
@@ -59,6 +67,10 @@ class PrepareConfig:
     batch_size: int = setting(1, at_least=1)
     encoder_threads: int = setting(1, at_least=1)
     videos_per_shard: int = setting(64, at_least=1)
+    text_encoder_path: str | None = None
+    text_encoder_dtype: str | None = setting(None, choices=TEXT_ENCODER_DTYPES)
+    text_encoder_batch_size: int = setting(8, at_least=1)
+    embedding_dtype: str = setting("bfloat16", choices=TEXT_DTYPES)
     seed: int | None = None
     max_failures: int = setting(0, at_least=0)
     overwrite: bool = False
@@ -82,6 +94,10 @@ FLAGS = (
     Flag("--batch_size"),
     Flag("--encoder_threads"),
     Flag("--videos_per_shard"),
+    Flag("--text_encoder_path"),
+    Flag("--text_encoder_dtype"),
+    Flag("--text_encoder_batch_size"),
+    Flag("--embedding_dtype"),
     Flag("--seed"),
     Flag("--max_failures"),
     Flag("--overwrite"),
@@ -102,6 +118,8 @@ def validate(config: PrepareConfig) -> None:
         problems.append("give one of --input_videos_dir and --input_jsonl")
     if not config.output_prefix:
         problems.append("give --output_prefix, the folder for the tokens")
+    if config.text_encoder_path is not None and config.input_jsonl is None:
+        problems.append("--text_encoder_path needs --input_jsonl, whose lines have the prompts")
     for parse, value in (
         (parse_clips_per_video, config.clips_per_video),
         (parse_compression, config.tokenizer_compression_factor),

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from cosmos_posttrain import files
+from cosmos_posttrain import files, launch
 from cosmos_posttrain.data.contract import Contract
 from cosmos_posttrain.data.indexed import ShardWriter
 from cosmos_posttrain.data.layout import (
@@ -27,14 +27,18 @@ from cosmos_posttrain.data.layout import (
     MANIFEST_FILE,
     PLAN_FILE,
     is_ours,
+    prompt_shard_name,
     shard_name,
 )
 from cosmos_posttrain.data.manifest import MAX_LISTED_FAILURES, DocumentRow, Failure, Manifest
+from cosmos_posttrain.data.prompts import PromptRow
 from cosmos_posttrain.data.serial import from_plain, to_plain
 from cosmos_posttrain.data.shard_table import ShardInfo, ShardTable
 from cosmos_posttrain.data.source_runs import runs_of_sidecars
 from cosmos_posttrain.data.threads import mapped
 from cosmos_posttrain.errors import DatasetError, OutputFolderError, SaveError
+
+MAX_SAID = 10  # warnings
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,15 @@ class ShardRecord:
         shard: the documents of the sources that were read.
         failures: sources that could not be read.
         rejections: sources that a filter left out.
+        warnings: what is to be said of its documents, the first of them.
+        num_warnings: all of them.
     """
 
     shard: ShardInfo
-    failures: tuple[Failure, ...]
+    failures: tuple[Failure, ...] = ()
     rejections: tuple[Rejection, ...] = ()
+    warnings: tuple[str, ...] = ()
+    num_warnings: int = 0
 
 
 def check_writable(folder: Path, overwrite: bool) -> None:
@@ -94,7 +102,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 def write_shard(
     folder: Path,
-    number: int,
+    name: str,
     dtype: str,
     documents: Sequence[tuple[DocumentRow, Any]],
     failures: Sequence[Failure],
@@ -105,34 +113,55 @@ def write_shard(
     Raises:
         SaveError: the disk is full; the shard does not count.
     """
-    name = shard_name(number)
-    written: dict[str, dict[str, Any]] = {}
+    rows = [(row.to_json(), tokens) for row, tokens in documents]
+    num_sources = len({row.source for row, _ in documents})
     with writing(folder):
-        if documents:
-            paths = {extension: folder / f"{name}.{extension}" for extension in EXTENSIONS}
-            with (
-                files.replacing(paths["bin"]) as bin_path,
-                files.replacing(paths["idx"]) as idx_path,
-                ShardWriter(bin_path, idx_path, dtype) as writer,
-            ):
-                for _, tokens in documents:
-                    writer.add(tokens)
-                writer.finish()
-            files.write_json_lines(paths["jsonl"], [row.to_json() for row, _ in documents])
-            for extension, path in paths.items():
-                written[extension] = {
-                    "sha256": files.sha256_of_file(path),
-                    "num_bytes": path.stat().st_size,
-                }
-        num_sources = len({row.source for row, _ in documents})
-        info = ShardInfo(name, len(documents), num_sources, written)
+        info = ShardInfo(name, len(rows), num_sources, _write_files(folder, name, dtype, rows))
         record = ShardRecord(info, tuple(failures), tuple(rejections))
-        files.write_json(_record_path(folder, number), to_plain(record))
+        files.write_json(_record_path(folder, name), to_plain(record))
     return record
 
 
-def _record_path(folder: Path, number: int) -> Path:
-    return folder / f"{shard_name(number)}.json"
+def write_prompt_shard(
+    folder: Path, name: str, dtype: str, prompts: Sequence[tuple[PromptRow, Any]], cut: list[str]
+) -> ShardRecord:
+    """As ``write_shard``, of prompts; ``cut`` says which were too long.
+
+    Raises:
+        CosmosPosttrainError: the disk is full; the shard does not count.
+    """
+    rows = [(to_plain(row), numbers) for row, numbers in prompts]
+    with writing(folder):
+        info = ShardInfo(name, len(rows), len(rows), _write_files(folder, name, dtype, rows))
+        record = ShardRecord(info, warnings=tuple(cut[:MAX_SAID]), num_warnings=len(cut))
+        files.write_json(_record_path(folder, name), to_plain(record))
+    return record
+
+
+def _write_files(
+    folder: Path, name: str, dtype: str, documents: Sequence[tuple[dict[str, Any], Any]]
+) -> dict[str, dict[str, Any]]:
+    """A shard's files, if it has documents; returns size and hash of each by extension."""
+    if not documents:
+        return {}
+    paths = {extension: folder / f"{name}.{extension}" for extension in EXTENSIONS}
+    with (
+        files.replacing(paths["bin"]) as bin_path,
+        files.replacing(paths["idx"]) as idx_path,
+        ShardWriter(bin_path, idx_path, dtype) as writer,
+    ):
+        for _, numbers in documents:
+            writer.add(numbers)
+        writer.finish()
+    files.write_json_lines(paths["jsonl"], [row for row, _ in documents])
+    return {
+        extension: {"sha256": files.sha256_of_file(path), "num_bytes": path.stat().st_size}
+        for extension, path in paths.items()
+    }
+
+
+def _record_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.json"
 
 
 class OutputFolder:
@@ -144,15 +173,22 @@ class OutputFolder:
         plan: what is prepared from what; with the contract it decides whether a folder's earlier
             content is the same job.
         num_shards: shards of the whole job.
+        num_prompt_shards: likewise, of prompts.
     """
 
     def __init__(
-        self, folder: Path, contract: Contract, plan: dict[str, Any], num_shards: int
+        self,
+        folder: Path,
+        contract: Contract,
+        plan: dict[str, Any],
+        num_shards: int,
+        num_prompt_shards: int = 0,
     ) -> None:
         self.folder = folder
         self.contract = contract
         self.plan = plan
-        self.num_shards = num_shards
+        self._names = [shard_name(number) for number in range(num_shards)]
+        self._prompt_names = [prompt_shard_name(number) for number in range(num_prompt_shards)]
 
     def start(self, overwrite: bool) -> list[int] | None:
         """Makes the folder ready and says which shards are still to do; None if it is complete.
@@ -173,12 +209,17 @@ class OutputFolder:
             files.write_json(
                 self.folder / PLAN_FILE, {"contract": to_plain(self.contract), "plan": self.plan}
             )
+        return self._missing(self._names)
+
+    def missing_prompts(self) -> list[int]:
+        """Which prompt shards are still to do, after ``start``."""
+        return self._missing(self._prompt_names)
+
+    def _missing(self, names: list[str]) -> list[int]:
         present = set(os.listdir(self.folder))
-        candidates = [
-            number for number in range(self.num_shards) if f"{shard_name(number)}.json" in present
-        ]
+        candidates = [name for name in names if f"{name}.json" in present]
         is_done = dict(zip(candidates, mapped(self._is_done, candidates), strict=True))
-        return [number for number in range(self.num_shards) if not is_done.get(number, False)]
+        return [number for number, name in enumerate(names) if not is_done.get(name, False)]
 
     def _remove_ours(self) -> None:
         # The manifest goes first: from then on nobody takes the folder for complete.
@@ -213,22 +254,21 @@ class OutputFolder:
                 f"{PLAN_FILE}; name another folder, or start anew with --overwrite."
             )
 
-    def read_record(self, number: int) -> ShardRecord:
+    def read_record(self, name: str) -> ShardRecord:
         """The record of a finished shard.
 
         Raises:
             DatasetError: it is missing or damaged.
         """
-        path = _record_path(self.folder, number)
+        path = _record_path(self.folder, name)
         fix = "delete it and give the same command again"
         return from_plain(ShardRecord, files.read_json(path, DatasetError, fix), str(path))
 
-    def _is_done(self, number: int) -> bool:
+    def _is_done(self, name: str) -> bool:
         try:
-            recorded = self.read_record(number).shard.files
+            recorded = self.read_record(name).shard.files
             return all(
-                (self.folder / f"{shard_name(number)}.{extension}").stat().st_size
-                == entry["num_bytes"]
+                (self.folder / f"{name}.{extension}").stat().st_size == entry["num_bytes"]
                 for extension, entry in recorded.items()
             )
         except (DatasetError, OSError, KeyError, TypeError):
@@ -263,7 +303,7 @@ class OutputFolder:
 
             def shards() -> Iterator[ShardInfo]:
                 nonlocal num_failures
-                for record in mapped(self.read_record, range(self.num_shards)):
+                for record in mapped(self.read_record, self._names):
                     for failure in record.failures:
                         file.write(files.json_text(to_plain(failure)) + "\n")
                     num_failures += len(record.failures)
@@ -282,7 +322,20 @@ class OutputFolder:
             tuple(failures),
             table,
             dict(sorted(rejected.items())),
+            ShardTable(self._prompt_shards()),
         )
+
+    def _prompt_shards(self) -> Iterator[ShardInfo]:
+        """The prompts' shards; says which prompts were cut."""
+        num_said = num_cut = 0
+        for record in mapped(self.read_record, self._prompt_names):
+            num_cut += record.num_warnings
+            for warning in record.warnings[: MAX_SAID - num_said]:
+                launch.say(f"warning: {warning}", error=True)
+                num_said += 1
+            yield record.shard
+        if num_cut > num_said:
+            launch.say(f"warning: {num_cut - num_said} more prompts are cut.", error=True)
 
     def _sidecars(self, shards: ShardTable) -> Iterator[tuple[Path, bytes, int]]:
         """Path, content and number of documents of every sidecar."""
@@ -296,6 +349,6 @@ class OutputFolder:
     def _tidy(self) -> None:
         """Removes what the manifest replaces; the plan goes last, so a killed run is noticed."""
         if (self.folder / PLAN_FILE).is_file():
-            for number in range(self.num_shards):
-                _record_path(self.folder, number).unlink(missing_ok=True)
+            for name in (*self._names, *self._prompt_names):
+                _record_path(self.folder, name).unlink(missing_ok=True)
             (self.folder / PLAN_FILE).unlink()

@@ -12,10 +12,15 @@ ranks take shards in turn (``runners.py``). A killed run is continued by the sam
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cosmos_posttrain import launch
-from cosmos_posttrain.data.contract import Contract, TokenizerInfo, make_contract
+from cosmos_posttrain.data.contract import (
+    Contract,
+    TextEncoderInfo,
+    TokenizerInfo,
+    make_contract,
+)
 from cosmos_posttrain.data.indexed import token_dtype
 from cosmos_posttrain.data.manifest import Manifest
 from cosmos_posttrain.errors import PartialFailureError, TokenizerError
@@ -23,6 +28,7 @@ from cosmos_posttrain.geometry import ClipGeometry, Compression
 from cosmos_posttrain.prepare.config import PrepareConfig, geometry, validate
 from cosmos_posttrain.prepare.decoding import ClipSpec
 from cosmos_posttrain.prepare.folder import OutputFolder, check_writable
+from cosmos_posttrain.prepare.prompt_job import PromptJob, in_shards, run_prompt_jobs
 from cosmos_posttrain.prepare.runners import PreparationRanks, run_jobs
 from cosmos_posttrain.prepare.shard_job import ClipEncoder, ShardJob
 from cosmos_posttrain.prepare.sources import (
@@ -30,17 +36,26 @@ from cosmos_posttrain.prepare.sources import (
     arrange,
     from_folder,
     from_jsonl,
+    number_prompts,
     parse_clips_per_video,
     sources_sha256,
 )
 
+if TYPE_CHECKING:
+    from cosmos_posttrain.text import TextEncoder
 
-def prepare(config: PrepareConfig, tokenizer: ClipEncoder | None = None) -> Manifest:
+
+def prepare(
+    config: PrepareConfig,
+    tokenizer: ClipEncoder | None = None,
+    text_encoder: TextEncoder | None = None,
+) -> Manifest:
     """Prepares a data set, or continues one, or finds it complete.
 
     Args:
         config: the settings.
         tokenizer: used instead of loading ``encoder_path``.
+        text_encoder: used instead of loading ``text_encoder_path``, which must be given as well.
 
     Returns:
         The manifest, on every rank.
@@ -58,8 +73,14 @@ def prepare(config: PrepareConfig, tokenizer: ClipEncoder | None = None) -> Mani
     ranks = PreparationRanks()
     with ranks.locked(folder):
         encoder = tokenizer or _load_encoder(config)
-        preparation = Preparation(config, encoder)
+        if config.text_encoder_path is not None and text_encoder is None:
+            text_encoder = _load_text_encoder(config)
+        preparation = Preparation(config, encoder, text_encoder)
         jobs = ranks.deal(preparation.start)
+        if text_encoder is not None:
+            if jobs is not None:
+                run_prompt_jobs(ranks.deal(preparation.prompt_jobs) or [], text_encoder)
+            text_encoder.close()
         if jobs is not None:
             run_jobs(jobs, encoder, config.num_workers)
         manifest = ranks.decide(preparation.finish, gather_first=True)
@@ -74,11 +95,20 @@ class Preparation:
         TokenizerError: the tokenizer has another compression than the settings say.
     """
 
-    def __init__(self, config: PrepareConfig, encoder: ClipEncoder) -> None:
+    def __init__(
+        self,
+        config: PrepareConfig,
+        encoder: ClipEncoder,
+        text_encoder: TextEncoder | None = None,
+    ) -> None:
         self._config = config
         self._encoder = encoder
+        self._text_encoder = text_encoder
         self._folder = Path(config.output_prefix)
-        self._contract = _make_contract(encoder, geometry(config))
+        self._contract = _make_contract(
+            encoder, geometry(config), text_encoder, config.embedding_dtype
+        )
+        self._prompts: list[tuple[str, ...]] = []  # of each shard
         self._output: OutputFolder | None = None  # once there is something to do
 
     def start(self) -> list[ShardJob] | None:
@@ -89,10 +119,15 @@ class Preparation:
         """
         config = self._config
         sources = arrange(_list_sources(config), config.seed)
+        if self._text_encoder is not None:
+            sources, prompts = number_prompts(sources)
+            self._prompts = in_shards(prompts)
         step = config.videos_per_shard
         shards = [sources[i : i + step] for i in range(0, len(sources), step)]
         plan = _make_plan(config, self._encoder, sources)
-        output = OutputFolder(self._folder, self._contract, plan, len(shards))
+        if self._text_encoder is not None:
+            plan |= _text_plan(config, self._text_encoder)
+        output = OutputFolder(self._folder, self._contract, plan, len(shards), len(self._prompts))
         to_do = output.start(config.overwrite)
         if to_do is None:
             return None
@@ -100,6 +135,16 @@ class Preparation:
         if len(to_do) < len(shards):
             launch.say(f"continuing {self._folder}: {len(shards) - len(to_do)} shards are done.")
         return [self._job(number, shards[number]) for number in to_do]
+
+    def prompt_jobs(self) -> list[PromptJob]:
+        """Which prompt shards are to do, after ``start``."""
+        assert self._output is not None and self._contract.text_encoder is not None
+        config, info = self._config, self._contract.text_encoder
+        batch_size, threads = config.text_encoder_batch_size, config.encoder_threads
+        return [
+            PromptJob(number, self._prompts[number], info, batch_size, threads, self._folder)
+            for number in self._output.missing_prompts()
+        ]
 
     def _job(self, number: int, sources: list[VideoSource]) -> ShardJob:
         config, clip = self._config, self._contract.clip
@@ -158,7 +203,16 @@ def _load_encoder(config: PrepareConfig) -> ClipEncoder:
     return encoder
 
 
-def _make_contract(encoder: ClipEncoder, clip: ClipGeometry) -> Contract:
+def _load_text_encoder(config: PrepareConfig) -> TextEncoder:
+    from cosmos_posttrain.text import load_text_encoder
+
+    assert config.text_encoder_path is not None
+    return load_text_encoder(config.text_encoder_path, config.device, config.text_encoder_dtype)
+
+
+def _make_contract(
+    encoder: ClipEncoder, clip: ClipGeometry, text: TextEncoder | None, stored: str
+) -> Contract:
     if tuple(encoder.compression) != tuple(clip.compression):
         raise TokenizerError(
             f"the tokenizer {encoder.id} compresses by {Compression(*encoder.compression).name}, "
@@ -171,7 +225,11 @@ def _make_contract(encoder: ClipEncoder, clip: ClipGeometry) -> Contract:
         tuple(encoder.levels),
         encoder.vocab_size,
     )
-    return make_contract(info, clip, token_dtype(encoder.vocab_size))
+    dtype = token_dtype(encoder.vocab_size)
+    if text is None:
+        return make_contract(info, clip, dtype)
+    text_info = TextEncoderInfo(text.id, text.sha256, text.width, stored)
+    return make_contract(info, clip, dtype, text_info, text.context_len)
 
 
 def _make_plan(
@@ -185,6 +243,15 @@ def _make_plan(
         **{name: getattr(config, name) for name in names},
         "encoder_device": encoder.device.type,
         "encoder_dtype": str(encoder.dtype).removeprefix("torch."),
+    }
+
+
+def _text_plan(config: PrepareConfig, encoder: TextEncoder) -> dict[str, Any]:
+    """Likewise, of the prompts."""
+    return {
+        "text_encoder_batch_size": config.text_encoder_batch_size,
+        "text_encoder_device": encoder.device.type,
+        "text_encoder_dtype": str(encoder.dtype).removeprefix("torch."),
     }
 
 

@@ -40,7 +40,7 @@ def run_jobs(jobs: Sequence[ShardJob], encoder: ClipEncoder, num_workers: int) -
     """
     if not jobs:
         return
-    sources = [source for job in jobs for source in job.sources]
+    sources = [source for job in jobs for source in job.sources if job.refusal(source) is None]
     num_ranks = launch.world_size()
     label = f"process 1 of {num_ranks}" if num_ranks > 1 else ""
     progress = ProgressDisplay(len(sources), "videos", label)

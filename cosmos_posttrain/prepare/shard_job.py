@@ -21,12 +21,13 @@ from typing import Any, Protocol
 import torch
 
 from cosmos_posttrain.data.contract import Contract
+from cosmos_posttrain.data.layout import shard_name
 from cosmos_posttrain.data.manifest import DocumentRow, Failure
 from cosmos_posttrain.errors import TokenizerError, VideoError
 from cosmos_posttrain.geometry import Compression
 from cosmos_posttrain.prepare.decoding import ClipSpec
 from cosmos_posttrain.prepare.folder import Rejection, ShardRecord, write_shard
-from cosmos_posttrain.prepare.sources import VideoSource
+from cosmos_posttrain.prepare.sources import VideoSource, missing_prompt
 from cosmos_posttrain.video import Clip, to_float
 
 
@@ -92,8 +93,11 @@ class ShardJob:
         batches = _Batches(encoder, self.contract, self.batch_size)
         failures: list[Failure] = []
         rejections: list[Rejection] = []
-        with _pinned(self.encoder_threads):
+        with pinned(self.encoder_threads):
             for source in self.sources:
+                if reason := self.refusal(source):
+                    failures.append(Failure(_printable(source.name), reason))
+                    continue
                 batches.begin(source)
                 try:
                     for clip in read(source):
@@ -106,8 +110,19 @@ class ShardJob:
                     rejections.append(Rejection(source.name, str(error)))
             documents = batches.finish()
         return write_shard(
-            self.folder, self.number, self.contract.dtype, documents, failures, rejections
+            self.folder,
+            shard_name(self.number),
+            self.contract.dtype,
+            documents,
+            failures,
+            rejections,
         )
+
+    def refusal(self, source: VideoSource) -> str | None:
+        """Why a source is not even read, as a sentence; None if it is."""
+        if self.contract.text_encoder is None:
+            return None
+        return missing_prompt(source.prompt)
 
 
 def _printable(text: str) -> str:
@@ -116,7 +131,7 @@ def _printable(text: str) -> str:
 
 
 @contextmanager
-def _pinned(num_threads: int) -> Iterator[None]:
+def pinned(num_threads: int) -> Iterator[None]:
     """Fixed thread count and deterministic convolutions while encoding."""
     before = torch.get_num_threads(), torch.backends.cudnn.deterministic
     torch.set_num_threads(num_threads)
@@ -156,7 +171,8 @@ class _Batches:
             clip.stride,
             clip.num_repeated,
             clip.fps,
-            self._source.prompt,
+            None if self._contract.text_encoder else self._source.prompt,
+            self._source.prompt_number,
         )
         self._pending.append((self._position, row, clip.frames))
         if len(self._pending) == self._batch_size:

@@ -31,11 +31,14 @@ class VideoSource:
             by it, so several sources of one file have one name.
         path: where it is now.
         prompt: None without one.
+        prompt_number: among the distinct prompts; None where prompts are not encoded, or this one
+            cannot be.
     """
 
     name: str
     path: Path
     prompt: str | None = None
+    prompt_number: int | None = None
 
 
 def from_folder(folder: str | Path) -> list[VideoSource]:
@@ -152,6 +155,34 @@ def arrange(sources: Sequence[VideoSource], seed: int | None) -> list[VideoSourc
     if seed is not None:
         random.Random(seed).shuffle(ordered)
     return ordered
+
+
+def number_prompts(sources: Sequence[VideoSource]) -> tuple[list[VideoSource], list[str]]:
+    """Numbers distinct prompts by first appearance.
+
+    Returns:
+        The sources with the number of each one's prompt, if it has one that can be encoded; and
+        the distinct prompts by number.
+    """
+    numbers: dict[str, int] = {}
+    numbered = []
+    for source in sources:
+        if missing_prompt(source.prompt) is None:
+            assert source.prompt is not None
+            number = numbers.setdefault(source.prompt, len(numbers))
+            source = dataclasses.replace(source, prompt_number=number)
+        numbered.append(source)
+    return numbered, list(numbers)
+
+
+def missing_prompt(prompt: str | None) -> str | None:
+    """Why a source has no prompt that can be encoded, as a sentence; None if it has."""
+    if prompt is None:
+        return 'it has no prompt; write "prompt": "..." into its line.'
+    from cosmos_posttrain.text.prompts import prompt_problem
+
+    problem = prompt_problem(prompt)
+    return None if problem is None else f"its prompt {problem}."
 
 
 def sources_sha256(sources: Sequence[VideoSource]) -> str:

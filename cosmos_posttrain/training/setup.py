@@ -30,6 +30,7 @@ from cosmos_posttrain.geometry import parse_latent_shape
 from cosmos_posttrain.models.builder import CosmosGPTModel, build_model
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.runlog import wants_wandb
+from cosmos_posttrain.training import texts
 from cosmos_posttrain.training.config import DataConfig, TrainConfig, validate
 from cosmos_posttrain.training.run_folder import RunFolder
 from cosmos_posttrain.transfer import advice
@@ -68,12 +69,15 @@ class Inputs:
         (self.transfer or self.source).load_weights(model)
 
 
-def open_inputs(config: TrainConfig, closing: contextlib.ExitStack) -> Inputs:
+def open_inputs(
+    config: TrainConfig, closing: contextlib.ExitStack, takes_text: bool = False
+) -> Inputs:
     """Opens everything and checks that it fits together.
 
     Args:
         config: the run's.
         closing: gets what must be closed at the run's end.
+        takes_text: whether data and model must be of Video2World, or must not.
 
     Raises:
         UserError: the first thing that does not fit.
@@ -89,6 +93,7 @@ def open_inputs(config: TrainConfig, closing: contextlib.ExitStack) -> Inputs:
         config.parallel.context_parallel_size,
     )
     train_data, val_data = open_split(config.data, "train"), _open_validation(config)
+    texts.check_data(config, train_data, takes_text)
     groups.start()
     folder = RunFolder(config.log_dir, describe(train_data, config.data))
     closing.callback(folder.close)
@@ -100,6 +105,7 @@ def open_inputs(config: TrainConfig, closing: contextlib.ExitStack) -> Inputs:
         settings.rope_scale,
         train_data.vocab_size,
     )
+    source = texts.checked_source(source, train_data)
     transfer = None
     if resume_from is None:
         transfer = _plan_transfer(config, source, train_data, folder)

@@ -13,7 +13,7 @@ import pytest
 from helpers.distributed_run import run_script
 from helpers.prepared import write_data_set
 
-from cosmos_posttrain.data import Manifest, TokenDataset, prepared
+from cosmos_posttrain.data import Manifest, TokenDataset, recorded
 from cosmos_posttrain.data.__main__ import main
 from cosmos_posttrain.data.config import VerifyConfig
 from cosmos_posttrain.data.shard_table import ShardInfo, ShardTable
@@ -57,7 +57,7 @@ def test_a_changed_byte_is_found_when_the_shard_is_first_used(folder):
 
 
 def test_of_large_data_only_verify_reads_all_tokens(folder, monkeypatch):
-    monkeypatch.setattr(prepared, "MAX_HASHED_BIN_BYTES", 1)
+    monkeypatch.setattr(recorded, "MAX_HASHED_BIN_BYTES", 1)
     flip_last_byte(folder / "shard-00000.bin")
     assert len(TokenDataset(folder, "all")[0]) == 18
     with pytest.raises(PartialFailureError, match="1 files"):
@@ -65,7 +65,7 @@ def test_of_large_data_only_verify_reads_all_tokens(folder, monkeypatch):
 
 
 def test_of_many_shards_sizes_are_compared_on_first_use(folder, monkeypatch):
-    monkeypatch.setattr(prepared, "MAX_SHARDS_SIZED_ON_OPENING", 2)
+    monkeypatch.setattr(recorded, "MAX_SHARDS_SIZED_ON_OPENING", 2)
     for extension in ("bin", "idx", "jsonl"):
         path = folder / f"shard-00001.{extension}"
         path.write_bytes(path.read_bytes() + b"more")

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from cosmos_posttrain.data.contract import TokenizerInfo, make_contract
+from cosmos_posttrain.data.layout import shard_name
 from cosmos_posttrain.data.manifest import DocumentRow
 from cosmos_posttrain.geometry import ClipGeometry, Compression
 from cosmos_posttrain.prepare.config import PrepareConfig
@@ -74,7 +75,9 @@ def write_data_set(folder: Path, num_shards: int, num_documents: int = 2) -> Pat
     for shard in range(num_shards):
         tokens = generator.integers(0, 64, (num_documents, contract.seq_length))
         rows = [DocumentRow(n, f"{shard}/{n}.mp4") for n in range(num_documents)]
-        write_shard(folder, shard, "uint16", list(zip(rows, tokens, strict=True)), [], [])
+        write_shard(
+            folder, shard_name(shard), "uint16", list(zip(rows, tokens, strict=True)), [], []
+        )
     output.finish()
     return folder
 

@@ -11,6 +11,7 @@ import pytest
 from helpers import infer_case
 from helpers.infer_case import FRAMES, HEIGHT, LATENT_SHAPE, TOKENIZER, WIDTH, random_config
 
+from cosmos_posttrain.data.contract import TextEncoderInfo
 from cosmos_posttrain.errors import UserError
 from cosmos_posttrain.inference.batch import make_items, open_run
 from cosmos_posttrain.inference.config import InferConfig
@@ -28,7 +29,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.mp4").touch()
     (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 64)
     infer_case.write_checkpoint(folder / "trained")
-    infer_case.write_checkpoint(folder / "with_text", "tiny-video2world", kind="video2world")
+    text = TextEncoderInfo("tiny", "1" * 64, 64, "bfloat16")
+    with_text = {"kind": "video2world", "text_encoder": text, "context_len": 32}
+    infer_case.write_checkpoint(folder / "with_text", "tiny-video2world", **with_text)
     infer_case.write_checkpoint(folder / "damaged", latent_shape=(3, 2))
     other = dataclasses.replace(infer_case.contract().tokenizer, sha256="0" * 64)
     infer_case.write_checkpoint(folder / "other_weights", tokenizer=other)
