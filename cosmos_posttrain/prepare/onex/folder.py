@@ -6,6 +6,8 @@ and parts of them as arrays. Nothing is read but the metadata until a part is as
     v2.0 train   metadata.json  metadata/metadata_R.json  videos/video_R.bin
                  segment_indices/segment_idx_R.bin  robot_states/states_R.bin
     v2.0 val     metadata.json  metadata_R.json  video_R.bin  segment_idx_R.bin  states_R.bin
+    v2.0 test    as val, but without segments: every window is a sample by itself, so the size of
+                 video_R.bin says how many there are; states and metadata_R.json are not read
     v1.1         metadata.json  video.bin  segment_ids.bin  actions/NAME.bin
 """
 
@@ -43,7 +45,7 @@ class OnexShard:
         number: of the shard.
         num_frames: of it.
         video: tokens.
-        segments: int32, the segment of every frame.
+        segments: int32, the segment of every frame; "" where there are none.
         states: float32 numbers of every frame: paths and widths.
     """
 
@@ -57,6 +59,10 @@ class OnexShard:
 class OnexFolder:
     """A folder of one version, complete and of the right sizes.
 
+    Args:
+        path: the folder.
+        is_test: it is a v2.0 test set.
+
     Attributes:
         path: the folder.
         version: of its files.
@@ -69,7 +75,7 @@ class OnexFolder:
         DatasetError: a file is missing, damaged, or of another size than its metadata say.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, is_test: bool = False) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise DatasetError(f"the folder {path} does not exist; name a folder with 1X's data.")
@@ -84,7 +90,10 @@ class OnexFolder:
             )
         is_v2 = "num_shards" in head
         self.version: OnexVersion = V2_0 if is_v2 else V1_1
-        self.shards = self._shards_v2(head) if is_v2 else self._shards_v1(head)
+        if not is_v2:
+            self.shards = self._shards_v1(head)
+        else:
+            self.shards = self._shards_test(head) if is_test else self._shards_v2(head)
         for shard in self.shards:
             self._check_sizes(shard)
 
@@ -103,7 +112,7 @@ class OnexFolder:
         names = list(self.metadata)
         for shard in self.shards:
             names += [shard.video, shard.segments, *(name for name, _ in shard.states)]
-        return [(name, (self.path / name).stat().st_size) for name in names]
+        return [(name, (self.path / name).stat().st_size) for name in names if name]
 
     # What the metadata say.
 
@@ -143,6 +152,20 @@ class OnexFolder:
             )
         return shards
 
+    def _shards_test(self, head: dict[str, Any]) -> list[OnexShard]:
+        window = 4 * V2_0.clip.seq_length
+        shards = []
+        for number in range(_number(head, "num_shards", self.path / METADATA_FILE, at_least=1)):
+            name = f"video_{number}.bin"
+            found = _size_of(self.path / name)
+            if found % window:
+                raise DatasetError(
+                    f"{self.path / name} has {found} bytes, expected a multiple of {window}: "
+                    f"windows of {tuple(V2_0.clip.latent_shape)} of int32; {_FIX}."
+                )
+            shards.append(OnexShard(number, found // window * V2_0.clip.num_frames, name, "", ()))
+        return shards
+
     def _shards_v1(self, head: dict[str, Any]) -> list[OnexShard]:
         path = self.path / METADATA_FILE
         num_frames = _number(head, "num_images", path, at_least=1)
@@ -178,7 +201,7 @@ class OnexFolder:
             (shard.segments, "<i4", (frames,)),
             *((name, "<f4", (frames, width)) for name, width in shard.states),
         ]
-        for name, dtype, shape in expected:
+        for name, dtype, shape in (item for item in expected if item[0]):
             num_bytes = np.dtype(dtype).itemsize * int(np.prod(shape))
             found = _size_of(self.path / name)
             if found != num_bytes:
@@ -223,8 +246,11 @@ class OnexFolder:
         return records.reshape(-1, clip.seq_length)
 
     def segments(self, shard: OnexShard, first: int, num_windows: int) -> NDArray[np.int32]:
-        """The segment of every frame of some windows, (frames,)."""
+        """The segment of every frame of some windows, (frames,); of a test set, its window."""
         frames = self.frames(shard, first, num_windows)
+        if not shard.segments:
+            numbers = np.arange(frames.start, frames.stop) // self.version.clip.num_frames
+            return numbers.astype(np.int32)
         return self._part(shard.segments, "<i4", frames.start, frames.stop - frames.start)
 
     def states(self, shard: OnexShard, first: int, num_windows: int) -> NDArray[np.uint32]:
