@@ -61,8 +61,8 @@ class Scores:
 
 
 def _to_numpy(scores: TokenScores, vocab_size: int) -> Scores:
-    arrays = (scores.nll, scores.rank, scores.log_rest)
-    return Scores(*(array.cpu().numpy() for array in arrays), vocab_size)
+    nll, rank, log_rest = (x.cpu().numpy() for x in (scores.nll, scores.rank, scores.log_rest))
+    return Scores(nll, rank, log_rest, vocab_size)
 
 
 def scores_of_logits(logits: Tensor, labels: Tensor) -> Scores:
@@ -92,8 +92,9 @@ class Scorer:
 
     def gather(self, scores: Scores) -> Scores:
         """The data-parallel ranks' scores one below the other, on every rank: (DP * B, S)."""
-        parts = (scores.nll, scores.rank, scores.log_rest)
-        return Scores(*(gather_clips(part) for part in parts), self.vocab_size)
+        arrays = (scores.nll, scores.rank, scores.log_rest)
+        nll, rank, log_rest = (gather_clips(array) for array in arrays)
+        return Scores(nll, rank, log_rest, self.vocab_size)
 
 
 def of_clips(scores: Scores, layout: SequenceLayout, num_tokens: int) -> Scores:

@@ -32,7 +32,8 @@ class CosmosGPTModel(GPTModel):
     @contextlib.contextmanager
     def hidden_states_only(self) -> Iterator[None]:
         """While it lasts, the last stage gives (S, B, H) behind the last norm, and no logits."""
-        before, self.post_process = self.post_process, False
+        before: bool = self.post_process
+        self.post_process = False
         try:
             yield
         finally:

@@ -90,12 +90,12 @@ def _rest(logits: Tensor, largest: Tensor, num_top: int, group: Any) -> Tensor:
     if top.shape[1] < num_top:
         return torch.full_like(largest, float("-inf"))
     last = top[:, -1:]
-    shifted = torch.where(logits < last, logits - largest[:, None], float("-inf"))
+    # Measured from the last of the top: however likely the first is, nothing underflows.
+    shifted = torch.where(logits < last, logits - last, float("-inf"))
     below = _reduce(shifted.exp().sum(dim=1), "SUM", group)
     num_equal = _reduce((logits == last).sum(dim=1, dtype=torch.int32), "SUM", group)
     num_equal -= (top == last).sum(dim=1, dtype=torch.int32)  # of these the top has some
-    equal = (last[:, 0] - largest).exp() * num_equal
-    return torch.where(num_equal > 0, below + equal, below).log()
+    return (below + num_equal).log() + last[:, 0] - largest
 
 
 def _reduce(values: Tensor, operation: str, group: Any) -> Tensor:
