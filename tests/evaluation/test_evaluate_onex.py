@@ -286,7 +286,7 @@ def make_model_of_1x(folder: Path) -> Path:
     return folder
 
 
-def test_seed_commands_flags_at_the_real_size(tmp_path: Path) -> None:
+def test_a_published_command_runs_as_it_is(tmp_path: Path) -> None:
     make_model_of_1x(tmp_path / "checkpoints" / "Cosmos-Predict1-4B")
     data = write_v2(tmp_path / "data" / "val_v2.0", "val", ((34,),))
     flags = "--checkpoint_dir checkpoints --ar_model_dir Cosmos-Predict1-4B --input_type tokens "

@@ -1,7 +1,7 @@
 """The three figures, one window after another: tokens in, scores of what was predicted out.
 
     next_8_frames                   window of T latent frames: T - 1 given, the last predicted with
-                                    every token before each given (seed figure)
+                                    every token before each given
     next_17_frames_teacher_forced   two windows: the first given, the second predicted, likewise
     next_17_frames_rollout          the same, but after the first window the model reads its own
                                     most likely tokens; each is still scored on the truth
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,11 +24,11 @@ from cosmos_posttrain.checkpoint.load import load_source
 from cosmos_posttrain.checkpoint.source import CheckpointSource
 from cosmos_posttrain.data.batch import SequenceLayout
 from cosmos_posttrain.evaluation.config.onex import NEXT_8_FRAMES, ROLLOUT, OnexEvalConfig
-from cosmos_posttrain.evaluation.scoring import Scorer, Scores, of_clips, scores_of_logits
+from cosmos_posttrain.evaluation.scoring import Scorer, Scores, of_clips
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.inference.greedy import roll_out
 from cosmos_posttrain.models.ar_model import ARModel
-from cosmos_posttrain.models.token_scores import NUM_TOP
+from cosmos_posttrain.models.token_scores import NUM_TOP, TokenScores, score_logits
 from cosmos_posttrain.training.scores import gather_clips
 
 if TYPE_CHECKING:
@@ -139,30 +139,34 @@ class PartModel:
 def _roll_out(
     model: ARModel, part: Part, clips: Tensor, with_most_likely: bool
 ) -> tuple[Scores, MostLikely | None]:
-    given, truth = clips[:, : part.num_given], clips[:, part.num_given :]
-    columns: list[Scores] = []
-    top_tokens, top_log_probs = [], []
+    given, truth = clips[:, : part.num_given], clips[:, part.num_given :].to(model.device)
+    # All stays on the device until the end, so that nothing waits between tokens.
+    scored: list[TokenScores] = []
+    likely: list[tuple[Tensor, Tensor]] = []
 
     def observe(number: int, logits: Tensor) -> None:
-        columns.append(scores_of_logits(logits, truth[:, number].to(logits.device)))
+        scored.append(score_logits(logits, truth[:, number]))
         if with_most_likely:
             log_probs = torch.log_softmax(logits, -1)
             top = log_probs.topk(min(NUM_TOP, logits.shape[-1]), -1)
-            top_tokens.append(top.indices.to(torch.int32).cpu().numpy())
-            top_log_probs.append(top.values.to(torch.float16).cpu().numpy())
+            likely.append((top.indices.to(torch.int32), top.values.to(torch.float16)))
 
     roll_out(model, given, part.num_predicted, observe)
     shape = (len(clips), part.num_given)
-    nothing = np.full(shape, np.nan, np.float32)
+
+    def whole(name: str, of_given: float) -> NDArray[Any]:
+        found = torch.stack([getattr(column, name) for column in scored], dim=1).cpu().numpy()
+        return np.concatenate([np.full(shape, of_given, found.dtype), found], axis=1)
+
     scores = Scores(
-        np.column_stack([nothing, *(column.nll for column in columns)]),
-        np.column_stack([np.full(shape, -1, np.int32), *(column.rank for column in columns)]),
-        np.column_stack([nothing, *(column.log_rest for column in columns)]),
-        columns[0].vocab_size,
+        whole("nll", np.nan), whole("rank", -1), whole("log_rest", np.nan), model.config.vocab_size
     )
     if not with_most_likely:
         return scores, None
-    return scores, MostLikely(np.stack(top_tokens, axis=1), np.stack(top_log_probs, axis=1))
+    tokens, log_probs = (
+        torch.stack(column, dim=1).cpu().numpy() for column in zip(*likely, strict=True)
+    )
+    return scores, MostLikely(tokens, log_probs)
 
 
 def batches(
