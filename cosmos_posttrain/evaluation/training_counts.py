@@ -6,12 +6,14 @@ which is all that the baselines are fitted on.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cosmos_posttrain.data.dataset import TokenDataset
+from cosmos_posttrain.errors import DatasetError
 from cosmos_posttrain.runlog import ProgressDisplay
 from cosmos_posttrain.transfer.counting import PairSums
 
@@ -33,6 +35,7 @@ class TrainingCounts:
         pair_counts: (P,) float64, how often each occurs.
         dropped_share: of all pairs, those that memory did not allow to keep.
         num_clips: that were counted.
+        num_failures: that could not be read.
     """
 
     tokens: NDArray[np.int64]
@@ -42,6 +45,7 @@ class TrainingCounts:
     pair_counts: NDArray[np.float64]
     dropped_share: float
     num_clips: int
+    num_failures: int = 0
 
     @property
     def vocab_size(self) -> int:
@@ -76,17 +80,18 @@ def count(
 
 
 def count_split(dataset: TokenDataset, max_clips: int, max_pairs: int) -> TrainingCounts:
-    """Counts up to ``max_clips`` clips of a split, spread evenly over it.
-
-    Raises:
-        DatasetError: a clip cannot be read.
-    """
-    size = min(len(dataset), max_clips)
+    """Counts up to ``max_clips`` clips of a split, spread evenly over it."""
+    size, num_failures = min(len(dataset), max_clips), 0
     progress = ProgressDisplay(size, "clips", "counting the training split")
 
     def clips() -> Iterable[NDArray[np.int64]]:
+        nonlocal num_failures
         for number in range(size):
-            yield dataset[number * len(dataset) // size].numpy()
+            try:
+                yield dataset[number * len(dataset) // size].numpy()
+            except DatasetError:
+                num_failures += 1
             progress.advance()
 
-    return count(clips(), dataset.vocab_size, dataset.latent_shape.time, max_pairs)
+    counts = count(clips(), dataset.vocab_size, dataset.latent_shape.time, max_pairs)
+    return dataclasses.replace(counts, num_failures=num_failures)
