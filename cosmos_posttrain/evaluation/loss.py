@@ -163,10 +163,10 @@ def _score_clips(
 
 def _score_baselines(config: LossConfig, inputs: LossInputs, file: ScoreFile) -> dict[str, Any]:
     """Fits the baselines and scores the clips that are not done; what was fitted on what."""
-    counts = training_counts.count_split(
+    first, second, num_failures = training_counts.count_split(
         inputs.clips.other_split("train"), config.max_train_clips, config.max_pairs
     )
-    fitted = baselines.fit(counts)
+    fitted = baselines.fit(first, second)
     num_frames, is_read = inputs.clips.latent_shape.time, file.tallies[_MODEL].is_read
     num_done = file.tallies[_BASELINES[0]].num_done
     progress = ProgressDisplay(len(inputs.numbers), "clips", "baselines", done=num_done)
@@ -182,10 +182,10 @@ def _score_baselines(config: LossConfig, inputs: LossInputs, file: ScoreFile) ->
         progress.advance()
     file.save(force=True)
     return {
-        "num_training_clips": counts.num_clips,
-        "num_training_failures": counts.num_failures,
-        "num_pairs": len(counts.keys),
-        "dropped_share": counts.dropped_share,
+        "num_training_clips": first.num_clips + second.num_clips,
+        "num_training_failures": num_failures,
+        "num_pairs": len(first.keys) + len(second.keys),
+        "dropped_share": max(first.dropped_share, second.dropped_share),
         "fitted": {name: baseline.settings for name, baseline in fitted.items()},
     }
 
