@@ -8,8 +8,9 @@ is scored. With V tokens, u the token at the same place of the previous latent f
     previous_frame   p(v|u) = s [v = u] + (1 - s) q(v)
     bigram           p(v|u) = (c(u, v) + k p_previous_frame(v|u)) / (c(u) + k)
 
-The first latent frame has no u, there the last two are the unigram. s is the most likely one; a and
-k are those under which each training token is most likely when it is left out of the counts.
+The first latent frame has no u, there the last two are the unigram. a, s and k are those under
+which each half of the training videos is most likely given the counts of the other half: fitted on
+clips of the very videos that were counted, they would trust the counts too much for other videos.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from cosmos_posttrain.evaluation.scoring import NUM_TOP, Scores
-from cosmos_posttrain.evaluation.training_counts import TrainingCounts
+from cosmos_posttrain.evaluation.training_counts import TrainingCounts, joined
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,8 +64,7 @@ class Unigram:
         ranks: (V,) place of each token in ``order``.
     """
 
-    def __init__(self, counts: TrainingCounts, smoothing: float | None = None) -> None:
-        smoothing = fit_smoothing(counts.tokens) if smoothing is None else smoothing
+    def __init__(self, counts: TrainingCounts, smoothing: float) -> None:
         self.settings = {"smoothing": smoothing}
         weights = counts.tokens + smoothing
         self.q: NDArray[np.float64] = weights / weights.sum()
@@ -208,11 +208,17 @@ def _log(value: float) -> float:
 # Fitting.
 
 
-def fit(counts: TrainingCounts) -> dict[str, Baseline]:
-    """All baselines by name, fitted."""
-    unigram = Unigram(counts)
-    stay = fit_stay(counts, unigram.q)
-    strength = fit_strength(counts, unigram.q, stay)
+def fit(first: TrainingCounts, second: TrainingCounts) -> dict[str, Baseline]:
+    """All baselines by name, fitted between two halves and made of both."""
+    smoothing = fit_smoothing(first.tokens, second.tokens)
+    pairs = [
+        (second, first, Unigram(first, smoothing).q),
+        (first, second, Unigram(second, smoothing).q),
+    ]
+    stay = fit_stay([(scored, q) for scored, _, q in pairs])
+    strength = fit_strength(pairs, stay)
+    counts = joined(first, second)
+    unigram = Unigram(counts, smoothing)
     return {
         "uniform": Uniform(counts.vocab_size),
         "unigram": unigram,
@@ -221,32 +227,35 @@ def fit(counts: TrainingCounts) -> dict[str, Baseline]:
     }
 
 
-def fit_smoothing(counts: NDArray[np.int64]) -> float:
-    """A of the unigram: each token left out of the counts is most likely under it."""
-    total, size = int(counts.sum()), len(counts)
-    values, times = np.unique(counts[counts > 0], return_counts=True)
-    if total < 2:
-        return 1.0
+def fit_smoothing(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
+    """A of the unigram, from the counts (V,) of each half."""
 
     def likelihood(smoothing: float) -> float:
-        logs = np.log(values - 1 + smoothing) - math.log(total - 1 + smoothing * size)
-        return float((times * values * logs).sum())
+        total = 0.0
+        for scored, counted in ((first, second), (second, first)):
+            logs = np.log(counted + smoothing) - math.log(counted.sum() + smoothing * len(counted))
+            total += float((scored * logs).sum())
+        return total
 
     return _best(likelihood, 1e-6, 1e6)
 
 
-def fit_stay(counts: TrainingCounts, q: NDArray[np.float64]) -> float:
-    """S of the previous frame: the most likely one, where the derivative is 0."""
-    num_changes = counts.num_pairs - int(counts.kept.sum())
-    is_kept = counts.kept > 0
-    kept, share = counts.kept[is_kept], q[is_kept]
+def fit_stay(halves: list[tuple[TrainingCounts, NDArray[np.float64]]]) -> float:
+    """S of the previous frame: where the derivative of the likelihood is 0.
+
+    Args:
+        halves: counts of a half, and q of the other one.
+    """
+    num_pairs = sum(counts.num_pairs for counts, _ in halves)
+    num_kept = sum(int(counts.kept.sum()) for counts, _ in halves)
 
     def slope(stay: float) -> float:
-        return float((kept * (1 - share) / (stay + (1 - stay) * share)).sum()) - (
-            num_changes / (1 - stay)
+        kept = sum(
+            float((counts.kept * (1 - q) / (stay + (1 - stay) * q)).sum()) for counts, q in halves
         )
+        return kept - (num_pairs - num_kept) / (1 - stay)
 
-    low, high = 0.0, 1 - 1 / (counts.num_pairs + 2)  # a change stays possible
+    low, high = 0.0, 1 - 1 / (num_pairs + 2)  # a change stays possible
     if slope(low) <= 0:
         return low
     if slope(high) >= 0:
@@ -257,21 +266,44 @@ def fit_stay(counts: TrainingCounts, q: NDArray[np.float64]) -> float:
     return (low + high) / 2
 
 
-def fit_strength(counts: TrainingCounts, q: NDArray[np.float64], stay: float) -> float | None:
-    """K of the bigram: each pair left out of the counts is most likely under it."""
-    if not len(counts.keys):
-        return None
-    size, times = counts.vocab_size, counts.pair_counts
-    rows, tokens = counts.keys // size, counts.keys % size
-    prior = (1 - stay) * q[tokens] + stay * (rows == tokens)
-    totals = np.bincount(rows, times, size)
-    totals = totals[totals > 0]
+def fit_strength(
+    halves: list[tuple[TrainingCounts, TrainingCounts, NDArray[np.float64]]], stay: float
+) -> float | None:
+    """K of the bigram; None where no latent frame comes after another.
+
+    Args:
+        halves: counts of a half, counts of the other one, and q of the other one.
+        stay: s of the previous frame.
+    """
+    parts = []
+    for scored, counted, q in halves:
+        rows, tokens = np.divmod(scored.keys, scored.vocab_size)
+        prior = (1 - stay) * q[tokens] + stay * (rows == tokens)
+        totals = np.bincount(
+            counted.keys // counted.vocab_size, counted.pair_counts, counted.vocab_size
+        )
+        parts.append((scored.pair_counts, _look_up(counted, scored.keys), totals[rows], prior))
 
     def likelihood(strength: float) -> float:
-        own = float((times * np.log(times - 1 + strength * prior)).sum())
-        return own - float((totals * np.log(totals - 1 + strength)).sum())
+        return sum(
+            float((times * np.log((known + strength * prior) / (total + strength))).sum())
+            for times, known, total, prior in parts
+        )
 
+    if not any(len(scored.keys) for scored, *_ in halves):
+        return None
     return _best(likelihood, 1e-3, 1e6)
+
+
+def _look_up(counts: TrainingCounts, keys: NDArray[np.int64]) -> NDArray[np.float64]:
+    """How often pairs occur; 0 for those that do not."""
+    if not len(counts.keys):
+        return np.zeros(len(keys))
+    places = np.minimum(np.searchsorted(counts.keys, keys), len(counts.keys) - 1)
+    found: NDArray[np.float64] = np.where(
+        counts.keys[places] == keys, counts.pair_counts[places], 0.0
+    )
+    return found
 
 
 def _best(function: Callable[[float], float], low: float, high: float) -> float:

@@ -1,7 +1,7 @@
 """How often tokens, and pairs of a token and the one before it at the same place, occur.
 
 Flows in: clips of the training split, one at a time. Flows out: ``TrainingCounts`` of bounded size,
-which is all that the baselines are fitted on.
+one of each half of the source videos, which is all that the baselines are fitted on.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cosmos_posttrain.data.dataset import TokenDataset
+from cosmos_posttrain.errors import DatasetError
 from cosmos_posttrain.runlog import ProgressDisplay
 from cosmos_posttrain.transfer.counting import PairSums
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from numpy.typing import NDArray
 
 
@@ -49,44 +48,84 @@ class TrainingCounts:
         return len(self.tokens)
 
 
-def count(
-    clips: Iterable[NDArray[np.int64]], vocab_size: int, num_frames: int, max_pairs: int
-) -> TrainingCounts:
-    """Counts clips (T * H * W,) int64.
+def joined(first: TrainingCounts, second: TrainingCounts) -> TrainingCounts:
+    """Both together."""
+    keys, places = np.unique(np.concatenate([first.keys, second.keys]), return_inverse=True)
+    times = np.concatenate([first.pair_counts, second.pair_counts])
+    dropped = first.dropped_share * first.num_pairs + second.dropped_share * second.num_pairs
+    num_pairs = first.num_pairs + second.num_pairs
+    return TrainingCounts(
+        first.tokens + second.tokens,
+        first.kept + second.kept,
+        num_pairs,
+        keys,
+        np.bincount(places, times, len(keys)).astype(np.float64),
+        dropped / max(num_pairs, 1),
+        first.num_clips + second.num_clips,
+    )
+
+
+class Counter:
+    """Running counts of clips (T * H * W,) int64.
 
     Args:
-        clips: read once, one at a time.
         vocab_size: each token is in [0, vocab_size).
         num_frames: latent frames of a clip.
         max_pairs: largest number of distinct pairs to keep; beyond it the rarest are dropped.
     """
-    tokens, kept = (np.zeros(vocab_size, np.int64) for _ in range(2))
-    pairs, num_pairs, num_clips = PairSums(max_pairs), 0, 0
-    for clip in clips:
-        frames = clip.reshape(num_frames, -1)
+
+    def __init__(self, vocab_size: int, num_frames: int, max_pairs: int) -> None:
+        self._size, self._num_frames = vocab_size, num_frames
+        self._tokens, self._kept = (np.zeros(vocab_size, np.int64) for _ in range(2))
+        self._pairs, self._num_pairs, self._num_clips = PairSums(max_pairs), 0, 0
+
+    def add(self, clip: NDArray[np.int64]) -> None:
+        """Counts one more."""
+        frames = clip.reshape(self._num_frames, -1)
         before, after = frames[:-1].ravel(), frames[1:].ravel()
-        tokens += np.bincount(clip, minlength=vocab_size)
-        kept += np.bincount(after[before == after], minlength=vocab_size)
-        pairs.add(before * vocab_size + after, np.ones(len(after)))
-        num_pairs += len(after)
-        num_clips += 1
-    pairs.finish()
-    share = pairs.dropped / num_pairs if num_pairs else 0.0
-    return TrainingCounts(tokens, kept, num_pairs, pairs.keys, pairs.volumes, share, num_clips)
+        self._tokens += np.bincount(clip, minlength=self._size)
+        self._kept += np.bincount(after[before == after], minlength=self._size)
+        self._pairs.add(before * self._size + after, np.ones(len(after)))
+        self._num_pairs += len(after)
+        self._num_clips += 1
+
+    def result(self) -> TrainingCounts:
+        """What was counted."""
+        self._pairs.finish()
+        return TrainingCounts(
+            self._tokens,
+            self._kept,
+            self._num_pairs,
+            self._pairs.keys,
+            self._pairs.volumes,
+            self._pairs.dropped / max(self._num_pairs, 1),
+            self._num_clips,
+        )
 
 
-def count_split(dataset: TokenDataset, max_clips: int, max_pairs: int) -> TrainingCounts:
+def count_split(
+    dataset: TokenDataset, max_clips: int, max_pairs: int
+) -> tuple[TrainingCounts, TrainingCounts, int]:
     """Counts up to ``max_clips`` clips of a split, spread evenly over it.
 
-    Raises:
-        DatasetError: a clip cannot be read.
+    Returns:
+        The counts of each half of its source videos (of its clips, where there is one video), and
+        how many clips could not be read.
     """
-    size = min(len(dataset), max_clips)
+    size, num_failures = min(len(dataset), max_clips), 0
+    numbers = np.unique(dataset.source_numbers(), return_inverse=True)[1]
+    halves = numbers % 2 if numbers.any() else np.arange(len(dataset)) % 2
+    counters = [
+        Counter(dataset.vocab_size, dataset.latent_shape.time, max(max_pairs // 2, 1))
+        for _ in range(2)
+    ]
     progress = ProgressDisplay(size, "clips", "counting the training split")
-
-    def clips() -> Iterable[NDArray[np.int64]]:
-        for number in range(size):
-            yield dataset[number * len(dataset) // size].numpy()
-            progress.advance()
-
-    return count(clips(), dataset.vocab_size, dataset.latent_shape.time, max_pairs)
+    for place in range(size):
+        number = place * len(dataset) // size
+        try:
+            counters[halves[number]].add(dataset[number].numpy())
+        except DatasetError:
+            num_failures += 1
+        progress.advance()
+    first, second = (counter.result() for counter in counters)
+    return first, second, num_failures

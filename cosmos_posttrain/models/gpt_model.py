@@ -24,6 +24,8 @@ from cosmos_posttrain.models.rope import RotaryEmbedding3D
 class CosmosGPTModel(GPTModel):
     """Megatron's GPT model with the Cosmos 3D RoPE and a vocabulary of any size."""
 
+    post_process: bool
+
     def __init__(self, model_config: ModelConfig, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
         self.model_config = model_config
@@ -32,8 +34,7 @@ class CosmosGPTModel(GPTModel):
     @contextlib.contextmanager
     def hidden_states_only(self) -> Iterator[None]:
         """While it lasts, the last stage gives (S, B, H) behind the last norm, and no logits."""
-        before: bool = self.post_process
-        self.post_process = False
+        before, self.post_process = self.post_process, False
         try:
             yield
         finally:

@@ -19,11 +19,13 @@ import numpy as np
 import torch
 
 from cosmos_posttrain import files, launch
+from cosmos_posttrain.checkpoint.dist import quiet_megatron_logging
 from cosmos_posttrain.checkpoint.source import CheckpointSource, open_source
 from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import (
     CheckpointError,
+    CosmosPosttrainError,
     DatasetError,
     TokenizerError,
     UserError,
@@ -66,6 +68,7 @@ def run(config: OnexEvalConfig) -> dict[str, Any]:
     validate(config)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    quiet_megatron_logging()
     windows = open_windows(config.input_tokens_dir, config.test_set)
     jobs = _jobs(config, windows)
     source = _open_model(config, windows)
@@ -161,11 +164,10 @@ class Evaluation:
         tensor_size: int,
     ) -> None:
         self._config, self._windows, self._jobs = config, windows, jobs
-        self._source, self._tensor_size = source, tensor_size
+        self._source = source
         sums = {} if config.test_set else {job.part.name: _no_places(job.part) for job in jobs}
         self._folder = ResultFolder(config.output, self._settings(), [FOLDER], sums)
         self._model = PartModel(source, config, tensor_size)
-        self._num_ranks = launch.world_size() // tensor_size
 
     def run(self, stack: ExitStack) -> dict[str, Any]:
         """Everything; ``stack`` holds the lock of the output folder."""
@@ -226,11 +228,16 @@ class Evaluation:
             submission = self._submission(job, num_done > 0)
         label = part.name.replace("_", " ")
         progress = ProgressDisplay(len(job.starts), "windows", label, done=num_done)
-        rank = launch.rank() // self._tensor_size
+        rank, num_ranks = groups.data_parallel_place()
         todo = job.starts[num_done:].tolist()
-        for everyone, own in batches(todo, self._config.batch_size, rank, self._num_ranks):
+        for everyone, own in batches(todo, self._config.batch_size, rank, num_ranks):
             tokens = np.stack([self._tokens(part, window) for window in own])
             scores, most_likely = self._model.measure(part, tokens, submits)
+            if not np.isfinite(scores.nll[:, part.num_given :]).all():
+                raise CosmosPosttrainError(
+                    f"the model's loss is not finite on windows {everyone[0]} to {everyone[-1]} of "
+                    f"{self._config.input_tokens_dir}; look at its weights."
+                )
             if submission is not None and most_likely is not None:
                 for item in range(len(everyone)):
                     submission.write(num_done + item, most_likely, item)
