@@ -300,6 +300,14 @@ def test_lines_that_cannot_be_prepared_are_failures_with_a_reason(tmp_path) -> N
     assert len(TokenDataset(tmp_path / "tokens", "all")) == 4  # two clips of each of the others
 
 
+def test_without_any_prompt_the_second_run_says_the_same(tmp_path) -> None:
+    (tmp_path / "videos").mkdir()
+    lines = write_lines(tmp_path / "videos", [None, " "])
+    for _ in range(2):
+        with pytest.raises(PartialFailureError, match="2 of 2 videos"):
+            prepare_prompts(lines, tmp_path / "tokens")
+
+
 def test_a_long_prompt_is_cut_and_it_is_said(tmp_path, capsys) -> None:
     (tmp_path / "videos").mkdir()
     long = " ".join(f"word{number}" for number in range(10_000))
