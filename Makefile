@@ -11,6 +11,8 @@ PYTHON ?= python3
 # A package index to take torch from, and nothing else; empty means pip's own. Plain Linux torch
 # brings several GB of CUDA libraries: on a machine without a GPU, name PyTorch's index of CPU builds.
 TORCH_INDEX_URL ?=
+# Of make quickstart: --videos DIR, --output DIR. QUICK=1 makes it short.
+QUICKSTART_ARGS ?=
 # Processes that run tests at the same time.
 TEST_WORKERS ?= 2
 
@@ -38,15 +40,17 @@ $(STAMP): pyproject.toml constraints.txt
 	rm -f "$(STAMPS)"-*
 	touch "$@"
 
-quickstart: setup  ## The whole job in miniature on the CPU: ends in a video, a loss curve, a report
-	@bash recipes/quickstart.sh
+quickstart: setup  ## The whole job in miniature on the CPU: a video, a loss curve (QUICK=1: in a minute)
+	@bash recipes/quickstart.sh $(QUICKSTART_ARGS)
 
 # One thread a process: results do not depend on the machine, and workers do not fight for cores.
 test: setup  ## The default tests: offline, on the CPU
 	@OMP_NUM_THREADS=1 $(PYTEST)
 
 test-all: setup  ## Also the slow ones, and those for a GPU and the network where they can run
-	@OMP_NUM_THREADS=1 $(PYTEST) -m "slow or not slow"
+	@export OMP_NUM_THREADS=1
+	$(PYTEST) -m "not gpu"
+	python -m pytest -m gpu
 
 check: setup  ## Lint, format and types
 	@ruff check .

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cosmos_posttrain.cli import Flag, parse
 from cosmos_posttrain.errors import ConfigError
-from cosmos_posttrain.evaluation import tokenizer_config
+from cosmos_posttrain.evaluation.config import tokenizer
 from cosmos_posttrain.launch import run_cli
 
 
@@ -33,8 +33,8 @@ class Command:
 COMMANDS = {
     "tokenizer": Command(
         "PSNR, SSIM, codebook use and speed of a video tokenizer, with a contact sheet.",
-        tokenizer_config.TokenizerEvalConfig,
-        tokenizer_config.FLAGS,
+        tokenizer.TokenizerEvalConfig,
+        tokenizer.FLAGS,
         "cosmos_posttrain.evaluation.tokenizer",
     ),
 }

@@ -16,7 +16,7 @@ def main() -> None:
         "infer.py",
         "Generates the rest of a clip from an image or the first frames of a video.",
     )
-    from cosmos_posttrain.inference.pipeline import run
+    from cosmos_posttrain.inference.batch import run
 
     run(config)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cosmos_posttrain.cli import parse
 from cosmos_posttrain.launch import run_cli
-from cosmos_posttrain.prepare.prepare import FLAGS, PrepareConfig, prepare
+from cosmos_posttrain.prepare.config import FLAGS, PrepareConfig
 
 
 def main() -> None:
@@ -12,6 +12,8 @@ def main() -> None:
     config = parse(
         PrepareConfig, FLAGS, None, "prepare_dataset.py", "Turns videos into token shards."
     )
+    from cosmos_posttrain.prepare.prepare import prepare
+
     prepare(config)
 
 

@@ -19,12 +19,12 @@ from cosmos_posttrain.models.presets import PRESETS
 
 def seconds(model, prompt: torch.Tensor, num_tokens: int) -> tuple[float, torch.Tensor]:
     """Wall-clock seconds of one greedy generation, and its tokens."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
     started = time.perf_counter()
     tokens = generate(model, prompt, num_tokens, temperature=0.0)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
     return time.perf_counter() - started, tokens
 
 

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from plain_dv import plain_torchscript
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.tokenizer.export import export_torchscript
 from cosmos_posttrain.tokenizer.loading import load_network
 from cosmos_posttrain.tokenizer.native import NativeBackend, native_backend
@@ -70,11 +71,11 @@ def candidates(network: DVNetwork, video, device, dtype, compile) -> dict[str, t
 def seconds(function, argument) -> float:
     """Wall-clock seconds of one call."""
     if argument.is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(argument.device)
     started = time.perf_counter()
     function(argument)
     if argument.is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(argument.device)
     return time.perf_counter() - started
 
 
@@ -82,7 +83,7 @@ def run_case(case: str, args: argparse.Namespace) -> dict:
     """Times one tokenizer at one clip size."""
     name, _, size = case.rpartition(":")
     num_frames, height, width = (int(value) for value in size.split(","))
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    device, dtype = launch.device(args.device), launch.parse_dtype(args.dtype)
     video = torch.rand(args.batch_size, 3, num_frames, height, width, device=device) * 2 - 1
     video = video.to(dtype)
     forms = candidates(build(name), video, device, dtype, args.compile)

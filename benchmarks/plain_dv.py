@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cosmos_posttrain.tokenizer.fsq import FSQ
 from cosmos_posttrain.tokenizer.layers import FrameNorm, HybridDownsample, HybridUpsample
-from cosmos_posttrain.tokenizer.network import Decoder, DVNetwork, Encoder
+from cosmos_posttrain.tokenizer.network import DVDecoder, DVEncoder, DVNetwork
 
 
 def _silu(x: Tensor) -> Tensor:
@@ -227,9 +227,9 @@ def _middle(mid: nn.Module) -> list[nn.Module]:
     return [Residual(mid.block_1), *attention, Residual(mid.block_2)]
 
 
-def _stack(half: Encoder | Decoder) -> list[nn.Module]:
+def _stack(half: DVEncoder | DVDecoder) -> list[nn.Module]:
     """conv_in, levels and middle in the half's order, norm, silu, conv_out."""
-    if isinstance(half, Encoder):
+    if isinstance(half, DVEncoder):
         body = [*(_level(level) for level in half.down), *_middle(half.mid)]
     else:
         body = [*_middle(half.mid), *(_level(level) for level in reversed(half.up))]

@@ -113,7 +113,7 @@ def _add(parser: argparse.ArgumentParser, flag: Flag, config_class: type) -> Non
 def build_parser(
     config_class: type, flags: Sequence[Flag], prog: str, description: str
 ) -> argparse.ArgumentParser:
-    """The parser that ``parse`` uses; the reference in the docs is generated from it."""
+    """The parser that ``parse`` uses."""
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with the config's keys")
     for flag in flags:

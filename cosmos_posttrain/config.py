@@ -9,24 +9,22 @@ holds its choices and range, which bind however a value is given.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cosmos_posttrain.errors import ConfigError
 
 T = TypeVar("T")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def merge(
@@ -47,21 +45,50 @@ def merge(
         ConfigError: an unknown key, a value of the wrong type, or a file that cannot be read.
     """
     tree = OmegaConf.structured(config_class)
-    try:
+    with _sentences(f"--config {config_file}"):
         if config_file is not None:
-            if not Path(config_file).is_file():
-                raise ConfigError(f"--config {config_file} does not exist; name a YAML file.")
-            tree = OmegaConf.merge(tree, OmegaConf.load(config_file))
-        for key, value in overrides:
+            tree = OmegaConf.merge(tree, _load(Path(config_file)))
+    for key, value in overrides:
+        with _sentences(key):
             OmegaConf.update(tree, key, value, merge=False)
-        for item in dotlist:
-            if "=" not in item:
-                raise ConfigError(f"{item!r} is neither a flag nor an override; write key=value.")
-        if dotlist:
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(dotlist)))
+    for item in dotlist:
+        if not re.match(r"[^=\[\]\s]+=", item):
+            raise ConfigError(f"{item!r} is neither a flag nor an override; write key=value.")
+        with _sentences(item):
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
+    with _sentences("the configuration"):
         return cast(T, OmegaConf.to_object(tree))
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"the configuration does not fit: {_first_line(error)}.") from error
+
+
+def _load(path: Path) -> Any:
+    """The file's tree; an empty file sets nothing."""
+    if not path.is_file():
+        raise ConfigError(f"--config {path} does not exist; name a YAML file.")
+    try:
+        tree = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no YAML of keys and values"
+        raise ConfigError(f"--config {path} cannot be read: {reason}.") from error
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"--config {path} is a list; write key: value, one a line.")
+    return tree
+
+
+@contextlib.contextmanager
+def _sentences(what: str) -> Iterator[None]:
+    """Turns what OmegaConf and its YAML reader raise into one sentence about ``what``."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        where = f" ({key})" if key and not what.startswith(str(key)) else ""
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(f"{what} does not fit{where}: {reason}.") from error
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark is not None else ""
+        reason = getattr(error, "problem", None) or str(error).strip().splitlines()[0]
+        raise ConfigError(f"{what} does not fit: it is no YAML{where}: {reason}.") from error
 
 
 def to_dict(config: object) -> dict[str, Any]:
@@ -79,7 +106,7 @@ def to_yaml(config: object) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What values a setting may have; None, where the field allows it, always may."""
+    """What values a setting may have; None may be, where the type allows it."""
 
     choices: tuple[str, ...] = ()
     at_least: float | None = None
@@ -89,8 +116,8 @@ class Rule:
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with a value, as the end of a sentence; None if nothing is."""
-        if value is None or value == "":
-            return None  # not given
+        if value is None:
+            return None
         if self.choices:
             allowed = ", ".join(self.choices)
             return None if value in self.choices else f"is not one of {allowed}"
@@ -103,7 +130,7 @@ class Rule:
             (self.below, lambda b: value < b, "below"),
         ):
             if bound is not None and not holds(bound):
-                return f"must be {words} {bound:g}"
+                return f"must be {words} {bound:.12g}"
         return None
 
 
@@ -122,12 +149,12 @@ def setting(
 
 
 def _settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Rule]]:
-    """(dotted key, value, rule) of every setting below a config."""
+    """(dotted key, value, rule) of every setting below a config that is not at its default."""
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             yield from _settings(value, f"{prefix}{item.name}.")
-        elif "rule" in item.metadata:
+        elif "rule" in item.metadata and value != item.default:
             yield f"{prefix}{item.name}", value, item.metadata["rule"]
 
 
@@ -164,17 +191,28 @@ def rule_of(config_class: type, key: str) -> Rule:
 
 
 def documentation(config_class: type) -> dict[str, str]:
-    """The text of each field's entry under ``Attributes`` in a config class's docstring."""
-    lines = (config_class.__doc__ or "").partition("Attributes:")[2].splitlines()
+    """The text of each field's entry under ``Attributes`` in a config class's docstring.
+
+    A class that adds to another one documents what it adds.
+    """
+    found: dict[str, str] = {}
+    for parent in reversed(config_class.__mro__[:-1]):
+        found |= _entries(parent.__doc__ or "")
+    return found
+
+
+def _entries(docstring: str) -> dict[str, str]:
+    # Python 3.13 strips the indentation of docstrings, earlier ones do not.
+    lines = inspect.cleandoc(docstring).partition("Attributes:")[2].splitlines()
     found: dict[str, str] = {}
     name = ""
     for line in lines:
-        entry = re.fullmatch(r" {8}(\w+): (.*)", line)
+        entry = re.fullmatch(r" {4}(\w+): (.*)", line)
         if entry:
             name = entry[1]
             found[name] = entry[2]
-        elif name and line.startswith(" " * 12):
+        elif name and line.startswith(" " * 8):
             found[name] += " " + line.strip()
-        elif line.strip() and not line.startswith(" " * 8):
+        elif line.strip() and not line.startswith(" " * 4):
             break
     return {name: text.replace("``", "").rstrip(".") for name, text in found.items()}

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos_posttrain import launch
+from cosmos_posttrain import files, launch
 from cosmos_posttrain.cli import Flag, parse
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.launch import run_cli
@@ -61,8 +61,6 @@ PACKAGES = (
     "huggingface_hub",
 )
 
-FLAGS = (Flag("--quick", "quick", "leave out what starts two processes"),)
-
 
 @dataclass
 class DoctorConfig:
@@ -75,6 +73,9 @@ class DoctorConfig:
 
     quick: bool = False
     worker_output: str = ""
+
+
+FLAGS = (Flag("--quick"),)
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,23 @@ def _max_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """On a GPU, float32 with all its bits: convolutions round to TF32 unless told otherwise.
+
+    So do matrix products where the environment says so, as in some images.
+    """
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def check_ar(layer_spec: str, dtype: str, tensor_parallel: int) -> Iterator[Result]:
     """Logits and greedy tokens of the shipped autoregressive case."""
     from safetensors.torch import load_file
@@ -120,7 +138,8 @@ def check_ar(layer_spec: str, dtype: str, tensor_parallel: int) -> Iterator[Resu
         layer_spec=layer_spec,
     )
     where = f"{layer_spec} {dtype} TP={tensor_parallel} on {model.device.type}"
-    difference = _max_difference(model.logits(golden["tokens"]), golden["logits"])
+    with full_float32():
+        difference = _max_difference(model.logits(golden["tokens"]), golden["logits"])
     tolerance = TOLERANCES[model.device.type, dtype]
     yield _judge(f"logits, {where}", difference, tolerance)
     greedy = golden["greedy_tokens"].tolist()
@@ -128,20 +147,21 @@ def check_ar(layer_spec: str, dtype: str, tensor_parallel: int) -> Iterator[Resu
         return
     num_condition = json.loads((AR_CASE / "config.json").read_text())["num_condition_tokens"]
     prompt = golden["tokens"][:, :num_condition].long()
-    generated = generate(model, prompt, len(greedy), temperature=0)[0].tolist()
+    with full_float32():
+        generated = generate(model, prompt, len(greedy), temperature=0)[0].tolist()
     wrong = sum(a != b for a, b in zip(generated, greedy, strict=True))
     status = "FAIL" if wrong else "PASS"
     yield Result(f"greedy decoding, {where}", status, f"{wrong} of {len(greedy)} tokens differ")
 
 
-def tokenizer_case() -> tuple[Any, torch.Tensor]:
-    """The network and the video (1, 3, 9, 32, 48) of the tokenizer case, computed, not stored."""
+def tokenizer_case(case: Path = TOKENIZER_CASE) -> tuple[Any, torch.Tensor]:
+    """The network and the video (1, 3, 9, 32, 48) of a tokenizer case, computed, not stored."""
     import numpy as np
     import torch
 
     from cosmos_posttrain.tokenizer.network import DVConfig, DVNetwork
 
-    network = DVNetwork(DVConfig.from_file(TOKENIZER_CASE / "config.json")).eval()
+    network = DVNetwork(DVConfig.from_file(case / "config.json")).eval()
     generator = np.random.RandomState(0)  # its stream is frozen for good
     with torch.no_grad():
         for name, parameter in sorted(network.named_parameters()):
@@ -161,14 +181,12 @@ def check_tokenizer() -> Iterator[Result]:
     import torch
     from safetensors.torch import load_file
 
-    from cosmos_posttrain import launch
-
-    golden = load_file(TOKENIZER_CASE / "io.safetensors")
+    golden, device = load_file(TOKENIZER_CASE / "io.safetensors"), launch.device()
     network, video = tokenizer_case()
-    network = network.to(launch.device())
-    with torch.no_grad():
-        indices = network.encode(video.to(launch.device())).cpu()
-        decoded = network.decode(golden["indices"].to(launch.device())).cpu()
+    network = network.to(device)
+    with torch.no_grad(), full_float32():
+        indices = network.encode(video.to(device)).cpu()
+        decoded = network.decode(golden["indices"].to(device)).cpu()
     wrong = int((indices != golden["indices"]).sum())
     detail = f"{wrong} of {indices.numel()} differ"
     yield Result("tokenizer indices, float32", "FAIL" if wrong else "PASS", detail)
@@ -179,13 +197,14 @@ def check_tokenizer() -> Iterator[Result]:
 
 def check_checkpoints() -> Iterator[Result]:
     """model.pt -> Megatron -> model.pt in a temporary folder, with every tensor compared."""
-    from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
+    from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
+    from cosmos_posttrain.checkpoint.convert import convert
     from cosmos_posttrain.checkpoint.load import load_model
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         megatron, back = f"{folder}/megatron", f"{folder}/pt"
-        convert(ConvertConfig(str(AR_CASE), megatron, "megatron", verify=True))
-        convert(ConvertConfig(megatron, back, "pt", verify=True))
+        convert(CheckpointConversionConfig(str(AR_CASE), megatron, "megatron", verify=True))
+        convert(CheckpointConversionConfig(megatron, back, "pt", verify=True))
         before = load_model(AR_CASE, dtype="float32")
         after = load_model(megatron, dtype="float32")
         pairs = zip(before.module.parameters(), after.module.parameters(), strict=True)
@@ -194,9 +213,7 @@ def check_checkpoints() -> Iterator[Result]:
 
 
 def _transformer_engine_missing() -> str:
-    import torch
-
-    if not torch.cuda.is_available():
+    if launch.device().type != "cuda":
         return "needs a GPU"
     if importlib.util.find_spec("transformer_engine") is None:
         return "Transformer Engine is not installed"
@@ -226,7 +243,8 @@ def _two_processes(quick: bool) -> Iterator[Result]:
         if failure:
             yield Result(name, "FAIL", failure)
             return
-        yield from (Result(**values) for values in json.loads(output.read_text()))
+        found = files.read_json(output, ConfigError)["results"]
+        yield from (Result(**values) for values in found)
 
 
 def _run(command: list[str], env: dict[str, str]) -> str:
@@ -278,15 +296,13 @@ def run_checks(quick: bool) -> Iterator[Result]:
 
 def work(output: Path) -> None:
     """What each of two processes does; rank 0 leaves the results in a file."""
-    from cosmos_posttrain import launch
-
     results = []
     specs = ("torch",) if _transformer_engine_missing() else ("torch", "te")
     for layer_spec in specs:
         for dtype in ("float32", "bfloat16"):
             results += list(check_ar(layer_spec, dtype, 2))
-    if launch.rank() == 0:
-        output.write_text(json.dumps([asdict(result) for result in results]))
+    if launch.is_rank_zero():
+        files.write_json(output, {"results": [asdict(result) for result in results]})
 
 
 def versions() -> list[tuple[str, str]]:

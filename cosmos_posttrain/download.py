@@ -15,34 +15,30 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cosmos_posttrain import hub
+from cosmos_posttrain import files, hub
+from cosmos_posttrain.checkpoint.formats.registry import HUB_FILES
 from cosmos_posttrain.cli import Flag, flag_names, parse
 from cosmos_posttrain.config import check, setting
-from cosmos_posttrain.errors import ConfigError, UserError
-from cosmos_posttrain.files import write_json, write_text
+from cosmos_posttrain.errors import UserError
 from cosmos_posttrain.launch import run_cli
+from cosmos_posttrain.text import DEFAULT_TEXT_ENCODER
 
 RECORD, SUMS = "download.json", "SHA256SUMS"
 RECIPES = ("4B", "12B", "5B-Video2World", "13B-Video2World")
 _MODEL = "nvidia/Cosmos-1.0-Autoregressive-{}"
 _TOKENIZERS = "nvidia/Cosmos-0.1-Tokenizer-DV4x8x8,nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
-_TEXT_ENCODER = "google-t5/t5-11b"
 _LICENCES = ("LICENSE*", "NOTICE*")
+_FIX = "restore it, or download anew"
 
 # For each role: sets of files, the first of which that a repository has is taken whole.
 _FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "model": (
-        ("model.pt", "config.json"),
-        ("model*.safetensors", "model.safetensors.index.json", "config.json"),
-        ("nemo/*",),
-    ),
+    "model": HUB_FILES,
     "tokenizer": (("encoder.jit", "decoder.jit"), ("model.safetensors", "config.json")),
     "text encoder": (
         ("model*.safetensors", "model.safetensors.index.json", "*.json", "spiece.model"),
@@ -71,45 +67,51 @@ class DownloadConfig:
     text_encoder: str = ""
     verify: bool = False
 
-    def wanted(self) -> dict[str, str]:
-        """The role of every repository.
-
-        Raises:
-            ConfigError: lists every problem.
-        """
-        tokenizers = self.tokenizers or (_TOKENIZERS if self.recipe else "")
-        text_encoder = self.text_encoder
-        if self.recipe.endswith("Video2World"):
-            text_encoder = text_encoder or _TEXT_ENCODER
-        model = _MODEL.format(self.recipe) if self.recipe else ""
-        roles = {"model": f"{model},{self.models}", "tokenizer": tokenizers}
-        roles["text encoder"] = text_encoder
-        found = {
-            hub_id.strip(): role
-            for role, ids in roles.items()
-            for hub_id in ids.split(",")
-            if hub_id.strip()
-        }
-        problems = [] if self.target else ["--target is missing: name a folder"]
-        if not found:
-            problems.append("nothing to download: give --recipe, --models or --tokenizers")
-        problems += [
-            f"{hub_id} is not an id such as nvidia/Cosmos-1.0-Autoregressive-4B[@revision]"
-            for hub_id in found
-            if not hub.looks_like_hub_id(hub_id)
-        ]
-        check(self, flag_names(FLAGS), problems)
-        return found
-
 
 FLAGS = (
-    Flag("--target", "target", "folder to fill, or to verify"),
-    Flag("--recipe", "recipe", "everything for one model size"),
-    Flag("--models", "models", "further ids owner/name[@revision], separated by commas"),
-    Flag("--tokenizers", "tokenizers", "tokenizer ids instead of the recipe's"),
-    Flag("--text_encoder", "text_encoder", "T5 id; Video2World recipes bring google-t5/t5-11b"),
-    Flag("--verify", "verify", "only compare the folder with its checksums; needs no network"),
+    Flag("--target"),
+    Flag("--recipe"),
+    Flag("--models"),
+    Flag("--tokenizers"),
+    Flag("--text_encoder"),
+    Flag("--verify"),
 )
+
+
+def wanted(config: DownloadConfig) -> dict[str, str]:
+    """The role of every repository that is to be fetched, by its id."""
+    tokenizers, text_encoder = config.tokenizers, config.text_encoder
+    if config.recipe:
+        tokenizers = tokenizers or _TOKENIZERS
+    if config.recipe.endswith("Video2World"):
+        text_encoder = text_encoder or DEFAULT_TEXT_ENCODER
+    model = _MODEL.format(config.recipe) if config.recipe else ""
+    roles = {"model": f"{model},{config.models}", "tokenizer": tokenizers}
+    roles["text encoder"] = text_encoder
+    return {
+        hub_id.strip(): role
+        for role, ids in roles.items()
+        for hub_id in ids.split(",")
+        if hub_id.strip()
+    }
+
+
+def validate(config: DownloadConfig) -> None:
+    """Lists every problem of a config at once; changes nothing.
+
+    Raises:
+        ConfigError: one sentence with all of them.
+    """
+    problems = [] if config.target else ["--target is missing: name a folder"]
+    repositories = wanted(config)
+    if not repositories and not config.verify:
+        problems.append("nothing to download: give --recipe, --models or --tokenizers")
+    problems += [
+        f"{hub_id} is not an id such as nvidia/Cosmos-1.0-Autoregressive-4B[@revision]"
+        for hub_id in repositories
+        if not hub.looks_like_hub_id(hub_id)
+    ]
+    check(config, flag_names(FLAGS), problems)
 
 
 def download(config: DownloadConfig) -> None:
@@ -119,10 +121,16 @@ def download(config: DownloadConfig) -> None:
         ConfigError: nothing to do, or an id that is none.
         UserError: a repository that cannot be read, or files that arrived damaged.
     """
-    wanted = config.wanted()
+    validate(config)
     target = Path(config.target)
+    files.check_writable(target, "--target")
+    with files.locked(target):
+        _fill(target, wanted(config))
+
+
+def _fill(target: Path, roles: dict[str, str]) -> None:
     record = _read_record(target)
-    for hub_id, role in wanted.items():
+    for hub_id, role in roles.items():
         name, revision = hub.split_revision(hub_id)
         entry = record["repositories"].get(name)
         if entry is None:
@@ -132,10 +140,12 @@ def download(config: DownloadConfig) -> None:
                 f"{target} already has {name} at {entry['requested'] or entry['commit']}, not "
                 f"{revision}; choose another --target for that revision."
             )
+        missing = sum(info["size"] or 0 for info in entry["files"].values() if not info["done"])
+        files.check_free_space(target, missing, name)
         # Written before the files, so that a later run takes the same revision.
-        _write_record(target, record)
+        files.write_json(target / RECORD, record)
         _fetch(target, name, entry)
-        _write_record(target, record)
+        files.write_json(target / RECORD, record)
     _write_sums(target, record)
     total = sum(info["size"] for _, info in _recorded_files(record))
     print(f"{target}: {total / 1e9:.2f} GB complete; give these paths instead of the ids:")
@@ -157,12 +167,12 @@ def _look_up(name: str, revision: str | None, role: str) -> dict[str, Any]:
         for item in info.siblings or []
         if not {"..", "/"} & set(PurePosixPath(item.rfilename).parts)
     }
-    files = {}
+    found = {}
     for path in _choose(name, role, list(siblings)):
         item = siblings[path]
         known = item.lfs.sha256 if item.lfs is not None else None
-        files[path] = {"size": item.size, "sha256": known, "blob": item.blob_id, "done": False}
-    return {"role": role, "requested": revision, "commit": info.sha, "files": files}
+        found[path] = {"size": item.size, "sha256": known, "blob": item.blob_id, "done": False}
+    return {"role": role, "requested": revision, "commit": info.sha, "files": found}
 
 
 def _choose(name: str, role: str, paths: Sequence[str]) -> list[str]:
@@ -200,7 +210,7 @@ def _fetch(target: Path, name: str, entry: dict[str, Any]) -> None:
 
 def _check_arrival(local: Path, info: dict[str, Any]) -> None:
     """Compares a new file with what the hub says of it, and records its sum."""
-    data_sum = _sha256(local)
+    data_sum = files.sha256_of_file(local)
     if info["sha256"] is not None:
         same = data_sum == info["sha256"]
     else:
@@ -213,29 +223,19 @@ def _check_arrival(local: Path, info: dict[str, Any]) -> None:
     info |= {"size": local.stat().st_size, "sha256": data_sum, "done": True}
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _read_record(target: Path) -> dict[str, Any]:
     path = target / RECORD
     if not path.is_file():
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if files.foreign_names(target, lambda name: name == RECORD):
             raise UserError(f"{target} holds something else than a download; name a new folder.")
         return {"repositories": {}}
+    record = files.read_json(path, UserError, _FIX)
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         for _, info in _recorded_files(record):
             info["size"], info["sha256"], info["done"]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is damaged; restore it, or download anew.") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: it lacks what was fetched; {_FIX}.") from error
     return record
-
-
-def _write_record(target: Path, record: dict[str, Any]) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    write_json(target / RECORD, record)
 
 
 def _recorded_files(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -247,7 +247,7 @@ def _recorded_files(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any
 
 def _write_sums(target: Path, record: dict[str, Any]) -> None:
     lines = [f"{info['sha256']}  {path}\n" for path, info in _recorded_files(record)]
-    write_text(target / SUMS, "".join(sorted(lines, key=lambda line: line.split()[1])))
+    files.write_text(target / SUMS, "".join(sorted(lines, key=lambda line: line.split()[1])))
 
 
 def verify(target: Path) -> None:
@@ -266,7 +266,7 @@ def verify(target: Path) -> None:
             problems.append(f"{path} was not downloaded")
         elif not local.is_file():
             problems.append(f"{path} is missing")
-        elif local.stat().st_size != info["size"] or _sha256(local) != info["sha256"]:
+        elif local.stat().st_size != info["size"] or files.sha256_of_file(local) != info["sha256"]:
             problems.append(f"{path} differs")
         count, total = count + 1, total + (info["size"] or 0)
     if problems:
@@ -280,9 +280,8 @@ def main() -> None:
     """Parses the command line, and downloads or verifies."""
     description = "Downloads everything that a recipe needs into one folder, with checksums."
     config = parse(DownloadConfig, FLAGS, None, "python -m cosmos_posttrain.download", description)
+    validate(config)
     if config.verify:
-        if not config.target:
-            raise ConfigError("--target is missing: name the folder to verify.")
         verify(Path(config.target))
         return
     try:

@@ -37,6 +37,10 @@ class TokenizerError(UserError):
     """Tokenizer weights that are missing, corrupt, or of another kind than asked for."""
 
 
+class TextError(UserError):
+    """A prompt that cannot be encoded, or a text encoder that is missing or damaged."""
+
+
 class DatasetError(UserError):
     """Prepared data that is missing, damaged, or of another contract than asked for."""
 

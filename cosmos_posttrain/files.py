@@ -17,7 +17,8 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ T = TypeVar("T")
 
 LOCK_FILE = ".lock"
 _TEMPORARY = re.compile(r"\.tmp-\d+-(.+)", re.DOTALL)
+_HELD = {errno.EACCES, errno.EAGAIN}
 # Of file systems that know no locks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
@@ -55,10 +57,10 @@ def is_leftover(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what killed writers left in a folder; for the folder's one writer only."""
+def remove_leftovers(folder: Path, names: Collection[str] | None = None) -> None:
+    """Removes what killed writers left in a folder; for the one writer of it, or of these names."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if is_leftover(path.name):
+        if is_leftover(path.name) and (names is None or final_name(path.name) in names):
             remove(path)
 
 
@@ -145,7 +147,7 @@ def read_json(path: Path, error: type[UserError], fix: str = "restore it") -> di
         raise error(f"{path} is missing; {fix}.") from cause
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause.strerror}.") from cause
-    except ValueError as cause:
+    except (ValueError, RecursionError) as cause:
         raise error(f"{path} is damaged: it is not JSON ({cause}); {fix}.") from cause
     if not isinstance(value, dict):
         raise error(f"{path} is damaged: it holds no JSON object; {fix}.")
@@ -173,11 +175,12 @@ def check_writable(folder: Path, what: str = "the output folder") -> None:
     Raises:
         OutputFolderError: it is a file, lies below one, or permissions are missing.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputFolderError(f"{what} {folder} is a file; name a new or empty folder.")
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        kind = "a link to nowhere" if os.path.islink(folder) else "a file"
+        raise OutputFolderError(f"{what} {folder} is {kind}; name a new or empty folder.")
     existing = _existing(folder)
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        why = "is not a folder" if not existing.is_dir() else "may not be written to"
+    if not existing.is_dir() or not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        why = "may not be written to" if existing.is_dir() else "is not a folder"
         raise OutputFolderError(
             f"{what} {folder} cannot be written to: {existing} {why}; name another folder."
         )
@@ -209,68 +212,167 @@ def num_bytes_in(folder: Path) -> int:
 
 
 def _existing(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
+    """The path itself, or the nearest one above it that exists, as far as this user may see."""
     path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))
 
 
 # One writer. Record locks belong to a process: forked helpers do not inherit them, and they end
-# with it however it ends. The set refuses a second writer within the process.
+# with it however it ends. A name's lock is one byte of the folder's lock file, so that a batch of
+# many names takes one descriptor. The table refuses a second writer within the process; where the
+# file system knows no locks it is all there is, and holds no descriptor.
 
-_locked: dict[Path, int] = {}
+# The kernel compares each lock of a file with all others: 4,096 take half a second.
+_MAX_NAMES = 4096
+
+
+@dataclass
+class _Lock:
+    descriptor: int | None
+    names: set[str] | None  # None is the whole folder
+
+
+_locked: dict[Path, _Lock] = {}
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(
+    folder: Path, name: Path | None = None, *, only: Collection[str] | None = None
+) -> Iterator[None]:
     """Makes the folder if needed and holds it against a second writer until the block ends.
 
-    If the block fails before anything was written, a folder that was made here is removed again.
+    A folder that was made here and into which nothing was written is removed again.
+
+    Args:
+        folder: the folder that the lock lies in.
+        name: what is written, for messages, where that is not the folder itself.
+        only: holds these names in the folder alone, so that others may write other names beside
+            them; None, or more than a few thousand, hold the whole folder.
 
     Raises:
-        OutputFolderError: another process, or this one, is writing there.
+        OutputFolderError: another process, or this one, is writing there, or the folder cannot be
+            made or written to.
     """
-    made = [p for p in (folder.absolute(), *folder.absolute().parents) if not p.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    held = None if only is None or len(only) > _MAX_NAMES else set(only)
+    made = [p for p in (folder.absolute(), *folder.absolute().parents) if not os.path.exists(p)]
     path = folder.resolve() / LOCK_FILE
-    _take(path, folder)
+    name = name or folder
+    try:
+        _take(path, name, held)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputFolderError(
+            f"{name} cannot be written to ({reason}); name another folder."
+        ) from error
     try:
         yield
     finally:
-        _release(path)
+        _release(path, held)
         with contextlib.suppress(OSError):  # not empty: the block has written something
             for parent in made:
                 parent.rmdir()
 
 
-def _take(path: Path, folder: Path) -> None:
-    if path in _locked:
-        raise OutputFolderError(f"{folder} is being written by this process already.")
+def _take(path: Path, folder: Path, names: set[str] | None) -> None:
+    lock = _locked.get(path)
+    if lock is None:
+        _locked[path] = _Lock(_open_locked(path, folder, names), names)
+        return
+    if names is None or lock.names is None or names & lock.names:
+        what = folder / min(names & lock.names) if names and lock.names else folder
+        raise OutputFolderError(f"{what} is being written by this process already.")
+    if lock.descriptor is not None:
+        _lock(lock.descriptor, folder, names)
+    lock.names |= names
+
+
+def _open_locked(path: Path, folder: Path, names: set[str] | None) -> int | None:
+    """The descriptor of the locked file; None where the file system knows no locks."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            if path.parent.exists():
+                raise
+            continue  # its owner has removed the empty folder meanwhile
+        try:
+            _lock(descriptor, folder, names)
+        except OutputFolderError:
+            is_theirs = _is_open(descriptor, path)
+            os.close(descriptor)
+            if is_theirs:
+                raise
+            continue  # its owner is just removing it
         except OSError as error:
-            owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             os.close(descriptor)
             if error.errno in _NO_LOCKS:  # such a file system has no safer way
                 path.unlink(missing_ok=True)
-                return
-            raise OutputFolderError(
-                f"{folder} is being written by another process ({owner or 'just started'}); wait "
-                "until it ends, stop it, or name another folder."
-            ) from error
+                return None
+            raise
         # Its owner may have removed the file between open and lock.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                break
+        if _is_open(descriptor, path):
+            break
         os.close(descriptor)
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    _locked[path] = descriptor
+    with contextlib.suppress(OSError):  # a full disk: who waits is not told for whom
+        os.ftruncate(descriptor, 0)
+        if names is None:
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return descriptor
 
 
-def _release(path: Path) -> None:
-    descriptor = _locked.pop(path, None)
-    if descriptor is not None:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
+def _is_open(descriptor: int, path: Path) -> bool:
+    """True if the path still is the file that was opened."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(descriptor: int, folder: Path, names: set[str] | None) -> None:
+    """Locks the whole file, or the bytes of all the names, or nothing and raises."""
+    done: list[str] = []
+    what = folder
+    try:
+        if names is None:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for name in sorted(names or ()):
+            what = folder / name
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _byte(name))
+            done.append(name)
+    except OSError as error:
+        _unlock(descriptor, done)
+        if error.errno not in _HELD:
+            raise
+        owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        raise OutputFolderError(
+            f"{what} is being written by another process{f' ({owner})' if owner else ''}; wait "
+            f"until it ends, stop it, or name another {'folder' if names is None else 'output'}."
+        ) from error
+
+
+def _unlock(descriptor: int, names: Iterable[str]) -> None:
+    for name in names:
+        fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, _byte(name))
+
+
+def _byte(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+
+
+def _release(path: Path, names: set[str] | None) -> None:
+    lock = _locked[path]
+    if names is not None and lock.names is not None and lock.names - names:
+        lock.names -= names
+        if lock.descriptor is not None:
+            _unlock(lock.descriptor, names)
+        return
+    del _locked[path]
+    if lock.descriptor is None:
+        return
+    # Fails where the folder is gone or others hold names in it, whose file this is then too.
+    with contextlib.suppress(OSError):
+        if names is not None:
+            fcntl.lockf(lock.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    os.close(lock.descriptor)

@@ -11,13 +11,14 @@ import ctypes
 import hashlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError
 
@@ -72,10 +73,27 @@ def is_rank_zero() -> bool:
     return rank() == 0
 
 
+# The terminal on which a progress line waits to be rewritten.
+_open_line: TextIO | None = None
+
+
+def hold_line(stream: TextIO | None) -> None:
+    """Notes where an unfinished line stands, so that what is said next begins a new one."""
+    global _open_line
+    _open_line = stream
+
+
+def _print(text: str, stream: TextIO) -> None:
+    if _open_line is not None:
+        print(file=_open_line, flush=True)
+        hold_line(None)
+    print(text, file=stream, flush=True)
+
+
 def say(text: str, error: bool = False) -> None:
     """Prints a line, once: on rank 0, to standard output or standard error."""
     if is_rank_zero():
-        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+        _print(text, sys.stderr if error else sys.stdout)
 
 
 def device(requested: str | torch.device = "auto") -> torch.device:
@@ -102,13 +120,17 @@ def device(requested: str | torch.device = "auto") -> torch.device:
         if str(requested) == "auto":
             return torch.device("cpu")
         raise ConfigError(f"device {requested} was asked for, but CUDA is absent; use cpu.")
-    index = local_rank() if chosen.index is None else chosen.index
     count = torch.cuda.device_count()
+    if chosen.index is not None and chosen.index >= count:
+        raise ConfigError(
+            f"device {requested} was asked for, but this machine shows {count} GPU(s), numbered "
+            "from 0; name another, or check CUDA_VISIBLE_DEVICES."
+        )
+    index = local_rank() if chosen.index is None else chosen.index
     if index >= count:
         raise ConfigError(
             f"this machine shows {count} GPU(s), too few for process {index + 1} on it (LOCAL_RANK "
-            f"{local_rank()}, device {requested}); start fewer processes, or check "
-            "CUDA_VISIBLE_DEVICES."
+            f"{index}); start fewer processes, or check CUDA_VISIBLE_DEVICES."
         )
     return torch.device("cuda", index)
 
@@ -202,7 +224,7 @@ def _print_once(sentence: str) -> None:
             time.sleep(0.1)
     if store is None or _claim(store, key):
         where = "" if number == 0 else f" on rank {number}"
-        print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
+        _print(f"error{where}: {sentence}", sys.stderr)
 
 
 def _launcher_store() -> Any:
@@ -210,9 +232,11 @@ def _launcher_store() -> Any:
     import torch.distributed
 
     try:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # Where nobody listens (any more), torch would try for long and print all about it.
+        socket.create_connection(address, timeout=_PATIENCE_SECONDS).close()
         return torch.distributed.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
+            *address,
             is_master=False,
             timeout=timedelta(seconds=_PATIENCE_SECONDS),
             wait_for_workers=False,

@@ -15,10 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from cosmos_posttrain import files
+from cosmos_posttrain import files, launch
 from cosmos_posttrain.config import to_dict
 from cosmos_posttrain.errors import ConfigError
-from cosmos_posttrain.launch import is_rank_zero
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 _TERMINAL_SECONDS, _LOG_SECONDS = 0.25, 5.0
 _WANDB_OFF = "disabled"
+METRICS_FILE = "metrics.jsonl"
 
 
 def duration(seconds: float) -> str:
@@ -59,7 +59,7 @@ class ProgressDisplay:
         self.total, self.done = total, done
         self._unit, self._prefix = unit, f"{label}: " if label else ""
         self._stream = stream or sys.stderr
-        self._is_active = is_rank_zero()
+        self._is_active = launch.is_rank_zero()
         self._is_terminal = self._stream.isatty()
         self._pause_seconds = _TERMINAL_SECONDS if self._is_terminal else log_seconds
         self._first, self._start = done, time.monotonic()
@@ -93,20 +93,30 @@ class ProgressDisplay:
         if not (self._is_active and is_due):
             return
         self._last = now
-        left = f"{duration(self.seconds_left)} left"
-        if is_end:
-            left = f"{duration(now - self._start)} in all"
         rate = f"{self.rate:,.1f}" if self.rate >= 10 else f"{self.rate:.2f}"
-        parts = [f"{done:,}/{self.total:,} {self._unit}", note, f"{rate} {self._unit}/s", left]
+        parts = [f"{done:,}/{self.total:,} {self._unit}", note, f"{rate} {self._unit}/s"]
+        if is_end:
+            parts.append(f"{duration(now - self._start)} in all")
+        elif self.rate > 0:
+            parts.append(f"{duration(self.seconds_left)} left")
         self._write(self._prefix + ", ".join(part for part in parts if part), is_end)
+
+    def say(self, text: str) -> None:
+        """Writes a line of its own, which the display does not run into."""
+        if self._is_active:
+            start = "\r\x1b[K" if self._is_terminal else ""
+            self._stream.write(f"{start}{text}\n")
+            self._stream.flush()
 
     def _write(self, line: str, is_end: bool) -> None:
         if self._is_terminal:
-            line = f"\r{line}\x1b[K" + ("\n" if is_end else "")
-        else:
-            line += "\n"
-        self._stream.write(line)
+            if not is_end:  # a wrapped line could not be rewritten
+                columns = os.get_terminal_size(self._stream.fileno()).columns or 80
+                line = line[: columns - 1]
+            line = f"\r{line}\x1b[K"
+        self._stream.write(line + ("\n" if is_end or not self._is_terminal else ""))
         self._stream.flush()
+        launch.hold_line(self._stream if self._is_terminal and not is_end else None)
 
 
 class RunLog:
@@ -119,32 +129,38 @@ class RunLog:
             that each step appears once.
 
     Attributes:
-        last_step: number of the last row that was there already; None without one.
+        last_step: number of the last row that was there before; None where there was none, and on
+            other ranks than 0.
 
     Raises:
         ConfigError: the environment asks for W&B, but wandb is not installed.
     """
 
     def __init__(self, folder: Path, config: object, completed_steps: int) -> None:
-        self._is_active = is_rank_zero()
+        self._is_active = launch.is_rank_zero()
         self.last_step: int | None = None
         if not self._is_active:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        path = folder / "metrics.jsonl"
-        self.last_step = _drop_rows_from(path, completed_steps)
+        path = folder / METRICS_FILE
+        if path.is_file():
+            rows = [row for row in read_rows(path) if row["step"] < completed_steps]
+            files.write_json_lines(path, rows)
+            self.last_step = rows[-1]["step"] if rows else None
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(folder / "tb_logs"), purge_step=completed_steps)
         self._wandb = start_wandb(config, folder)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Records a row; ``row["step"]`` counts from 0, values that are None are left out."""
+        """Records a row, whose ``step`` counts from 0; curves are made of its numbers."""
         if not self._is_active:
             return
         self._file.write(files.json_text(row) + "\n")
         self._file.flush()
-        numbers = {key: v for key, v in row.items() if key != "step" and v is not None}
+        numbers = {
+            key: v for key, v in row.items() if key != "step" and isinstance(v, (int, float))
+        }
         for key, value in numbers.items():
             self._tensorboard.add_scalar(key, value, row["step"])
         if self._wandb is not None:
@@ -169,25 +185,17 @@ class RunLog:
                 self._wandb.finish()
 
 
-def _drop_rows_from(path: Path, step: int) -> int | None:
-    """Drops rows of steps that will be run again, and a line that was left half-written.
-
-    Returns:
-        The step of the last row that stays; None without one.
-    """
-    if not path.is_file():
-        return None
-    kept, last = [], None
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``; a line that was left half-written is left out."""
+    rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            number = json.loads(line)["step"]
-            if number < step:
-                kept.append(line + "\n")
-                last = int(number)
+            row = json.loads(line)
+            int(row["step"])
         except (ValueError, KeyError, TypeError):
             continue
-    files.write_text(path, "".join(kept))
-    return last
+        rows.append(row)
+    return rows
 
 
 def wants_wandb() -> bool:
@@ -226,9 +234,15 @@ def start_wandb(config: object, folder: Path) -> Any:
         files.write_text(id_file, secrets.token_hex(4))
     return wandb.init(
         project=os.environ.get("WANDB_PROJECT", "cosmos_posttrain"),
-        name=os.environ.get("WANDB_NAME", folder.parent.name),
+        name=os.environ.get("WANDB_NAME", _run_name(folder)),
         id=id_file.read_text(encoding="utf-8").strip(),
         resume="allow",
         dir=str(folder),
         config=to_dict(config),
     )
+
+
+def _run_name(folder: Path) -> str:
+    """``L`` of the run folder ``L/default``, or of the folder ``L``."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "default" else folder.name

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 from statistics import mean
 
-from cosmos_posttrain import errors
 from cosmos_posttrain.errors import UserError
 from cosmos_posttrain.evaluation.figures import read_metrics
+from cosmos_posttrain.launch import run_cli
 
 INITS = {
     "aligned": "rows aligned by co-occurrence",
@@ -96,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run_cli(main)
+    run_cli(main)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
-from cosmos_posttrain import errors, load_tokenizer
+from cosmos_posttrain import load_tokenizer
 from cosmos_posttrain.errors import CosmosPosttrainError
 from cosmos_posttrain.evaluation.figures import loss_curves, read_metrics, side_by_side
+from cosmos_posttrain.launch import run_cli
 from cosmos_posttrain.video import read_input, to_float, to_uint8
 
 
@@ -65,13 +66,15 @@ def main() -> None:
     for label, run in runs.items():
         rows = read_metrics(run)
         losses = [row["reduced_train_loss"] for row in rows]
-        start, end = sum(losses[:5]) / 5, sum(losses[-20:]) / 20
+        last = losses[-min(20, len(losses) // 2) :]
+        start, end = sum(losses[:5]) / 5, sum(last) / len(last)
         print(
-            f"{label}: training loss {start:.3f} -> {end:.3f} nats/token (first 5, last 20 steps), "
-            f"{1 - end / start:.0%} lower; validation {rows[-1].get('val_loss', float('nan')):.3f}"
+            f"{label}: training loss {start:.3f} -> {end:.3f} nats/token (first 5, last "
+            f"{len(last)} steps), {1 - end / start:.0%} lower; validation "
+            f"{rows[-1].get('val_loss', float('nan')):.3f}"
         )
     print(check_generation(generated[:, first:], source[:, first - 1]))
 
 
 if __name__ == "__main__":
-    errors.run_cli(main)
+    run_cli(main)

@@ -5,8 +5,8 @@ import importlib.metadata
 import shutil
 from pathlib import Path
 
-from cosmos_posttrain import errors
 from cosmos_posttrain.errors import UserError
+from cosmos_posttrain.launch import run_cli
 from cosmos_posttrain.video import list_videos
 
 CLIPS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
@@ -38,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run_cli(main)
+    run_cli(main)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from cosmos_posttrain.checkpoint.torch_dist import TorchDistWriter
 from cosmos_posttrain.errors import CheckpointError, OutputFolderError, UserError
+from cosmos_posttrain.files import replacing
 from cosmos_posttrain.launch import run_cli
 
 _DTYPES = {
@@ -107,20 +108,21 @@ def convert(source: Path, target: Path) -> None:
         raise CheckpointError(f"{weights} holds no model in zarr format; check the path.")
     if target.exists():
         raise OutputFolderError(f"{target} exists; name a new folder.")
-    temporary = target.absolute().with_name(f".{target.name}.converting")
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "weights").mkdir(parents=True)
     try:
-        writer = TorchDistWriter(temporary / "weights")
-        for name in names:
-            _copy(ZarrArray(weights / name), name, writer)
-            print(f"{name} done", flush=True)
-        writer.finish()
-        if (weights.parent / "context").is_dir():
-            shutil.copytree(weights.parent / "context", temporary / "context")
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with replacing(target.absolute()) as temporary:
+            (temporary / "weights").mkdir(parents=True)
+            writer = TorchDistWriter(temporary / "weights")
+            for name in names:
+                _copy(ZarrArray(weights / name), name, writer)
+                print(f"{name} done", flush=True)
+            writer.finish()
+            if (weights.parent / "context").is_dir():
+                shutil.copytree(weights.parent / "context", temporary / "context")
+    except OSError as error:
+        raise OutputFolderError(
+            f"{target} cannot be written ({error.strerror or error}); make room, or name another "
+            "folder."
+        ) from error
     print(f"wrote {target}: {len(names)} tensors in torch_dist format.")
 
 

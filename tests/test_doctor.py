@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from helpers.distributed_run import run_script
 from safetensors.torch import load_file, save_file
 
 from cosmos_posttrain import doctor
+from cosmos_posttrain.models.ar_model import ARModel
+from cosmos_posttrain.tokenizer.network import DVNetwork
 
 
 @pytest.mark.distributed
@@ -21,6 +24,45 @@ def test_all_checks_pass() -> None:
     last = finished.stdout.strip().splitlines()[-1]
     assert "0 failed" in last
     assert int(last.split()[0]) >= 9
+
+
+@pytest.mark.gpu
+def test_all_checks_pass_on_a_gpu() -> None:
+    finished = run_script(["-m", "cosmos_posttrain.doctor"], timeout_seconds=300)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "on cuda" in " ".join(finished.stdout.split())
+    assert "0 failed" in finished.stdout.strip().splitlines()[-1]
+
+
+def test_float32_has_all_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32, which cuDNN uses by itself, makes one of the 72 indices differ (emulated on a CPU)."""
+    seen = []
+
+    def watch(owner: type, name: str) -> None:
+        real = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            allowed = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+            seen.append((name, *allowed))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(DVNetwork, "encode")
+    watch(DVNetwork, "decode")
+    watch(ARModel, "logits")
+    watch(ARModel, "next_token_logits")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        results = [*doctor.check_tokenizer(), *doctor.check_ar("torch", "float32", 1)]
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert {result.status for result in results} == {"PASS"}
+    assert {name for name, *_ in seen} == {"encode", "decode", "logits", "next_token_logits"}
+    assert {tuple(allowed) for _, *allowed in seen} == {(False, "highest")}
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_a_wrong_result_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,17 +7,19 @@ import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import hub_server
 from helpers.distributed_run import run_script
 
+from cosmos_posttrain import files
 from cosmos_posttrain.checkpoint import mapping
-from cosmos_posttrain.checkpoint.convert import ConvertConfig
+from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
 from cosmos_posttrain.checkpoint.convert import convert as convert_here
-from cosmos_posttrain.download import RECIPES, DownloadConfig, download, verify
-from cosmos_posttrain.errors import ConfigError, UserError
+from cosmos_posttrain.download import RECIPES, DownloadConfig, download, validate, verify, wanted
+from cosmos_posttrain.errors import ConfigError, OutputFolderError, UserError
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.reference_config import to_reference
@@ -102,6 +104,21 @@ def test_damage_is_found_and_repaired(hub: hub_server.Hub, tmp_path: Path) -> No
     assert f"{MODEL}/config.json is missing; {TOKENIZER}/encoder.jit differs" in finished.stderr
 
 
+def test_a_folder_has_one_writer_and_room_enough(
+    hub: hub_server.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DownloadConfig(str(tmp_path / "all"), models=MODEL)
+    with files.locked(tmp_path / "all"), pytest.raises(OutputFolderError, match="being written"):
+        download(config)
+    free = SimpleNamespace(free=10)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    monkeypatch.setattr("cosmos_posttrain.download._look_up", lambda *_: entry)
+    entry = {"files": {"model.pt": {"size": 10**9, "sha256": None, "done": False}}}
+    with pytest.raises(OutputFolderError, match=r"a/b needs 1\.000 GB, but only 0\.0"):
+        download(DownloadConfig(str(tmp_path / "all"), models="a/b"))
+    assert not (tmp_path / "all").exists()
+
+
 def test_an_interrupted_download_goes_on(hub: hub_server.Hub, tmp_path: Path) -> None:
     hub.cut = {f"{TOKENIZER}/decoder.jit"}
     finished = _run(hub, tmp_path, *_wanted(hub))
@@ -160,11 +177,11 @@ def test_ids_in_the_scripts(hub: hub_server.Hub, tmp_path: Path) -> None:
 
     # A repository without model.pt: its nemo folder is fetched.
     nemo = tmp_path / "nemo"
-    convert_here(ConvertConfig(str(tmp_path / "there"), str(nemo), "nemo"))
+    convert_here(CheckpointConversionConfig(str(tmp_path / "there"), str(nemo), "nemo"))
     (nemo / "context" / "model.json").unlink()
-    files = [path for path in nemo.rglob("*") if path.is_file()]
+    held = [path for path in nemo.rglob("*") if path.is_file()]
     hub.repositories["acme/nemo"] = {
-        f"nemo/{path.relative_to(nemo)}": path.read_bytes() for path in files
+        f"nemo/{path.relative_to(nemo)}": path.read_bytes() for path in held
     }
     finished = convert("from-nemo", "acme/nemo")
     assert finished.returncode == 0, finished.stderr
@@ -174,11 +191,15 @@ def test_ids_in_the_scripts(hub: hub_server.Hub, tmp_path: Path) -> None:
 
 def test_settings(tmp_path: Path) -> None:
     for recipe in RECIPES:
-        roles = list(DownloadConfig(str(tmp_path), recipe).wanted().values())
+        roles = list(wanted(DownloadConfig(str(tmp_path), recipe)).values())
         assert roles.count("model") == 1 and roles.count("tokenizer") == 2
         assert ("text encoder" in roles) == recipe.endswith("Video2World")
     with pytest.raises(ConfigError, match=r"--target is missing.*; nothing to download"):
         download(DownloadConfig())
+    with pytest.raises(ConfigError, match=r"--recipe 5B is not one of 4B, .*; x is not an id"):
+        validate(DownloadConfig(str(tmp_path), "5B", "x"))
+    with pytest.raises(ConfigError, match=r"^--target is missing: name a folder\.$"):
+        validate(DownloadConfig(verify=True))
     with pytest.raises(ConfigError, match="x is not an id"):
         download(DownloadConfig(str(tmp_path / "t"), models="x"))
     (tmp_path / "thesis.tex").write_text("years of work")

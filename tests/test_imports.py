@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,6 +150,16 @@ def test_no_two_files_import_each_other() -> None:
     assert circle_in({path: imported_files(path) for path in modules()}) == []
 
 
+def test_a_class_name_means_one_thing() -> None:
+    places: dict[str, list[str]] = {}
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                file = path.relative_to(PACKAGE_DIR).as_posix()
+                places.setdefault(node.name, []).append(file)
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
 def test_a_circle_is_found() -> None:
     a, b, c = Path("a"), Path("b"), Path("c")
     assert circle_in({a: {b}, b: {c}, c: {b}}) == [b, c]
@@ -193,10 +204,16 @@ def test_root_scripts_are_thin(path: Path) -> None:
 
 @pytest.mark.parametrize("path", root_scripts(), ids=lambda path: path.name)
 def test_root_scripts_guard_their_main(path: Path) -> None:
-    # Saving checkpoints starts worker processes that import the script again.
+    # Helper processes that are started afresh import the script again.
     assert 'if __name__ == "__main__":' in path.read_text()
 
 
 def test_modules_hold_one_idea() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in modules()}
     assert {str(path): n for path, n in lengths.items() if n > MAX_MODULE_LINES} == {}
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    # pytest imports them by name alone, and processes that tests start find them by it.
+    names = sorted(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [a for a, b in itertools.pairwise(names) if a == b] == []

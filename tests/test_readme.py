@@ -12,8 +12,8 @@ from cosmos_posttrain.cli import parse
 from cosmos_posttrain.config import merge
 from cosmos_posttrain.inference.config import FLAGS as INFER_FLAGS
 from cosmos_posttrain.inference.config import InferConfig
-from cosmos_posttrain.prepare.prepare import FLAGS as PREPARE_FLAGS
-from cosmos_posttrain.prepare.prepare import PrepareConfig
+from cosmos_posttrain.prepare.config import FLAGS as PREPARE_FLAGS
+from cosmos_posttrain.prepare.config import PrepareConfig
 from cosmos_posttrain.training.config import FLAGS as TRAIN_FLAGS
 from cosmos_posttrain.training.config import TrainConfig
 

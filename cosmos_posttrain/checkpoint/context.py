@@ -1,22 +1,78 @@
 """The ``context`` folder of a checkpoint, and the run folder's layout. JSON only; no torch.
 
-``context/model.json`` holds the model's numbers, ``context/data.json`` the contract of the data set
-that it was trained on and which split, ``context/state.json`` how far training went, and
-``context/config.yaml`` the run's resolved config. Checkpoints lie in
+``context/model.json`` holds the model's numbers, ``context/data.json`` what it was trained on
+(``TrainingData``), ``context/state.json`` how far training went, and ``context/config.yaml`` the
+run's resolved config. Checkpoints lie in
 ``LOG_DIR/default/checkpoints/epoch=E-step=S``, S being completed steps - 1.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cosmos_posttrain import files
-from cosmos_posttrain.errors import CheckpointError
+from cosmos_posttrain.data.contract import Contract
+from cosmos_posttrain.data.serial import from_plain, to_plain
+from cosmos_posttrain.errors import CheckpointError, DatasetError
 from cosmos_posttrain.models.config import ModelConfig
 
 _NAME = re.compile(r"epoch=(\d+)-step=(\d+)")
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """Which clips of a data set were trained on, as the run's settings give them."""
+
+    split_string: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a model was trained on; goes from checkpoint to checkpoint.
+
+    Attributes:
+        contract: of the data; None for data without a manifest.
+        dataset: fingerprint of the data set.
+        split: which of its clips.
+        embedding_transfer: how the rows of its tokens began (``transfer/``); None where they were
+            kept or drawn with the rest of the model.
+    """
+
+    contract: Contract | None = None
+    dataset: str | None = None
+    split: SplitInfo | None = None
+    embedding_transfer: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for ``context/data.json``; what is not known is left out."""
+        plain = {key: value for key, value in to_plain(self).items() if value is not None}
+        return {"contract": None, **plain}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], where: str) -> TrainingData:
+        """Reads what ``to_json`` wrote.
+
+        Args:
+            values: the file's object.
+            where: the file, for messages.
+
+        Raises:
+            CheckpointError: a value is missing, of another kind, or contradicts another.
+        """
+        try:
+            data = from_plain(cls, values, where)
+        except DatasetError as error:
+            raise CheckpointError(f"{str(error).rstrip('.')}; restore the checkpoint.") from error
+        problem = None if data.contract is None else data.contract.problem()
+        if problem is not None:
+            raise CheckpointError(
+                f"the contract in {where} is damaged or foreign: {problem}; restore the checkpoint."
+            )
+        return data
 
 
 def checkpoint_name(epoch: int, completed_steps: int) -> str:
@@ -75,7 +131,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_context(
     checkpoint: Path,
     model: ModelConfig,
-    data: dict[str, Any] | None = None,
+    data: TrainingData | None = None,
     state: dict[str, Any] | None = None,
 ) -> None:
     """Writes a checkpoint's ``context`` folder."""
@@ -83,7 +139,7 @@ def write_context(
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(folder / "model.json", model.to_json())
     if data is not None:
-        files.write_json(folder / "data.json", data)
+        files.write_json(folder / "data.json", data.to_json())
     if state is not None:
         files.write_json(folder / "state.json", state)
 
@@ -93,7 +149,11 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     return ModelConfig.from_json(read_json(checkpoint / "context" / "model.json"))
 
 
-def read_data(checkpoint: Path) -> dict[str, Any] | None:
-    """What data the checkpoint was trained on; None where it was never trained here."""
+def read_data(checkpoint: Path) -> TrainingData | None:
+    """What the checkpoint was trained on; None where it was never trained here.
+
+    Raises:
+        CheckpointError: the record is damaged.
+    """
     path = checkpoint / "context" / "data.json"
-    return read_json(path) if path.is_file() else None
+    return TrainingData.from_json(read_json(path), str(path)) if path.is_file() else None

@@ -1,119 +1,211 @@
-"""Megatron distributed checkpoints (torch_dist): saved at any layout, loaded at any other.
+"""Checkpoints of models that several ranks hold: saved at any layout, loaded at any other.
 
-Flows in: a model on this rank, optionally its optimizer. Flows out: a ``weights`` folder with
-NeMo's key names (prefix ``module.``), written to a temporary name and renamed when every rank is
-done; or the same model with the folder's weights.
+Flows in: a model on this rank, optionally its optimizer. Flows out: a ``weights`` folder, which is
+a Megatron torch_dist checkpoint with NeMo's key names (prefix ``module.``); or the same model with
+the folder's weights. Each rank writes and reads its own part, a piece at a time, straight from and
+into its own memory: see ``pieces``. All ranks take part in every call, and fail together.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import pickle
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase
-from megatron.core.dist_checkpointing.validation import StrictHandling
-from torch.distributed.checkpoint.api import CheckpointException
+import torch
 
-from cosmos_posttrain.checkpoint import guard
-from cosmos_posttrain.checkpoint.torch_dist import PREFIX, is_torch_dist
+from cosmos_posttrain import launch
+from cosmos_posttrain.checkpoint import guard, pieces
+from cosmos_posttrain.checkpoint.pieces import PartitionedOptimizer, Piece
+from cosmos_posttrain.checkpoint.torch_dist import (
+    BACKEND,
+    Index,
+    TorchDistReader,
+    TorchDistWriter,
+    is_torch_dist,
+    write_index,
+)
 from cosmos_posttrain.distributed.cpu_device import cpu_device
-from cosmos_posttrain.errors import CheckpointError
+from cosmos_posttrain.errors import CheckpointError, CosmosPosttrainError, SaveError
+from cosmos_posttrain.files import read_json
 from cosmos_posttrain.models.builder import CosmosGPTModel
 
-
-class ShardedOptimizer(Protocol):
-    """What this module needs of Megatron's optimizers."""
-
-    def sharded_state_dict(self, model_state: dict, is_loading: bool, metadata: dict) -> Any: ...
-
-    def load_state_dict(self, state: Any) -> None: ...
+_WRITABLE = (
+    "make sure that every machine sees the folder and that there is room, then give the same "
+    "command again"
+)
 
 
-def _metadata() -> dict[str, Any]:
-    """How states are laid out on disk: whole tensors, so that any layout can read them."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+def save(
+    folder: Path, model: CosmosGPTModel, optimizer: PartitionedOptimizer | None = None
+) -> None:
+    """Writes the model (and optimizer) into an existing empty folder; every rank takes part.
 
-
-def _model_state(model: CosmosGPTModel) -> dict[str, Any]:
-    state = model.sharded_state_dict(prefix=PREFIX, metadata=_metadata())
-    # Transformer Engine's extra states come and go with its version and hold nothing we need.
-    return {key: value for key, value in state.items() if "_extra_state" not in key}
-
-
-def save(folder: Path, model: CosmosGPTModel, optimizer: ShardedOptimizer | None = None) -> None:
-    """Writes the model (and optimizer) into an existing empty folder; every rank takes part."""
-    with cpu_device():
-        state = _model_state(model)
-        if optimizer is not None:
-            state["optimizer"] = optimizer.sharded_state_dict(
-                state, is_loading=False, metadata=_metadata()
-            )
-        dist_checkpointing.save(state, str(folder), validate_access_integrity=False)
-
-
-def load(folder: Path, model: CosmosGPTModel, optimizer: ShardedOptimizer | None = None) -> None:
-    """Reads the weights (and the optimizer's state) into a built model, at its own layout.
+    The folder is a checkpoint only when this has returned.
 
     Raises:
-        CheckpointError: the folder is damaged, or does not fit the model.
+        SaveError: on every rank, if any of them could not write its part.
     """
+    writer = TorchDistWriter(folder, launch.rank())
+    with _together(SaveError, f"{folder} cannot be written", _WRITABLE):
+        try:
+            for piece in _to_write(model, optimizer):
+                writer.add_box(piece.key, piece.shape, piece.box)
+        finally:
+            writer.close()
+    indexes = _gather(writer.index)
+    with _together(SaveError, f"{folder} cannot be written", _WRITABLE):
+        if launch.is_rank_zero():
+            write_index(folder, indexes, _common(optimizer))
+
+
+def num_bytes(model: CosmosGPTModel, optimizer: PartitionedOptimizer | None = None) -> int:
+    """Bytes of the numbers that ``save`` writes, over all ranks; every rank takes part.
+
+    The files are larger by about a kilobyte for each piece.
+    """
+    return sum(_all(sum(piece.box[1].nbytes for piece in _to_write(model, optimizer))))
+
+
+def load(
+    folder: Path, model: CosmosGPTModel, optimizer: PartitionedOptimizer | None = None
+) -> None:
+    """Reads the weights (and the optimizer's state) into a built model, at its own layout.
+
+    Settings (learning rate, weight decay) stay as the optimizer was built with; the number of its
+    steps comes from the folder.
+
+    Raises:
+        CheckpointError: on every rank; the folder is damaged, or does not fit the model.
+    """
+    with _together(CheckpointError, f"{folder} cannot be read", "restore the checkpoint"):
+        reader, common = _open(folder)
+        step = _saved_step(folder, common) if optimizer else 0
+        with cpu_device():
+            wanted = list(pieces.to_read(model, optimizer, reader.shapes.keys()))
+        _check(reader, wanted)
+        by_key: dict[str, list[Piece]] = {}
+        for piece in wanted:
+            by_key.setdefault(piece.key, []).append(piece)
+        for key, same in by_key.items():
+            reader.read_into(key, [piece.box for piece in same])
+        if optimizer is not None:
+            optimizer.set_step(step)
+
+
+def _to_write(model: CosmosGPTModel, optimizer: PartitionedOptimizer | None) -> list[Piece]:
+    with cpu_device():
+        return list(pieces.to_write(model, optimizer))
+
+
+def _common(optimizer: PartitionedOptimizer | None) -> dict[str, Any]:
+    """What lies beside the tensors, in the words of Megatron's optimizers."""
+    if optimizer is None:
+        return {}
+    groups = {"optimizer": {"param_groups": optimizer.param_groups()}}
+    return {"optimizer": {**groups, "param_state_sharding_type": "fully_reshardable"}}
+
+
+def _saved_step(folder: Path, common: dict[str, Any]) -> int:
+    try:
+        return max(int(group["step"]) for group in common["optimizer"]["optimizer"]["param_groups"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} holds no optimizer state; a run can start from it (--model_path), but not "
+            "go on from it."
+        ) from error
+
+
+def _open(folder: Path) -> tuple[TorchDistReader, dict[str, Any]]:
+    """The tensors of a folder, and the values beside them."""
     if not is_torch_dist(folder):
         raise CheckpointError(f"{folder} holds no Megatron torch_dist checkpoint; check the path.")
-    # Megatron reads the index and the common file without a guard of its own.
-    index = guard.check_folder(folder)
-    with cpu_device():
-        wanted = _model_state(model)
-        if optimizer is not None:
-            wanted["optimizer"] = optimizer.sharded_state_dict(
-                wanted, is_loading=True, metadata=_metadata()
-            )
-        keys = [value.key for value in nested_values(wanted) if isinstance(value, ShardedBase)]
-        guard.check_tensors(folder, index, keys)
-        try:
-            with warnings.catch_warnings():
-                # About pieces that torch did not write: they are refused, in our words.
-                warnings.filterwarnings("ignore", message="Detected pickle protocol")
-                state = dist_checkpointing.load(
-                    wanted,
-                    str(folder),
-                    validate_access_integrity=False,
-                    strict=StrictHandling.RAISE_UNEXPECTED,
-                )
-        except (CheckpointException, Exception) as error:  # the former is no Exception
-            raise CheckpointError(
-                f"{folder} cannot be loaded into this model ({_reason(error)}); restore the "
-                "checkpoint, or give the one that belongs to it."
-            ) from error
-        loaded_optimizer = state.pop("optimizer", None)
-        weights = {key.removeprefix(PREFIX): value for key, value in state.items()}
-        result = model.load_state_dict(weights, strict=False)
-        missing = [key for key in result.missing_keys if "_extra_state" not in key]
-        if missing or result.unexpected_keys:
-            raise CheckpointError(
-                f"{folder} does not fit the model: missing {missing}, unexpected "
-                f"{list(result.unexpected_keys)}."
-            )
-        if optimizer is not None:
-            optimizer.load_state_dict(loaded_optimizer)
+    form = read_json(folder / "metadata.json", CheckpointError, "restore the checkpoint")
+    if form.get("sharded_backend") != BACKEND["sharded_backend"]:
+        raise CheckpointError(
+            f"{folder} is in Megatron's form {form.get('sharded_backend')!r}, not in torch_dist; "
+            "restore the checkpoint."
+        )
+    return TorchDistReader(folder), guard.read_common(folder)
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of what went wrong, on the first rank where torch collects them."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    if isinstance(error, pickle.UnpicklingError):
-        return "it holds more than tensors, which was not executed"
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__
+def _check(reader: TorchDistReader, wanted: list[Piece]) -> None:
+    """Names everything that does not fit.
+
+    Raises:
+        CheckpointError: tensors are missing, are other objects, or have another shape.
+    """
+    shapes = {piece.key: piece.shape for piece in wanted}
+    objects = sorted(shapes.keys() & reader.objects)
+    if objects:
+        raise CheckpointError(
+            f"{reader.folder} holds a pickled object instead of a tensor as {', '.join(objects)}, "
+            "which was not executed; use a checkpoint from a source that you trust."
+        )
+    missing = sorted(shapes.keys() - reader.shapes.keys())
+    problems = [f"lacks {', '.join(missing)}"] if missing else []
+    for key in sorted(shapes.keys() & reader.shapes.keys()):
+        if shapes[key] != reader.shapes[key]:
+            problems.append(f"has {key} of shape {reader.shapes[key]} instead of {shapes[key]}")
+    if problems:
+        raise CheckpointError(
+            f"{reader.folder} does not fit the model: it {'; '.join(problems)}; give the "
+            "checkpoint that belongs to it."
+        )
+
+
+def _all(value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    values = [value] * launch.world_size()
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _gather(index: Index) -> list[Index]:
+    """All ranks' indexes, on rank 0; elsewhere nothing."""
+    if launch.world_size() == 1:
+        return [index]
+    indexes: list[Any] | None = [None] * launch.world_size() if launch.is_rank_zero() else None
+    torch.distributed.gather_object(index, indexes)
+    return indexes or []
+
+
+@contextlib.contextmanager
+def _together(kind: type[CosmosPosttrainError], what: str, fix: str) -> Iterator[None]:
+    """Raises on every rank what went wrong on any of them, so that none waits for another.
+
+    Args:
+        kind: of the error that is raised.
+        what: how its sentence begins, where the system refused something.
+        fix: how it ends.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    sentence = problem and _sentence(problem, what, fix)
+    told = _all(sentence or (problem and f"{what} ({problem!r})."))
+    if problem is not None and sentence is None:
+        raise problem  # not what happens to files but a fault of this package
+    for number, text in enumerate(told):
+        if text is not None:
+            raise kind(text if number == 0 else f"rank {number}: {text}") from problem
+
+
+def _sentence(error: BaseException, what: str, fix: str) -> str | None:
+    """The sentence for what happens to files; None for anything else."""
+    if isinstance(error, CosmosPosttrainError):
+        return str(error)
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__  # torch.save raises an error of its own when a write fails
+    if cause is None:
+        return None
+    return f"{what} ({cause.strerror or cause}); {fix}."
 
 
 def quiet_megatron_logging() -> None:

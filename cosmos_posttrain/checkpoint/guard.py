@@ -10,7 +10,6 @@ from __future__ import annotations
 import enum
 import pickle
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,13 @@ _ALLOWED: dict[str, set[str]] = {
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
 }
 
+# megatron-core up to 0.15 (so NeMo 2) has its own names for two of torch's tables.
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+_RENAMED = {
+    "MCoreMetadata": ("torch.distributed.checkpoint.metadata", "Metadata"),
+    "MCoreSavePlan": ("torch.distributed.checkpoint.planner", "SavePlan"),
+}
+
 
 def _enum_member(kind: Any, name: str) -> Any:
     """What some Python versions pickle the members of an enumeration with ``getattr`` for."""
@@ -70,6 +76,8 @@ class _GuardedUnpickler(pickle.Unpickler):
                 return value
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
+        if module == _MEGATRON and name in _RENAMED:
+            return super().find_class(*_RENAMED[name])
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
 
@@ -164,16 +172,12 @@ def load(file: Any, where: str, damaged: str) -> Any:
         raise CheckpointError(f"{where} {damaged}.") from error
 
 
-def check_folder(folder: Path) -> Any:
-    """Makes sure that Megatron can read the folder without executing anything in it.
-
-    Returns:
-        The index.
+def read_common(folder: Path) -> dict[str, Any]:
+    """The values that lie beside the tensors of a torch_dist folder, in ``common.pt``.
 
     Raises:
-        CheckpointError: see ``read_metadata``; or ``common.pt`` holds more than plain values.
+        CheckpointError: it is missing, damaged, or holds more than plain values.
     """
-    metadata = read_metadata(folder)
     common = folder / COMMON_FILE
     try:
         with common.open("rb") as file:
@@ -182,26 +186,4 @@ def check_folder(folder: Path) -> Any:
         raise CheckpointError(f"{common} is missing; restore the checkpoint.") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{common} holds no table; restore the checkpoint.")
-    return metadata
-
-
-def check_tensors(folder: Path, index: Any, keys: Iterable[str]) -> None:
-    """Makes sure that what is about to be loaded is whole tensors: other objects are pickles.
-
-    Raises:
-        CheckpointError: names the first key that is something else.
-    """
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
-
-    for key in keys:
-        entry = index.state_dict_metadata.get(key)
-        if isinstance(entry, BytesStorageMetadata):
-            raise CheckpointError(
-                f"{folder} holds a pickled object instead of a tensor as {key}, which was not "
-                "executed; use a checkpoint from a source that you trust."
-            )
-        # torch would leave what no piece covers as it is.
-        if entry is not None and sum(chunk.sizes.numel() for chunk in entry.chunks) < (
-            entry.size.numel()
-        ):
-            raise CheckpointError(f"{folder} lacks parts of {key}; restore the checkpoint.")
+    return values

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_posttrain.errors import CheckpointError
-from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.config import NUM_SPECIAL_TOKENS, ModelConfig
 from cosmos_posttrain.models.presets import PRESETS
 from cosmos_posttrain.models.reference_config import from_reference, to_reference
 
@@ -36,6 +36,24 @@ def named_config(name: str) -> ModelConfig:
         return PRESETS[name]
     path = Path(name)
     return read_reference_config(path / "config.json" if path.is_dir() else path)
+
+
+def config_beside(folder: Path, what: str) -> ModelConfig:
+    """The ``config.json`` that lies beside weights of a form that does not say its numbers.
+
+    Args:
+        folder: where the weights lie.
+        what: what they are, for the message.
+
+    Raises:
+        CheckpointError: see ``read_reference_config``.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} has {what} but no config.json; copy the one that belongs to it there, or "
+            "give --model_config."
+        )
+    return read_reference_config(folder / "config.json")
 
 
 def read_reference_config(path: Path) -> ModelConfig:
@@ -71,6 +89,7 @@ def from_shapes(shapes: Shapes, known: dict[str, Any], where: str) -> ModelConfi
     """
     measured = _measure(shapes, where)
     rows = measured.pop("vocab_size")
+    known = _with_vocab_size(known, rows, measured["insert_cross_attn"])
     values: dict[str, Any] = {}
     for config in PRESETS.values():
         reference = to_reference(config)
@@ -89,6 +108,20 @@ def from_shapes(shapes: Shapes, known: dict[str, Any], where: str) -> ModelConfi
             "published model; give --model_config with a config.json or a size."
         )
     return from_reference(values)
+
+
+def _with_vocab_size(known: dict[str, Any], rows: int, has_text: bool) -> dict[str, Any]:
+    """Adds the vocabulary where only the embedding's rows are known.
+
+    A Video2World model's embedding has rows for special tokens, which its output layer has not. Not
+    every writer counts them in; the output layer's own rows tell, unless they are padded.
+    """
+    embedding_rows = known.get("vocab_size_in")
+    if "vocab_size" in known or not isinstance(embedding_rows, int):
+        return known
+    special = NUM_SPECIAL_TOKENS if has_text else 0
+    vocab_size = embedding_rows if embedding_rows == rows else embedding_rows - special
+    return {**known, "vocab_size": vocab_size, "vocab_size_in": vocab_size + special}
 
 
 def _pads_to(vocab_size: int, rows: int) -> bool:

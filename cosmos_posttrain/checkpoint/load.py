@@ -5,13 +5,12 @@ Works in a plain Python process (a world of one) and under torchrun (tensor para
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import torch
 
 from cosmos_posttrain import launch
-from cosmos_posttrain.checkpoint.source import Source, open_source
+from cosmos_posttrain.checkpoint.source import CheckpointSource, open_source
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.geometry import LatentShape
@@ -19,37 +18,8 @@ from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.builder import build_model
 
 
-def open_at_grid(
-    path: str | Path,
-    vocab_size: int | None = None,
-    latent_shape: LatentShape | None = None,
-    rope_scaling: str = "none",
-    rope_scale: float | None = None,
-) -> Source:
-    """``open_source``, and what becomes of positions beyond the grid that the weights know.
-
-    Args:
-        path: see ``open_source``.
-        vocab_size: vocabulary of fresh weights.
-        latent_shape: the grid to build the model for; None means the checkpoint's own.
-        rope_scaling: see ``ModelConfig.at_grid``; fresh weights know no grid, nothing is scaled.
-        rope_scale: see ``ModelConfig.at_grid``.
-
-    Raises:
-        CheckpointError: the path holds no model.
-        ConfigError: an unknown scaling, or a scale below 1.
-    """
-    source = open_source(path, vocab_size)
-    if latent_shape is None:
-        return source
-    config = source.config.at_grid(latent_shape, rope_scaling, rope_scale)
-    if source.kind == "random":
-        return open_source(path, vocab_size, latent_shape)
-    return dataclasses.replace(source, config=config)
-
-
 def load_source(
-    source: Source,
+    source: CheckpointSource,
     dtype: str | torch.dtype | None = None,
     tensor_model_parallel_size: int = 1,
     layer_spec: str = "torch",
@@ -106,5 +76,5 @@ def load_model(
         raise ConfigError(
             f"device {device!r} is not what this process runs on; use 'auto' or {present!r}."
         )
-    source = open_at_grid(path, vocab_size, latent_shape, rope_scaling, rope_scale)
+    source = open_source(path).at_grid(latent_shape, rope_scaling, rope_scale, vocab_size)
     return load_source(source, dtype, tensor_model_parallel_size, layer_spec, seed)

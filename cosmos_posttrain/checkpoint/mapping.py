@@ -11,7 +11,7 @@ Packing: ``linear_qkv`` holds, for every query group, its queries, then its key,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -166,7 +166,7 @@ def shard(name: str, tensor: Tensor, rank: int, size: int) -> Tensor:
 
 
 def check_reference_shapes(
-    shapes: dict[str, tuple[int, ...]], config: ModelConfig, where: str
+    shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str
 ) -> None:
     """Compares the tensors of a ``model.pt`` with what its config asks for.
 

@@ -9,7 +9,7 @@ a ``ModelConfig`` becomes both files, with ``cosmos_posttrain.nemo.CosmosModel``
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,11 @@ _FIELDS = {
     "context_len": "context_len",
     "position_scale": "position_scale",
 }
+# Rows of the embedding, and of the output layer where they differ. A tokenizer may name the former
+# too, so they do not tell which object is the model's config.
+_ROWS = ("vocab_size", "output_layer_vocab_size")
+# A file that says these says all that it knows; the other need not be looked at.
+_SIZES = {"num_layers", "hidden_size"}
 
 
 def has_context(folder: Path) -> bool:
@@ -53,45 +58,47 @@ def has_context(folder: Path) -> bool:
 def read(folder: Path) -> dict[str, Any]:
     """The numbers that a NeMo folder's context states, in the reference's field names.
 
-    Fields that the original program kept as class attributes are not in the file, and so not here.
+    Not everything is in the files: the original program keeps some numbers as class attributes, and
+    where it was given no config of the model, the files name none at all. The tensors' shapes tell
+    most of the rest (``infer_config``).
 
     Raises:
-        CheckpointError: the context is damaged, or describes no model.
+        CheckpointError: a file is damaged.
     """
     context = folder / "context"
     found: dict[str, Any] = {}
     for name, values_of in ((IO_FILE, _from_fiddle), (YAML_FILE, _from_yaml)):
-        if (context / name).is_file() and not found:
-            found = values_of(context / name)
-    if not found:
-        raise CheckpointError(
-            f"{context} describes no model (no {IO_FILE} or {YAML_FILE} with num_layers and "
-            "hidden_size); copy it again, or give --model_config."
-        )
-    values = {
-        theirs: found[ours] for ours, theirs in _FIELDS.items() if found.get(ours) is not None
-    }
-    if found.get("vocab_size") is not None:
+        if (context / name).is_file() and not found.keys() >= _SIZES:
+            found = values_of(context / name) | found
+    values = {theirs: found[ours] for ours, theirs in _FIELDS.items() if ours in found}
+    if "vocab_size" in found:
         values["vocab_size_in"] = found["vocab_size"]
-        values["vocab_size"] = found.get("output_layer_vocab_size") or found["vocab_size"]
+    if "output_layer_vocab_size" in found:
+        values["vocab_size"] = found["output_layer_vocab_size"]
     if "context_dim" in values:
         values |= {"insert_cross_attn": True, "apply_abs_pos_emb": True}
     return values
 
 
-def _is_model(values: dict[str, Any]) -> bool:
-    return all(isinstance(values.get(name), int) for name in ("num_layers", "hidden_size"))
+def _numbers(candidates: Iterable[Mapping[Any, Any]]) -> dict[str, Any]:
+    """What is said by the object that says most of a model; nothing if none says anything.
+
+    Classes have any name and lie at any depth, but only a model's config has a model's fields.
+    """
+    best: dict[str, Any] = {}
+    for values in candidates:
+        said = {name: values[name] for name in _FIELDS if values.get(name) is not None}
+        if len(said) > len(best.keys() & _FIELDS.keys()):
+            rows = {name: values[name] for name in _ROWS if values.get(name) is not None}
+            best = said | rows
+    return best
 
 
 def _from_fiddle(path: Path) -> dict[str, Any]:
     objects = read_json(path).get("objects")
     if not isinstance(objects, dict):
         raise CheckpointError(f"{path} is not a configuration of NeMo's; copy it again.")
-    for item in objects.values():
-        values = _attributes(item, objects)
-        if _is_model(values):
-            return values
-    return {}
+    return _numbers(_attributes(item, objects) for item in objects.values())
 
 
 def _attributes(item: Any, objects: dict[str, Any]) -> dict[str, Any]:
@@ -133,6 +140,11 @@ def _from_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not YAML; copy it again.") from error
+    return _numbers(_mappings(tree))
+
+
+def _mappings(tree: Any) -> Iterator[dict[Any, Any]]:
+    """All dicts in a tree, the outer ones first."""
     waiting, seen = [tree], set[int]()
     while waiting:
         node = waiting.pop(0)
@@ -140,12 +152,10 @@ def _from_yaml(path: Path) -> dict[str, Any]:
             continue
         seen.add(id(node))
         if isinstance(node, dict):
-            if _is_model(node):
-                return node
+            yield node
             waiting += node.values()
         elif isinstance(node, list):
             waiting += node
-    return {}
 
 
 def write(folder: Path, config: ModelConfig) -> None:

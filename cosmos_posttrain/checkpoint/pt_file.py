@@ -10,6 +10,7 @@ that names the tensors, and one member per tensor with its bytes; so it is writt
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import struct
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.checkpoint import guard
+from cosmos_posttrain.checkpoint.tensor_bytes import bytes_of
 from cosmos_posttrain.errors import CheckpointError
 
 _ROOT = "model"
@@ -113,8 +115,13 @@ class PtWriter:
         }
         _Pickler(pickled, protocol=2).dump(headers)
         self._zip = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True)
-        self._member("data.pkl", pickled.getbuffer())
-        self._member("byteorder", memoryview(b"little"))
+        try:
+            self._member("data.pkl", pickled.getbuffer())
+            self._member("byteorder", memoryview(b"little"))
+        except OSError:
+            with contextlib.suppress(OSError):  # of closing what cannot be written
+                self.close()
+            raise
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Writes the next tensor."""
@@ -142,9 +149,3 @@ class PtWriter:
         info.file_size = data.nbytes
         with self._zip.open(info, "w", force_zip64=True) as member:
             member.write(data)
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's bytes, without a copy where it is contiguous."""
-    array: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.checkpoint.context import read_json
-from cosmos_posttrain.checkpoint.pt_file import bytes_of
+from cosmos_posttrain.checkpoint.tensor_bytes import bytes_of, num_bytes
 from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.files import write_json
 
@@ -164,11 +164,6 @@ class SafetensorsWriter:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of a tensor."""
-    return torch.Size(shape).numel() * dtype.itemsize
 
 
 def _plan(

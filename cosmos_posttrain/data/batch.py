@@ -12,11 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cosmos_posttrain.data.dataset import TokenDataset
 from cosmos_posttrain.data.sampler import ClipSampler
+
+_DROPOUT = 1  # so that these draws are no others'
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,16 @@ class SequenceLayout:
         seq_length: positions of a sequence.
         prefix: tokens before the clip (``<bov>`` of a Video2World model).
         pad_token: behind it.
+        num_given: first tokens of the clip on which there is no loss.
     """
 
     seq_length: int
     prefix: tuple[int, ...] = ()
     pad_token: int = 0
+    num_given: int = 0
 
     def batch(self, clips: Tensor, weights: Tensor, context: Tensor | None = None) -> Batch:
-        """Lays clips out; the loss is on every clip token that something comes before.
+        """Lays clips out; the loss is on clip tokens that something comes before, given ones not.
 
         Args:
             clips: (B, T * H * W) int64.
@@ -81,8 +86,10 @@ class SequenceLayout:
         # The last position predicts nothing, so that S stays a multiple of every parallel size.
         labels = tokens.roll(-1, dims=1)
         loss_mask = torch.zeros(tokens.shape)
-        predicting = slice(max(first - 1, 0), first + num_tokens - 1)
+        predicting = slice(max(first + self.num_given - 1, 0), first + num_tokens - 1)
         loss_mask[:, predicting] = weights[:, None].float()
+        if self.prefix:  # tokens that are read but never predicted have no loss, not even times 0
+            labels = labels.masked_fill(loss_mask == 0, 0)
         return Batch(tokens, labels, loss_mask, context)
 
 
@@ -108,8 +115,29 @@ class BatchSizes:
         return self.global_batch_size // (self.micro_batch_size * self.num_ranks)
 
 
-def _clips(dataset: TokenDataset, numbers: list[int]) -> Tensor:
-    return torch.stack([dataset[number] for number in numbers])
+def make_batch(
+    layout: SequenceLayout,
+    dataset: TokenDataset,
+    numbers: list[int],
+    weights: Tensor,
+    is_dropped: list[bool] | None = None,
+) -> Batch:
+    """Clips with their texts; a dropped text is the null context, all rows zero."""
+    clips = torch.stack([dataset[number] for number in numbers])
+    texts = [dataset.context(number) for number in numbers]
+    if texts[0] is None:
+        return layout.batch(clips, weights)
+    context = torch.stack([text for text in texts if text is not None])
+    if is_dropped is not None:
+        context[torch.tensor(is_dropped)] = 0
+    return layout.batch(clips, weights, context)
+
+
+def drops_prompt(position: int, seed: int, probability: float) -> bool:
+    """Whether the sample at a position of the global stream is trained without its text."""
+    if probability == 0:
+        return False
+    return bool(np.random.default_rng([seed, position, _DROPOUT]).random() < probability)
 
 
 def training_batches(
@@ -118,8 +146,18 @@ def training_batches(
     sizes: BatchSizes,
     consumed_samples: int,
     seed: int,
+    prompt_dropout: float = 0.0,
 ) -> Iterator[list[Batch]]:
-    """Endless global batches of this rank, from ``consumed_samples`` on."""
+    """Endless global batches of this rank, from ``consumed_samples`` on.
+
+    Args:
+        dataset: the clips.
+        layout: of the model's sequences.
+        sizes: how a global batch is divided.
+        consumed_samples: samples that all ranks together have trained on; where to start.
+        seed: of the order of the clips, and of the dropped texts.
+        prompt_dropout: probability of a sample to be trained without its text.
+    """
     sampler = ClipSampler(
         len(dataset),
         sizes.micro_batch_size,
@@ -129,12 +167,15 @@ def training_batches(
         seed,
     )
     weights = torch.ones(sizes.micro_batch_size)
-    numbers = iter(sampler)
+    samples = sampler.positions()
     while True:
-        yield [
-            layout.batch(_clips(dataset, next(numbers)), weights)
-            for _ in range(sizes.num_microbatches)
-        ]
+        batches = []
+        for _ in range(sizes.num_microbatches):
+            positions = next(samples)
+            numbers = [sampler.sample_at(position) for position in positions]
+            dropped = [drops_prompt(position, seed, prompt_dropout) for position in positions]
+            batches.append(make_batch(layout, dataset, numbers, weights, dropped))
+        yield batches
 
 
 def validation_batches(
@@ -150,4 +191,5 @@ def validation_batches(
     for first in range(0, num_clips, micro * sizes.num_ranks):
         wanted = [first + sizes.rank * micro + row for row in range(micro)]
         weights = torch.tensor([float(number < num_clips) for number in wanted])
-        yield [layout.batch(_clips(dataset, [min(n, num_clips - 1) for n in wanted]), weights)]
+        numbers = [min(number, num_clips - 1) for number in wanted]
+        yield [make_batch(layout, dataset, numbers, weights)]

@@ -6,27 +6,29 @@ of the split, and its manifest row.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import copy
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from cosmos_posttrain.data.manifest import DocumentRow, Manifest
-from cosmos_posttrain.data.shards import Shard, ShardSet, open_shards
-from cosmos_posttrain.data.splits import SPLITS, split_sources
+from cosmos_posttrain.data.documents import open_documents
+from cosmos_posttrain.data.manifest import DocumentRow
+from cosmos_posttrain.data.splits import SPLITS
 from cosmos_posttrain.errors import DatasetError
-from cosmos_posttrain.files import sha256_of_json
 from cosmos_posttrain.geometry import LatentShape
+from cosmos_posttrain.text.rows import pad_rows
 
 _FOREIGN_VOCAB_SIZE = 64000  # of the published tokenizers, which made every foreign data set
 
 
 class TokenDataset(Dataset[torch.Tensor]):
     """Clips of one split; item i is (seq_length,) int64, each token in [0, vocab_size).
+
+    Shards are opened when they are read, a bounded number at a time. Data sets of the same folder
+    share them and all that was read of the manifest; ``other_split`` is the short way to one.
 
     Args:
         path: a prepared folder, a prefix of .bin/.idx files, or several of the same contract.
@@ -41,10 +43,12 @@ class TokenDataset(Dataset[torch.Tensor]):
         seq_length: tokens of every clip.
         vocab_size: of the tokenizer.
         fingerprint: equal only for equal data; a resumed run compares it.
+        indices: (len(self),) int64, numbers of the split's documents in the folder(s).
 
     Raises:
         DatasetError: the data is missing, damaged, incomplete, or of different contracts.
         ConfigError: a malformed ``split_string``.
+        UserError: too many files are open.
     """
 
     def __init__(
@@ -56,27 +60,26 @@ class TokenDataset(Dataset[torch.Tensor]):
         latent_shape: Sequence[int] | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        if split not in (*SPLITS, "all"):
-            raise DatasetError(f"there is no split {split!r}; use {', '.join(SPLITS)} or all.")
+        _check_split(split)
         paths = [path] if isinstance(path, (str, Path)) else list(path)
-        sets = [open_shards(item) for item in paths]
-        self.split = split
-        self.manifest = _common_manifest(paths, sets)
-        self._shards = [shard for item in sets for shard in item.shards]
-        if not self._shards:
-            raise DatasetError(f"{paths[0]} holds no clip: none of its videos could be read.")
-        self._ends = list(accumulate(len(shard.reader) for shard in self._shards))
-        self.seq_length = _common_length(self._shards)
+        self._documents = open_documents(paths)
+        self.split, self._split_string, self._seed = split, split_string, seed
+        self.manifest = self._documents.manifest
+        self.seq_length = self._documents.seq_length
+        self.fingerprint = self._documents.fingerprint
         self._latent_shape = self._check_shape(latent_shape)
         self.vocab_size = vocab_size or _FOREIGN_VOCAB_SIZE
         if self.manifest is not None:
             self.vocab_size = self.manifest.contract.tokenizer.vocab_size
-        self.fingerprint = sha256_of_json([item.fingerprint for item in sets])
-        sources = [source for shard in self._shards for source in shard.sources]
-        self.indices = np.arange(len(sources))
-        if split != "all":
-            chosen = set(split_sources(sources, split_string, seed)[split])
-            self.indices = np.flatnonzero([source in chosen for source in sources])
+        self.indices = self._documents.indices(split, split_string, seed)
+
+    def other_split(self, split: str) -> TokenDataset:
+        """Another split of the same data, with the same settings; opens nothing anew."""
+        _check_split(split)
+        other = copy.copy(self)
+        other.split = split
+        other.indices = self._documents.indices(split, self._split_string, self._seed)
+        return other
 
     def _check_shape(self, given: Sequence[int] | None) -> LatentShape | None:
         shape = LatentShape(*given) if given is not None else None
@@ -112,58 +115,43 @@ class TokenDataset(Dataset[torch.Tensor]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def _locate(self, index: int) -> tuple[Shard, int]:
+    def _document(self, index: int) -> int:
         if not -len(self) <= index < len(self):
             raise IndexError(f"clip {index} of {len(self)}")
-        document = int(self.indices[index])
-        number = bisect_right(self._ends, document)
-        before = self._ends[number - 1] if number else 0
-        return self._shards[number], document - before
+        return int(self.indices[index])
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        shard, document = self._locate(index)
-        tokens = shard.reader[document].astype(np.int64)
+        document = self._document(index)
+        tokens = self._documents.tokens(document).astype(np.int64)
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocab_size:
             raise DatasetError(
-                f"document {document} of {shard.reader.prefix} holds tokens from {low} to {high}; "
-                f"the vocabulary is [0, {self.vocab_size}): prepare the data set again."
+                f"{self._documents.where(document)} holds tokens from {low} to {high}; the "
+                f"vocabulary is [0, {self.vocab_size}): prepare the data set again."
             )
         return torch.from_numpy(tokens)
 
+    def context(self, index: int) -> torch.Tensor | None:
+        """The text of clip ``index`` as a model attends to it; None for base data.
+
+        Returns:
+            (context_len, width) float32, zero rows behind the prompt's own.
+        """
+        rows = self._documents.text_rows(self._document(index))
+        if rows is None:
+            return None
+        assert self.manifest is not None and self.manifest.contract.context_len is not None
+        return pad_rows([rows.float()], self.manifest.contract.context_len)[0]
+
     def row(self, index: int) -> DocumentRow:
         """Where clip ``index`` of the split came from."""
-        shard, document = self._locate(index)
-        return shard.row(document)
+        return self._documents.row(self._document(index))
 
     def source(self, index: int) -> str:
         """The source video of clip ``index`` of the split."""
-        shard, document = self._locate(index)
-        return shard.sources[document]
+        return self.row(index).source
 
 
-def _common_manifest(paths: Sequence[str | Path], sets: Sequence[ShardSet]) -> Manifest | None:
-    if not sets:
-        raise DatasetError("no data was named; give --data_path.")
-    first = sets[0].manifest
-    for path, item in zip(paths[1:], sets[1:], strict=True):
-        if (first is None) != (item.manifest is None):
-            raise DatasetError(f"{paths[0]} and {path} differ: only one of them has a manifest.")
-        if first is not None and item.manifest is not None:
-            difference = first.contract.difference(item.manifest.contract)
-            if difference:
-                raise DatasetError(
-                    f"{paths[0]} and {path} cannot be used together: {difference}; prepare them "
-                    "with the same tokenizer and clip size."
-                )
-    return first
-
-
-def _common_length(shards: Sequence[Shard]) -> int:
-    lengths = np.unique(np.concatenate([np.unique(shard.reader.lengths) for shard in shards]))
-    if len(lengths) != 1 or lengths[0] < 1:
-        raise DatasetError(
-            f"the documents have between {lengths.min()} and {lengths.max()} tokens; every clip "
-            "must have the same number."
-        )
-    return int(lengths[0])
+def _check_split(split: str) -> None:
+    if split not in (*SPLITS, "all"):
+        raise DatasetError(f"there is no split {split!r}; use {', '.join(SPLITS)} or all.")

@@ -9,16 +9,25 @@ import re
 
 MANIFEST_FILE = "manifest.json"
 FAILURES_FILE = "failures.jsonl"
+SOURCES_FILE = "sources.npz"
 PLAN_FILE = "prepare.json"  # what a run that is not complete is about
+EXTENSIONS = ("bin", "idx", "jsonl")  # of a shard's files
+PROMPTS_PER_SHARD = 1024  # in each prompt shard but the last
 
 _OURS = re.compile(
-    r"manifest\.json|failures\.jsonl|prepare\.json|shard-\d{5,}\.(bin|idx|jsonl|json)"
+    r"manifest\.json|failures\.jsonl|prepare\.json|sources\.npz"
+    r"|(shard|prompts)-\d{5,}\.(bin|idx|jsonl|json)"
 )
 
 
 def shard_name(number: int) -> str:
     """``shard-00000`` and so on."""
     return f"shard-{number:05d}"
+
+
+def prompt_shard_name(number: int) -> str:
+    """``prompts-00000`` and so on."""
+    return f"prompts-{number:05d}"
 
 
 def is_ours(name: str) -> bool:

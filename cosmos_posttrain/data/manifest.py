@@ -7,36 +7,31 @@ Files of a folder:
   manifest.json       contract, shards (names, sizes, sha256, counts), the first failures
   shard-00000.bin/.idx  tokens, one document a clip, in Megatron's indexed format
   shard-00000.jsonl   one row a document: where the clip came from
+  sources.npz         the source of every document, in one file (see ``source_runs.py``)
   failures.jsonl      one row for each video that could not be read
+  prompts-00000.bin/.idx/.jsonl  embeddings of the distinct prompts (see ``prompts.py``)
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import functools
+import hashlib
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cosmos_posttrain.data.contract import Contract
 from cosmos_posttrain.data.layout import MANIFEST_FILE, PLAN_FILE
+from cosmos_posttrain.data.limits import naming_limits
 from cosmos_posttrain.data.serial import from_plain, to_plain
+from cosmos_posttrain.data.shard_table import ShardTable
 from cosmos_posttrain.errors import DatasetError
-from cosmos_posttrain.files import read_json, sha256_of_json, write_json
+from cosmos_posttrain.files import json_text, read_json, replacing
 
 MAX_LISTED_FAILURES = 1000
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """One shard: files by their extension, each with its size and hash.
-
-    A shard of which no video could be read has no files.
-    """
-
-    name: str
-    num_documents: int
-    num_sources: int
-    files: dict[str, dict[str, Any]]
+_NO_SHARDS = '\n  "shards": []'
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,8 @@ class DocumentRow:
         stride: distance between the clip's frames, in frames of the video.
         num_repeated: frames at the clip's end that repeat the last one.
         fps: of the video; 0.0 where unknown.
-        prompt: None without one.
+        prompt: None without one; in a Video2World data set the prompts' own shards hold it.
+        prompt_number: of the embedding there; None in a base data set.
     """
 
     document: int
@@ -68,6 +64,7 @@ class DocumentRow:
     num_repeated: int = 0
     fps: float = 0.0
     prompt: str | None = None
+    prompt_number: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The row without an absent prompt."""
@@ -85,6 +82,8 @@ class Manifest:
         num_failures: videos that could not be read; all of them are in ``failures.jsonl``.
         failures: the first 1,000 of them.
         shards: in order.
+        rejected: videos that a filter left out, counted by reason; no failures.
+        prompts: the prompts' shards, in order; none without a text encoder.
     """
 
     contract: Contract
@@ -92,17 +91,40 @@ class Manifest:
     num_documents: int
     num_failures: int
     failures: tuple[Failure, ...]
-    shards: tuple[ShardInfo, ...]
+    shards: ShardTable
+    rejected: dict[str, int] = field(default_factory=dict)
+    prompts: ShardTable = field(default_factory=ShardTable)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of the contract and of every shard's: equal only for equal data."""
-        files = [{k: f["sha256"] for k, f in shard.files.items()} for shard in self.shards]
-        return sha256_of_json({"contract": to_plain(self.contract), "shards": files})
+        contract = json.dumps(to_plain(self.contract), sort_keys=True, separators=(",", ":"))
+        digest = hashlib.sha256(f'{{"contract":{contract},"shards":['.encode())
+        self.shards.update_hash(digest)
+        if len(self.prompts):
+            digest.update(b'],"prompts":[')
+            self.prompts.update_hash(digest)
+        digest.update(b"]}")
+        return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
         """Writes ``manifest.json`` atomically: from then on the folder is complete."""
-        write_json(folder / MANIFEST_FILE, to_plain(self))
+        value = to_plain(dataclasses.replace(self, shards=ShardTable()))
+        if not self.rejected:
+            del value["rejected"]
+        if not len(self.prompts):
+            del value["prompts"]
+        head, _, tail = json_text(value, indent=2).partition(_NO_SHARDS)
+        with (
+            replacing(folder / MANIFEST_FILE) as temporary,
+            temporary.open("w", encoding="utf-8", newline="\n") as file,
+        ):
+            file.write(head + _NO_SHARDS[:-1])
+            separator = "\n"
+            for block in self.shards.json_blocks():
+                file.write(separator + block)
+                separator = ",\n"
+            file.write(("\n  ]" if len(self.shards) else "]") + tail + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -120,11 +142,19 @@ class Manifest:
                     "prepare_dataset.py command again to finish it."
                 )
             raise DatasetError(f"{folder} has no {MANIFEST_FILE}; name a prepared folder.")
-        value = read_json(path, DatasetError, "prepare the data set again")
+        with naming_limits(str(path)):
+            value = read_json(path, DatasetError, "prepare the data set again")
+        for name in ("shards", "prompts"):
+            if name in value:
+                value[name] = ShardTable.read(value[name], str(path))
         manifest = from_plain(cls, value, str(path))
         manifest.contract.check(str(path))
-        if sum(shard.num_documents for shard in manifest.shards) != manifest.num_documents:
+        if manifest.shards.num_documents.sum() != manifest.num_documents:
             raise DatasetError(
                 f"{path} is damaged: its shards do not add up to num_documents; prepare it again."
+            )
+        if bool(len(manifest.prompts)) != (manifest.contract.text_encoder is not None):
+            raise DatasetError(
+                f"{path} is damaged: its prompts do not go with its text_encoder; prepare it again."
             )
         return manifest

@@ -72,8 +72,13 @@ class ClipSampler:
             self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
         return int(self._order[offset])
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def positions(self) -> Iterator[list[int]]:
+        """Positions in the endless global stream, a micro batch of this rank at a time."""
         position = self.consumed_samples + self.data_parallel_rank * self.micro_batch_size
         while True:
-            yield [self.sample_at(position + offset) for offset in range(self.micro_batch_size)]
+            yield [position + offset for offset in range(self.micro_batch_size)]
             position += self.micro_batch_size * self.data_parallel_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for positions in self.positions():
+            yield [self.sample_at(position) for position in positions]

@@ -7,8 +7,10 @@ or the dataclass again, or one sentence that names the field that does not fit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from cosmos_posttrain.errors import DatasetError
@@ -21,7 +23,7 @@ def to_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         fields = dataclasses.fields(value)
         return {field.name: to_plain(getattr(value, field.name)) for field in fields}
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [to_plain(item) for item in value]
     return value
 
@@ -35,11 +37,26 @@ def from_plain(kind: type[T], value: Any, where: str) -> T:
     return typing.cast(T, _read(kind, value, where, kind.__name__))
 
 
+@functools.cache
+def _fields_of(kind: type) -> tuple[dict[str, Any], frozenset[str]]:
+    """Types of a dataclass's fields, resolved once, and the names of those without a default."""
+    required = {
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    return typing.get_type_hints(kind), frozenset(required)
+
+
+@functools.cache
+def _parts_of(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    return typing.get_origin(kind), typing.get_args(kind)
+
+
 def _read(kind: Any, value: Any, where: str, name: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    origin, arguments = _parts_of(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
-        hints = typing.get_type_hints(kind)
-        required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+        hints, required = _fields_of(kind)
         missing = sorted(required - value.keys())
         if missing:
             raise DatasetError(f"{where} is damaged: it has no {missing[0]}.")

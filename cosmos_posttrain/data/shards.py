@@ -1,144 +1,126 @@
-"""Finding and opening prepared data, in our layout and in the original recipe's.
+"""All shards below one path: documents by number, opened when they are read.
 
-Flows in: a folder or a path prefix. Flows out: opened shards with the source of each document.
+Flows in: a folder or a path prefix. Flows out: tokens, rows and sources of documents. Nothing is
+held for a shard but a few numbers; its files are open only while it is in the pool.
 
 Layouts:
-  ours        a folder with ``manifest.json``, shards and their sidecars
+  ours        a folder with ``manifest.json``, shards and their sidecars (``prepared.py``)
   original    files named exactly ``.bin`` and ``.idx`` in a folder, or in its numbered subfolders
   plain       ``PREFIX.bin`` and ``PREFIX.idx``, or a folder of such pairs
-The last two have no manifest: each document counts as its own source.
+The last two have no manifest: each document counts as its own source (``foreign.py``).
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from dataclasses import dataclass
-from pathlib import Path
+import itertools
+import weakref
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cosmos_posttrain.data.indexed import ShardReader
-from cosmos_posttrain.data.layout import MANIFEST_FILE, PLAN_FILE
-from cosmos_posttrain.data.manifest import DocumentRow, Manifest, ShardInfo
-from cosmos_posttrain.data.serial import from_plain
-from cosmos_posttrain.errors import DatasetError
-from cosmos_posttrain.files import sha256_of_file, sha256_of_json
+from cosmos_posttrain.data.manifest import DocumentRow, Manifest
+from cosmos_posttrain.data.pool import POOL
+from cosmos_posttrain.data.source_runs import SourceRuns
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+_numbers = itertools.count()
 
 
-@dataclass
-class Shard:
-    """One opened shard: its documents, and the source of each."""
-
-    reader: ShardReader
-    sources: list[str]
-    sidecar: Path | None = None
-
-    def row(self, document: int) -> DocumentRow:
-        """The manifest row of a document; only the source is known without a sidecar."""
-        if self.sidecar is None:
-            return DocumentRow(document, self.sources[document])
-        with self.sidecar.open(encoding="utf-8") as file:
-            for number, line in enumerate(file):
-                if number == document:
-                    return from_plain(DocumentRow, json.loads(line), str(self.sidecar))
-        raise DatasetError(f"{self.sidecar} is damaged: it has no row {document}.")
-
-
-@dataclass
-class ShardSet:
-    """All shards below one path.
+class OpenShards(ABC):
+    """Documents of several shards by number, whatever they hold; can be pickled.
 
     Attributes:
-        shards: opened, in order.
+        ends: (num_shards,) int64, documents up to and with each shard.
+    """
+
+    holds_floats = False
+
+    def __init__(self, num_documents: NDArray[np.int64]) -> None:
+        self.ends: NDArray[np.int64] = np.cumsum(num_documents)
+        self._checked = np.zeros(len(num_documents), bool)
+        self._register()
+
+    def _register(self) -> None:
+        number = next(_numbers)
+        self._key = number
+        weakref.finalize(self, POOL.close, lambda key: key[0] == number)  # type: ignore[index]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register()
+
+    def __len__(self) -> int:
+        """Documents of all shards."""
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    @abstractmethod
+    def prefix(self, shard: int) -> str:
+        """Path of a shard's files without their extension."""
+
+    def _check(self, shard: int, reader: ShardReader) -> None:  # noqa: B027
+        """Called when a shard is opened for the first time in this process."""
+
+    def locate(self, document: int) -> tuple[int, int]:
+        """The shard that holds a document, and its number there."""
+        shard = int(np.searchsorted(self.ends, document, side="right"))
+        return shard, document - (int(self.ends[shard - 1]) if shard else 0)
+
+    def tokens(self, document: int) -> NDArray[Any]:
+        """(length,) in the dtype on disk; not to be written to.
+
+        Raises:
+            DatasetError: the shard is missing or damaged.
+            UserError: too many files are open.
+        """
+        shard, number = self.locate(document)
+        reader = POOL.reader(
+            (self._key, shard), lambda: ShardReader(self.prefix(shard), self.holds_floats)
+        )
+        if not self._checked[shard]:
+            self._check(shard, reader)
+            self._checked[shard] = True
+        return reader[number]
+
+    def where(self, document: int) -> str:
+        """A document in words, for errors."""
+        shard, number = self.locate(document)
+        return f"document {number} of {self.prefix(shard)}"
+
+
+class ShardSet(OpenShards):
+    """All shards below one path: clips, each (seq_length,) tokens.
+
+    Attributes:
         manifest: None for folders that were not prepared by this program.
         fingerprint: equal only for equal data.
+        seq_length: tokens of each document.
     """
 
-    shards: list[Shard]
     manifest: Manifest | None
     fingerprint: str
+    seq_length: int
 
+    @abstractmethod
+    def row(self, document: int) -> DocumentRow:
+        """Where a document came from.
 
-def open_shards(path: str | Path) -> ShardSet:
-    """Opens whatever prepared data lies at ``path``, a folder or a prefix.
+        Raises:
+            DatasetError: the sidecar is missing or damaged.
+        """
 
-    Raises:
-        DatasetError: nothing is there, or it is damaged or incomplete.
-    """
-    folder = Path(path)
-    if any((folder / name).is_file() for name in (MANIFEST_FILE, PLAN_FILE)):
-        return _open_ours(folder)
-    prefixes = _foreign_prefixes(str(path))
-    if not prefixes:
-        what = "holds no prepared data" if folder.exists() else "does not exist"
-        raise DatasetError(
-            f"{path} {what}; name a folder that prepare_dataset.py wrote, or a prefix of "
-            ".bin and .idx files."
-        )
-    shards = []
-    for name, prefix in prefixes:
-        reader = ShardReader(prefix)
-        shards.append(Shard(reader, [f"{name}:{number}" for number in range(len(reader))]))
-    hashes = [
-        (sha256_of_file(Path(f"{prefix}.idx")), Path(f"{prefix}.bin").stat().st_size)
-        for _, prefix in prefixes
-    ]
-    return ShardSet(shards, None, sha256_of_json(hashes))
+    @abstractmethod
+    def source_runs(self) -> SourceRuns:
+        """The source of every document; read anew each time.
 
+        Raises:
+            DatasetError: a sidecar is missing or damaged.
+        """
 
-def _open_ours(folder: Path) -> ShardSet:
-    manifest = Manifest.load(folder)
-    shards = [_open_shard(folder, info, manifest) for info in manifest.shards if info.files]
-    return ShardSet(shards, manifest, manifest.fingerprint)
-
-
-def _open_shard(folder: Path, info: ShardInfo, manifest: Manifest) -> Shard:
-    for extension, recorded in info.files.items():
-        path = folder / f"{info.name}.{extension}"
-        num_bytes = path.stat().st_size if path.is_file() else -1
-        if num_bytes != recorded["num_bytes"]:
-            raise DatasetError(
-                f"{path} is damaged: it has {num_bytes} bytes, the manifest says "
-                f"{recorded['num_bytes']}; prepare the data set again."
-                if num_bytes >= 0
-                else f"{path} is missing; prepare the data set again."
-            )
-    reader = ShardReader(folder / info.name)
-    sidecar = folder / f"{info.name}.jsonl"
-    try:
-        with sidecar.open(encoding="utf-8") as file:
-            sources = [sys.intern(str(json.loads(line)["source"])) for line in file]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{sidecar} is damaged: {error}; prepare the data again.") from error
-    if not len(reader) == len(sources) == info.num_documents:
-        raise DatasetError(
-            f"{folder / info.name} is damaged: {len(reader)} documents, {len(sources)} rows, and "
-            f"{info.num_documents} in the manifest; prepare the data set again."
-        )
-    seq_length = manifest.contract.seq_length
-    if (reader.lengths != seq_length).any():
-        raise DatasetError(
-            f"{folder / info.name} is damaged: not every document has {seq_length} tokens; "
-            "prepare the data set again."
-        )
-    return Shard(reader, sources, sidecar)
-
-
-def _foreign_prefixes(path: str) -> list[tuple[str, str]]:
-    """(name, prefix) of each .bin/.idx pair, in a stable order; the name goes into sources."""
-    folder = Path(path)
-    if Path(path + ".bin").is_file() and Path(path + ".idx").is_file():
-        return [(folder.name, path)]
-    if not folder.is_dir():
-        return []
-    if (folder / ".bin").is_file() and (folder / ".idx").is_file():
-        return [(folder.name, f"{folder}/")]
-    numbered = [
-        entry
-        for entry in folder.iterdir()
-        if entry.is_dir() and entry.name.isdecimal() and (entry / ".idx").is_file()
-    ]
-    if numbered:
-        numbered.sort(key=lambda entry: (int(entry.name), entry.name))
-        return [(f"{folder.name}/{entry.name}", f"{entry}/") for entry in numbered]
-    pairs = sorted(entry.with_suffix("") for entry in folder.glob("*.idx") if entry.stem)
-    return [(f"{folder.name}/{pair.name}", str(pair)) for pair in pairs]
+    def text_rows(self, document: int) -> Tensor | None:
+        """A document's text as (length, width) embeddings; None for data without prompts."""
+        return None

@@ -1,15 +1,20 @@
 """Train, validation and test without leaks: a source video falls in one split, with all its clips.
 
-Flows in: the source of every document and the shares. Flows out: document numbers of each split.
+Flows in: the source of every document and the shares. Flows out: the split of every document.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from cosmos_posttrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 SPLITS = ("train", "validation", "test")
 _MIN_SOURCES = 3
@@ -50,35 +55,53 @@ def _counts(num_sources: int, shares: Sequence[float]) -> list[int]:
     return counts
 
 
-def split_sources(
-    sources: Iterable[str], split_string: str = "98,1,1", seed: int = 1234
-) -> dict[str, list[str]]:
+def split_digests(digests: NDArray[np.uint64], split_string: str = "98,1,1") -> NDArray[np.uint8]:
     """Deals distinct sources to the three splits.
 
     The order is that of a seeded hash of each name: the same seed gives the same split on every
     machine, whatever the order of the documents. With fewer than three sources everything is
     training data, with a warning.
 
+    Args:
+        digests: (num_runs, 2) uint64, ``SourceRuns.digests`` of one seed.
+        split_string: the shares.
+
+    Returns:
+        (num_runs,) uint8: number in ``SPLITS`` of each run of documents.
+
     Raises:
         ConfigError: a malformed ``split_string``.
     """
     shares = parse_split_string(split_string)
-
-    def key(source: str) -> tuple[bytes, str]:
-        return hashlib.sha256(f"{seed}:{source}".encode()).digest(), source
-
-    ordered = sorted(set(sources), key=key)
-    if len(ordered) < _MIN_SOURCES and any(shares[1:]):
+    if not any(shares[1:]):
+        return np.zeros(len(digests), np.uint8)
+    order, ranks = _ranks(digests)
+    num_sources = int(ranks[-1]) + 1 if len(ranks) else 0
+    if num_sources < _MIN_SOURCES:
         logger.warning(
             "%d source video(s) are too few for split_string %s: all clips are used for training, "
             "validation and test are off (three sources or more would do).",
-            len(ordered),
+            num_sources,
             split_string,
         )
-        return {"train": ordered, "validation": [], "test": []}
-    num_train, num_validation, _ = _counts(len(ordered), shares)
-    return {
-        "train": ordered[:num_train],
-        "validation": ordered[num_train : num_train + num_validation],
-        "test": ordered[num_train + num_validation :],
-    }
+        return np.zeros(len(digests), np.uint8)
+    num_train, num_validation, _ = _counts(num_sources, shares)
+    splits = np.empty(len(digests), np.uint8)
+    splits[order] = (ranks >= num_train).astype(np.uint8) + (ranks >= num_train + num_validation)
+    return splits
+
+
+def _ranks(digests: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The order of runs by digest, and the place of each one's source in it; the same for equals.
+
+    Args:
+        digests: (num_runs, 2) uint64, the first half of each first.
+    """
+    order = np.argsort(digests[:, 0])
+    high = digests[order, 0]
+    if (high[1:] == high[:-1]).any():
+        order = np.lexsort((digests[:, 1], digests[:, 0]))
+        high = digests[order, 0]
+    low = digests[order, 1]
+    differs = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
+    return order, np.concatenate([[0], np.cumsum(differs)])[: len(order)]

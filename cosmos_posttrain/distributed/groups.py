@@ -138,21 +138,23 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
-def decide(function: Callable[[], T]) -> T:
-    """Rank 0 calls a function; every rank gets its result, or raises its error.
+def decide(function: Callable[[], T], source: int = 0, group: Any = None) -> T:
+    """One rank calls a function; every rank gets its result, or raises its error.
 
     Args:
-        function: called on rank 0 only; its result and error must be picklable.
+        function: called on one rank only; its result and error must be picklable.
+        source: that rank, counted over the whole job.
+        group: the ranks that get its result, all of which call this; None means all of the job.
     """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size(group) == 1:
         return function()
     box: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
+    if torch.distributed.get_rank() == source:
         try:
             box[0] = function()
         except CosmosPosttrainError as error:
             box[1] = error
-    torch.distributed.broadcast_object_list(box, src=0)
+    torch.distributed.broadcast_object_list(box, src=source, group=group)
     if box[1] is not None:
         raise box[1]
     result: T = box[0]

@@ -6,14 +6,13 @@ tokenizer can represent.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_posttrain.errors import UserError, VideoError
-from cosmos_posttrain.evaluation.tokenizer_config import DEFAULT_NUM_FRAMES, TokenizerEvalConfig
+from cosmos_posttrain.evaluation.config.tokenizer import DEFAULT_NUM_FRAMES, TokenizerEvalConfig
 from cosmos_posttrain.geometry import ClipGeometry, Compression
-from cosmos_posttrain.prepare.sources import Source
+from cosmos_posttrain.prepare.sources import VideoSource
 from cosmos_posttrain.video import (
     IMAGE_EXTENSIONS,
     VIDEO_EXTENSIONS,
@@ -21,13 +20,14 @@ from cosmos_posttrain.video import (
     probe,
     read_clips,
 )
+from cosmos_posttrain.video.files import find_files
 
 if TYPE_CHECKING:
     import torch
 
 
-def list_media(folder: str | Path, leave_out: Path) -> list[Source]:
-    """All videos and images below ``folder``, sorted by name; hidden ones are left out.
+def list_media(folder: str | Path, leave_out: Path) -> list[VideoSource]:
+    """All videos and images below ``folder``, sorted by name, each once; hidden ones are left out.
 
     Args:
         folder: searched recursively.
@@ -40,25 +40,13 @@ def list_media(folder: str | Path, leave_out: Path) -> list[Source]:
     if not root.is_dir():
         raise UserError(f"the video folder {root} does not exist; name a folder with videos.")
     known = VIDEO_EXTENSIONS | IMAGE_EXTENSIONS
-    found = []
-    for parent, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and (Path(parent) / name).resolve() != leave_out.resolve()
-        ]
-        found += [
-            Path(parent) / name
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in known
-        ]
+    found = find_files(root, known, leave_out)
     if not found:
         raise UserError(
             f"the folder {root} holds no video and no image; known extensions are "
             f"{' '.join(sorted(known))}."
         )
-    sources = [Source(path.relative_to(root).as_posix(), path) for path in found]
-    return sorted(sources, key=lambda source: source.name)
+    return [VideoSource(path.relative_to(root).as_posix(), path) for path in found]
 
 
 def check_size(config: TokenizerEvalConfig, compression: Compression) -> None:

@@ -10,10 +10,12 @@ is written last. A killed evaluation leaves a folder that the same command conti
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -35,13 +37,12 @@ def _is_ours(name: str) -> bool:
     return name in _OURS
 
 
-def check_writable(folder: Path, overwrite: bool) -> None:
+def check_foreign(folder: Path, overwrite: bool) -> None:
     """Refuses a folder that holds anything that an evaluation did not write; changes nothing.
 
     Raises:
-        OutputFolderError: it holds something else, is a file, or cannot be written to.
+        OutputFolderError: it holds something else.
     """
-    files.check_writable(folder)
     foreign = files.foreign_names(folder, _is_ours)
     names = os.listdir(folder) if folder.is_dir() else []
     if not {METRICS_FILE, _SETTINGS_FILE} & set(names):
@@ -54,7 +55,7 @@ def check_writable(folder: Path, overwrite: bool) -> None:
 
 
 class ResultFolder:
-    """One evaluation's folder.
+    """One evaluation's folder, which the caller holds locked.
 
     Args:
         folder: where the results go.
@@ -90,7 +91,6 @@ class ResultFolder:
         if (self.folder / _SETTINGS_FILE).is_file():
             started = files.read_json(self.folder / _SETTINGS_FILE, DatasetError)
             self._check_same(started.get("settings"))
-        self.folder.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(self.folder)
         files.write_json(self.folder / _SETTINGS_FILE, {"settings": self.settings})
         self._take_up()
@@ -111,11 +111,12 @@ class ResultFolder:
         """Reads the rows that the counts include; a row that was written after them is redone."""
         rows = self.folder / _ROWS_FILE
         try:
-            with np.load(self.folder / _COUNTS_FILE) as saved:
+            # Of a damaged file numpy would leave the handle open.
+            with np.load(io.BytesIO((self.folder / _COUNTS_FILE).read_bytes())) as saved:
                 counts, num_rows = saved["counts"], int(saved["num_rows"])
             lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)[:num_rows]
             done = [json.loads(line) for line in lines]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             done, num_rows = [], 0
         if num_rows and len(done) == num_rows and counts.shape == self.counts.shape:
             self.rows, self.counts = done, counts
@@ -137,8 +138,6 @@ class ResultFolder:
             return
         for name in _OURS:
             (self.folder / name).unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Writes the metrics, which makes the folder complete, and removes what they replace."""

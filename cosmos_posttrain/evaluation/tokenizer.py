@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos_posttrain import launch
+from cosmos_posttrain import files, launch
 from cosmos_posttrain.errors import PartialFailureError, UserError, VideoError
 from cosmos_posttrain.evaluation import quality
+from cosmos_posttrain.evaluation.config.tokenizer import TokenizerEvalConfig, validate
 from cosmos_posttrain.evaluation.figures import contact_sheet
 from cosmos_posttrain.evaluation.media import check_size, list_media, read_clip
-from cosmos_posttrain.evaluation.result_folder import SHEET_FILE, ResultFolder, check_writable
+from cosmos_posttrain.evaluation.result_folder import SHEET_FILE, ResultFolder, check_foreign
 from cosmos_posttrain.evaluation.timing import TimedCodec, device_name, speed
-from cosmos_posttrain.evaluation.tokenizer_config import TokenizerEvalConfig
 from cosmos_posttrain.geometry import ClipGeometry
-from cosmos_posttrain.prepare.sources import Source, sources_sha256
+from cosmos_posttrain.prepare.sources import VideoSource, sources_sha256
 from cosmos_posttrain.runlog import ProgressDisplay
 from cosmos_posttrain.tokenizer import VideoTokenizer, load_tokenizer_pair
 from cosmos_posttrain.video import to_float, to_uint8
@@ -48,9 +48,16 @@ def run(config: TokenizerEvalConfig) -> dict[str, Any]:
         PartialFailureError: more than ``max_failures`` videos could not be read; the others are
             evaluated and written.
     """
-    config.validate()
+    validate(config)
     sources = list_media(config.videos, leave_out=config.output)[: config.max_videos]
-    check_writable(config.output, config.overwrite)
+    files.check_writable(config.output)
+    with files.locked(config.output):
+        check_foreign(config.output, config.overwrite)
+        return _run_locked(config, sources)
+
+
+def _run_locked(config: TokenizerEvalConfig, sources: Sequence[VideoSource]) -> dict[str, Any]:
+    """The evaluation, by the one process that may write into the folder."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     tokenizer = load_tokenizer_pair(
@@ -81,7 +88,7 @@ def run(config: TokenizerEvalConfig) -> dict[str, Any]:
 
 
 def _settings(
-    config: TokenizerEvalConfig, tokenizer: VideoTokenizer, sources: Sequence[Source]
+    config: TokenizerEvalConfig, tokenizer: VideoTokenizer, sources: Sequence[VideoSource]
 ) -> dict[str, Any]:
     """All that decides the figures; a folder with others is another evaluation."""
     return {
@@ -109,7 +116,7 @@ def _settings(
 def _evaluate(
     config: TokenizerEvalConfig,
     tokenizer: VideoTokenizer,
-    sources: Sequence[Source],
+    sources: Sequence[VideoSource],
     folder: ResultFolder,
 ) -> None:
     """Adds a row for every source that has none yet, in order."""
@@ -138,17 +145,17 @@ def _evaluate(
 
 
 def _batches(
-    sources: Sequence[Source], config: TokenizerEvalConfig, tokenizer: VideoTokenizer
-) -> Iterator[list[tuple[Source, Tensor | str]]]:
+    sources: Sequence[VideoSource], config: TokenizerEvalConfig, tokenizer: VideoTokenizer
+) -> Iterator[list[tuple[VideoSource, Tensor | str]]]:
     """Neighbouring clips of equal size together; what cannot be read alone, with the reason."""
-    pending: list[tuple[Source, Tensor | str]] = []
+    pending: list[tuple[VideoSource, Tensor | str]] = []
 
-    def shape(item: tuple[Source, Tensor | str]) -> Sequence[int]:
+    def shape(item: tuple[VideoSource, Tensor | str]) -> Sequence[int]:
         return item[1].shape if isinstance(item[1], Tensor) else ()
 
     for source in sources:
         try:
-            item: tuple[Source, Tensor | str] = (
+            item: tuple[VideoSource, Tensor | str] = (
                 source,
                 read_clip(source.path, config, tokenizer.compression),
             )
@@ -224,7 +231,7 @@ def _summary(
 def _draw_sheet(
     config: TokenizerEvalConfig,
     tokenizer: VideoTokenizer,
-    sources: Sequence[Source],
+    sources: Sequence[VideoSource],
     folder: ResultFolder,
 ) -> None:
     """Draws the clips that came out best and worst, and some between."""

@@ -3,9 +3,10 @@
 Flows in: a model, a tokenizer and input frames. Flows out: tokens drawn one at a time with a KV
 cache, decoded to an mp4.
 
-Modules: ``sampling`` draws a token from logits, ``engine`` draws many, ``contract`` says whether
-model, tokenizer and clip belong together, ``plan`` checks a whole run before anything heavy is
-loaded, ``pipeline`` carries it out, ``config`` holds its settings and flags.
+Modules: ``session`` holds a model and its tokenizer and answers ``request``s, ``opening`` finds out
+which they are and ``contract`` whether they belong together; ``engine`` draws tokens one after
+another, ``sampling`` one; ``batch`` is a run of ``infer.py``, ``outputs`` its files, ``config`` its
+settings and flags.
 """
 
 from __future__ import annotations

@@ -6,36 +6,26 @@ tokenizer and a geometry. Flows out: nothing, or one sentence that says what dif
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from cosmos_posttrain.checkpoint.source import Source
-from cosmos_posttrain.data.contract import Contract
-from cosmos_posttrain.data.serial import from_plain
+from cosmos_posttrain.checkpoint.source import CheckpointSource
+from cosmos_posttrain.data.contract import Contract, TokenizerInfo
 from cosmos_posttrain.errors import CheckpointError, GeometryError, TokenizerError
 from cosmos_posttrain.geometry import ClipGeometry, Compression
-
-if TYPE_CHECKING:
-    from cosmos_posttrain.tokenizer.video_tokenizer import VideoTokenizer
 
 _TRY_ANYWAY = "or try anyway with --allow_tokenizer_mismatch"
 
 
-def read_contract(source: Source) -> Contract | None:
+def read_contract(source: CheckpointSource) -> Contract | None:
     """What the checkpoint was trained on; None where it does not say.
 
     Raises:
-        CheckpointError: a model with text input.
-        DatasetError: the recorded contract is damaged.
+        CheckpointError: a Video2World model.
     """
-    if source.contract is None:
-        return None
-    contract = from_plain(Contract, source.contract, f"the contract recorded in {source.path}")
-    if contract.kind != "base":
+    if source.config.is_video2world:
         raise CheckpointError(
-            f"{source.path} was trained on {contract.kind} data, with text; this version generates "
-            "from images and videos only: give a base model."
+            f"{source.path or 'this'} is a Video2World model, which needs a text; this version "
+            "generates from images and videos only: give a base model."
         )
-    return contract
+    return source.contract
 
 
 def _clip(num_frames: int, height: int, width: int) -> str:
@@ -73,13 +63,13 @@ def check_compression(contract: Contract, compression: Compression) -> None:
         )
 
 
-def check_tokenizer(contract: Contract, tokenizer: VideoTokenizer) -> None:
+def check_tokenizer(contract: Contract, tokenizer: TokenizerInfo) -> None:
     """Refuses another tokenizer than the checkpoint's; weights count, not names.
 
     Raises:
         TokenizerError: names both.
     """
-    check_compression(contract, tokenizer.compression)
+    check_compression(contract, Compression(*tokenizer.compression))
     trained = contract.tokenizer
     if trained.sha256 != tokenizer.sha256 or tuple(trained.levels) != tuple(tokenizer.levels):
         raise TokenizerError(
@@ -89,7 +79,7 @@ def check_tokenizer(contract: Contract, tokenizer: VideoTokenizer) -> None:
         )
 
 
-def check_vocabulary(vocab_size: int, tokenizer: VideoTokenizer) -> None:
+def check_vocabulary(vocab_size: int, tokenizer: TokenizerInfo) -> None:
     """Refuses a tokenizer whose tokens are not the model's; no flag allows it.
 
     Raises:

@@ -1,7 +1,8 @@
 """Inputs, the files that they become, and which of those are there already.
 
-Flows in: paths and a jsonl file. Flows out: items to do. Beside each ``NAME.mp4`` lies a
-``NAME.json`` with its settings, written before it: a clip is complete when both exist.
+Flows in: paths and a jsonl file; later, results. Flows out: items to do, and their files. Beside
+each ``NAME.mp4`` lies a ``NAME.json`` with its settings. The record gets its name before the clip:
+a clip is complete when both exist, and a killed run leaves no clip with another clip's record.
 """
 
 from __future__ import annotations
@@ -9,24 +10,27 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cosmos_posttrain import files
-from cosmos_posttrain.errors import ConfigError, OutputFolderError, UserError
+from cosmos_posttrain.errors import ConfigError, OutputFolderError
+from cosmos_posttrain.inference.request import GeneratedClip, Request
+from cosmos_posttrain.video import write_mp4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Item:
-    """One clip to generate.
+    """One clip to generate and write.
 
     Attributes:
-        input: the image or video.
+        request: what to generate.
         video: the mp4 to write.
     """
 
-    input: Path
+    request: Request
     video: Path
 
     @property
@@ -35,8 +39,8 @@ class Item:
         return self.video.with_name(self.video.name.removesuffix(".mp4") + ".json")
 
 
-def single_item(input_path: str, video_save_name: str, video_save_folder: str) -> Item:
-    """The item of a run with one input; a bare name lies in the folder.
+def single_output(video_save_name: str, video_save_folder: str) -> Path:
+    """The mp4 of a run with one input; a bare name lies in the folder.
 
     Raises:
         ConfigError: an empty name.
@@ -45,9 +49,25 @@ def single_item(input_path: str, video_save_name: str, video_save_folder: str) -
         raise ConfigError(f"--video_save_name {video_save_name!r} is not a file name.")
     name = Path(video_save_name)
     path = Path(video_save_folder) / name if name.name == video_save_name else name
-    if not path.name.endswith(".mp4"):
-        path = path.with_name(f"{path.name}.mp4")
-    return Item(Path(input_path), path)
+    return path if path.name.endswith(".mp4") else path.with_name(f"{path.name}.mp4")
+
+
+def read_batch(batch_input_path: str) -> list[Path]:
+    """The inputs of a jsonl file.
+
+    Raises:
+        ConfigError: an unreadable file or line, or an input that does not exist.
+    """
+    path = Path(batch_input_path)
+    try:
+        # Not splitlines: a JSON string may hold characters that end a line elsewhere.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--batch_input_path {path} cannot be read ({error}).") from error
+    inputs = [_read_line(path, i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    if not inputs:
+        raise ConfigError(f"--batch_input_path {path} names no input; write one a line.")
+    return inputs
 
 
 def _read_line(path: Path, number: int, line: str) -> Path:
@@ -68,29 +88,52 @@ def _read_line(path: Path, number: int, line: str) -> Path:
     return found
 
 
-def batch_items(batch_input_path: str, video_save_folder: str) -> list[Item]:
-    """The items of a jsonl file, named after their inputs.
+def output_names(inputs: Sequence[Path]) -> list[str]:
+    """A name for each input's clip: its own, without extension.
+
+    Inputs of the same name get as many of the folders above them as tell them apart:
+    ``a/rgb.mp4`` and ``b/rgb.mp4`` become ``a_rgb`` and ``b_rgb``.
 
     Raises:
-        ConfigError: an unreadable file or line, an input that does not exist, or two inputs of the
-            same name.
+        ConfigError: the same input twice, or inputs that only their extensions tell apart.
     """
-    path = Path(batch_input_path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--batch_input_path {path} cannot be read ({error}).") from error
-    inputs = [_read_line(path, i, line) for i, line in enumerate(lines, 1) if line.strip()]
-    if not inputs:
-        raise ConfigError(f"--batch_input_path {path} names no input; write one a line.")
-    for stem, count in Counter(input_path.stem for input_path in inputs).items():
-        if count > 1:
+    spelled = [Path(os.path.normpath(path.absolute())) for path in inputs]
+    twice = next((path for path, count in Counter(spelled).items() if count > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{twice} is named twice in the batch; name each input once.")
+    parts = [(*path.parts[1:-1], path.stem) for path in spelled]
+    depths = [1] * len(parts)
+    while True:
+        names = ["_".join(p[-depth:]) for p, depth in zip(parts, depths, strict=True)]
+        counts = Counter(names)
+        clashing = [i for i, name in enumerate(names) if counts[name] > 1]
+        if not clashing:
+            return names
+        growing = [i for i in clashing if depths[i] < len(parts[i])]
+        if not growing:
+            first, second = (spelled[i] for i in clashing[:2])
             raise ConfigError(
-                f"{path} names {count} inputs called {stem}, whose outputs would overwrite one "
-                "another; rename them."
+                f"{first} and {second} would have the same output; rename one of them."
             )
-    folder = Path(video_save_folder)
-    return [Item(input_path, folder / f"{input_path.stem}.mp4") for input_path in inputs]
+        for i in growing:
+            depths[i] += 1
+
+
+def check_inputs_survive(items: Sequence[Item]) -> None:
+    """Refuses outputs that would replace inputs.
+
+    Raises:
+        ConfigError: names the input.
+    """
+    paths = (item.request.path for item in items)
+    inputs = {Path(path).resolve() for path in paths if path is not None}
+    for item in items:
+        for output in (item.video, item.record):
+            if output.resolve() in inputs:
+                raise ConfigError(
+                    f"{output} is an input and would be replaced by an output; choose another "
+                    "--video_save_folder or --video_save_name."
+                )
 
 
 def is_complete(item: Item, settings: dict[str, Any]) -> bool:
@@ -121,15 +164,19 @@ def _recorded_settings(record: Path) -> dict[str, Any] | None:
     return settings if isinstance(settings, dict) else None
 
 
-def write_record(item: Item, values: dict[str, Any]) -> None:
-    """Writes the json beside the mp4, atomically, and removes an older mp4 first.
+def write(item: Item, result: GeneratedClip) -> None:
+    """Writes an item's clip and record in place of older ones.
 
     Raises:
-        UserError: the folder cannot be written to.
+        UserError: the folder cannot be written to, or the disk is full; what was there before is
+            there still.
     """
-    try:
-        item.record.parent.mkdir(parents=True, exist_ok=True)
-        item.video.unlink(missing_ok=True)
-        files.write_json(item.record, values)
-    except OSError as error:
-        raise UserError(f"cannot write {item.record}: {error.strerror or error}.") from error
+    frames = result.frames
+
+    def write_record() -> None:
+        with files.replacing(item.record) as temporary:
+            text = files.json_text(result.record, indent=2) + "\n"
+            temporary.write_text(text, encoding="utf-8")
+            item.video.unlink(missing_ok=True)
+
+    write_mp4(item.video, frames, result.fps, before_naming=write_record)

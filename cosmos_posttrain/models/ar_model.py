@@ -6,12 +6,11 @@ tensor-parallel ranks.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
+from cosmos_posttrain.data.contract import Contract
 from cosmos_posttrain.distributed.cpu_device import cuda_calls_mean_cpu
 from cosmos_posttrain.errors import ConfigError, GeometryError
 from cosmos_posttrain.geometry import LatentShape
@@ -24,15 +23,15 @@ class ARModel:
 
     Args:
         module: this rank's part of the model.
-        contract: the contract of the data that it was trained on (tokenizer, clip geometry), as the
-            manifest has it; None where the checkpoint does not say.
+        contract: the contract of the data that it was trained on (tokenizer, clip geometry); None
+            where the checkpoint does not say.
 
     Attributes:
         config: the model's numbers.
         latent_shape: the token grid (T, H, W) of one clip.
     """
 
-    def __init__(self, module: CosmosGPTModel, contract: dict[str, Any] | None = None) -> None:
+    def __init__(self, module: CosmosGPTModel, contract: Contract | None = None) -> None:
         self.module = module.eval()
         self.config: ModelConfig = module.model_config
         self.contract = contract

@@ -1,4 +1,4 @@
-"""Attention for the ``torch`` layer spec: SDPA, on CPU and GPU, in training and with a KV cache.
+"""Self-attention: RoPE for both layer specs; for ``torch``, SDPA and a KV cache, on CPU and GPU.
 
 Flows in: Megatron's queries, keys and values (S, B, heads, head_dim). Flows out: the attention's
 output (S, B, heads * head_dim). Context parallelism gathers keys and values over its group.
@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
-from cosmos_posttrain.models.rope import context_parallel_positions
+from cosmos_posttrain.models.rope import context_parallel_positions, rotate
+from cosmos_posttrain.models.sdpa import attend
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -47,7 +46,7 @@ def _to_sequence_order(gathered: Tensor) -> Tensor:
 
 
 class SDPACoreAttention(nn.Module):
-    """``softmax(q k^T / sqrt(d)) v`` by ``torch.nn.functional.scaled_dot_product_attention``."""
+    """Attention by ``attend``, over the whole sequence where context parallelism splits it."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, **_kwargs: Any) -> None:
         super().__init__()
@@ -66,8 +65,8 @@ class SDPACoreAttention(nn.Module):
         """Attends causally; queries are the last positions where there are fewer of them.
 
         Args:
-            query: (S, B, heads, head_dim).
-            key: (S_k, B, groups, head_dim), S_k >= S.
+            query: (S, B, heads, head_dim), this context-parallel rank's part.
+            key: (S_k, B, groups, head_dim), S_k >= S; of this rank, too.
             value: as ``key``.
             attention_mask: must be None; the mask follows from the positions.
             attn_mask_type: ``no_mask`` attends everywhere.
@@ -77,32 +76,40 @@ class SDPACoreAttention(nn.Module):
         """
         assert attention_mask is None, "clips are never masked"
         causal = attn_mask_type != AttnMaskType.no_mask
-        mask = None
-        if parallel_state.get_context_parallel_world_size() > 1:
-            key, value = _GatherSequence.apply(key), _GatherSequence.apply(value)
-            if causal:
-                positions = context_parallel_positions(key.shape[0], query.device)
-                mask = positions[:, None] >= torch.arange(key.shape[0], device=query.device)
-        elif causal and 1 < query.shape[0] < key.shape[0]:
-            mask = torch.ones(
-                query.shape[0], key.shape[0], dtype=torch.bool, device=query.device
-            ).tril(key.shape[0] - query.shape[0])
-        output = scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            attn_mask=mask,
-            is_causal=causal and mask is None and query.shape[0] > 1,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
-        return output.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+        if parallel_state.get_context_parallel_world_size() == 1:
+            return attend(query, key, value, causal=causal)
+        key, value = _GatherSequence.apply(key), _GatherSequence.apply(value)
+        if not causal:
+            return attend(query, key, value, causal=False)
+        return _attend_from_both_chunks(query, key, value)
 
 
-class CachedSelfAttention(SelfAttention):
-    """Megatron's self-attention with a KV cache that holds rotated keys.
+def _attend_from_both_chunks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention from this rank's two chunks, each to the keys up to its own end.
 
-    Megatron's static cache stores keys before RoPE and rotates all of them again for every new
-    token. Rotating once, before they are stored, gives the same numbers.
+    Queries at the end of a prefix of the keys are what fused kernels take without a mask.
+
+    Args:
+        query: (S / CP, B, heads, head_dim): chunks r and 2 * CP - 1 - r of rank r.
+        key: (S, B, groups, head_dim), in the sequence's order.
+        value: as ``key``.
+    """
+    length = query.shape[0] // 2
+    size = parallel_state.get_context_parallel_world_size()
+    rank = parallel_state.get_context_parallel_rank()
+    outputs = []
+    for chunk, number in zip(query.chunk(2), (rank, 2 * size - 1 - rank), strict=True):
+        end = (number + 1) * length
+        outputs.append(attend(chunk, key[:end], value[:end], causal=True))
+    return torch.cat(outputs)
+
+
+class RotatedSelfAttention(SelfAttention):
+    """Megatron's self-attention, with RoPE from a table that was made once for all layers.
+
+    Megatron's own would compute cosines and sines in every layer, of queries and again of keys, and
+    its static cache stores keys before RoPE and rotates all of them again for every new token.
+    Rotating once, before they are stored, gives the same numbers.
     """
 
     def _adjust_key_value_for_inference(
@@ -112,17 +119,48 @@ class CachedSelfAttention(SelfAttention):
         key: Tensor,
         value: Tensor,
         rotary_pos_emb: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Megatron calls it in training too; None in place of a table means: is rotated already."""
+        table, _ = rotary_pos_emb
+        start = 0 if inference_context is None else inference_context.sequence_len_offset
+        rows = table[:, start : start + query.shape[0]]
+        return self._stored(
+            inference_context, rotate(query, rows), rotate(key, rows), value, *args, **kwargs
+        )
+
+    def _stored(
+        self,
+        inference_context: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """All keys and values so far, by Megatron's static cache."""
+        return super()._adjust_key_value_for_inference(
+            inference_context, query, key, value, None, *args, **kwargs
+        )
+
+
+class CachedSelfAttention(RotatedSelfAttention):
+    """With a cache that asks nothing about its device, and leaves the mask to the positions."""
+
+    def _stored(
+        self,
+        inference_context: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         *_args: Any,
         **_kwargs: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Any, AttnMaskType, None]:
+    ) -> tuple[Tensor, Tensor, Tensor, None, AttnMaskType, None]:
         if inference_context is None:
-            return query, key, value, rotary_pos_emb, self.attn_mask_type, None
+            return query, key, value, None, self.attn_mask_type, None
         start = inference_context.sequence_len_offset
         end = start + key.shape[0]
-        angles, _ = rotary_pos_emb
-        angles = angles[start:end]
-        query = apply_rotary_pos_emb(query, angles, config=self.config)
-        key = apply_rotary_pos_emb(key, angles, config=self.config)
         cache = inference_context.key_value_memory_dict
         if self.layer_number not in cache:
             shape = (inference_context.max_sequence_length, *key.shape[1:])

@@ -6,8 +6,6 @@ rank's part of a ``CosmosGPTModel`` on this rank's device.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -68,18 +66,11 @@ def transformer_config(
         "apply_rope_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
-        "cross_entropy_loss_fusion": on_gpu,
+        # Megatron's fused loss rounds its gradients to bfloat16, whatever the model's dtype.
+        "cross_entropy_loss_fusion": on_gpu and dtype == torch.bfloat16,
         "batch_p2p_comm": on_gpu,
     }
     return TransformerConfig(**(values | overrides))
-
-
-@contextlib.contextmanager
-def _float32_rotary_table(model: CosmosGPTModel) -> Iterator[None]:
-    """Keeps the rotary table out of a cast of the whole module."""
-    table = model.rotary_pos_emb.table
-    yield
-    model.rotary_pos_emb.table = table.to(next(model.parameters()).device)
 
 
 def build_model(
@@ -121,9 +112,7 @@ def build_model(
             return _construct(model, config, layer_spec)
     with cpu_device():
         module = _construct(model, config, layer_spec)
-    with _float32_rotary_table(module):
-        module.to(device=launch.device(), dtype=dtype)
-    return module
+    return module.to(device=launch.device(), dtype=dtype)
 
 
 def _construct(model: ModelConfig, config: TransformerConfig, layer_spec: str) -> CosmosGPTModel:

@@ -17,7 +17,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+
+from cosmos_posttrain.models.sdpa import attend
 
 
 @dataclass
@@ -108,14 +109,8 @@ class CrossAttention(MegatronModule):
         query, _ = self.linear_q(hidden_states)
         query = self.q_layernorm(query.unflatten(-1, (self.num_heads_on_rank, -1)))
         key, value = self._cached_keys_and_values(key_value_states, inference_context)
-        output = scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            enable_gqa=self.num_heads_on_rank != self.num_groups_on_rank,
-        )
         projected: tuple[Tensor, Tensor | None] = self.linear_proj(
-            output.permute(2, 0, 1, 3).flatten(2)
+            attend(query, key, value, causal=False)
         )
         return projected
 

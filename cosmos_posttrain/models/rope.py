@@ -1,8 +1,8 @@
 """Rotary position embedding over time, height and width, with YaRN.
 
-Flows in: a token grid. Flows out: the angle of every position and channel, in the half-rotation
-convention that Megatron's ``apply_rotary_pos_emb`` expects (RoPE: Su et al., 2021,
-arXiv:2104.09864; 3D RoPE: Cosmos World Foundation Model Platform, section 5.2).
+Flows in: a token grid. Flows out: cosines and sines of every position and channel, made once for
+all layers, and queries and keys turned by them (RoPE: Su et al., 2021, arXiv:2104.09864; 3D RoPE:
+Cosmos World Foundation Model Platform, section 5.2). Halves of a head are paired, as in Megatron.
 """
 
 from __future__ import annotations
@@ -82,17 +82,67 @@ def _grid_angles(shape: LatentShape, scale: AxisScale, time: Tensor, space: Tens
     return torch.cat([half, half], dim=-1)
 
 
+def rotary_table(config: ModelConfig) -> Tensor:
+    """Cosines and sines of every position, as ``rotate`` takes them.
+
+    Returns:
+        (2, seq_length, 1, 1, kv_channels) float32: the cosines; the sines, negative in the first
+        half, which is where the second half of a vector is subtracted.
+    """
+    angles = rotary_angles(config)
+    sines = angles.sin()
+    sines[:, : angles.shape[1] // 2].neg_()
+    return torch.stack([angles.cos(), sines])[:, :, None, None, :]
+
+
+def rotate(x: Tensor, rows: Tensor) -> Tensor:
+    """Turns each pair of channels (i, i + D / 2) by its position's angle.
+
+    Args:
+        x: (S, B, heads, D) queries or keys.
+        rows: (2, S, 1, 1, D), the part of ``rotary_table`` for these positions.
+
+    Returns:
+        (S, B, heads, D), in the dtype of ``x``.
+    """
+    cosines, sines = rows.to(x.dtype)
+    return _Rotation.apply(x, cosines, sines)
+
+
+def _swap_halves(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([second, first], dim=-1)
+
+
+class _Rotation(torch.autograd.Function):
+    """One step of autograd, which keeps nothing but views of the table."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        ctx.save_for_backward(cosines, sines)
+        return x * cosines + _swap_halves(x) * sines
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cosines, sines = ctx.saved_tensors
+        # Attention's gradients lie (B, heads, S, D); how sums over them round depends on the order.
+        grad = grads[0].contiguous()
+        return grad * cosines + _swap_halves(grad * sines), None, None
+
+
 class RotaryEmbedding3D(nn.Module):
     """Takes the place of Megatron's 1D rotary embedding in a ``GPTModel``.
 
-    The table is computed once, in float32, and is never part of a checkpoint.
+    What it gives goes through Megatron's block to ``RotatedSelfAttention`` in place of the angles.
+    The table is computed once, in float32, and is never part of a checkpoint. It may be cast with
+    the parameters: cosines and sines are rounded then, never angles of several hundred radians.
     """
 
     table: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.register_buffer("table", rotary_angles(config)[:, None, None, :], persistent=False)
+        self.register_buffer("table", rotary_table(config), persistent=False)
 
     def get_rotary_seq_len(
         self,
@@ -105,20 +155,18 @@ class RotaryEmbedding3D(nn.Module):
     ) -> int:
         """Positions of the whole sequence; with a KV cache all, and attention takes its part."""
         if inference_context is not None:
-            return self.table.shape[0]
+            return self.table.shape[1]
         hidden = decoder_input if decoder.input_tensor is None else decoder.input_tensor
         assert hidden is not None
         split = config.tensor_model_parallel_size if config.sequence_parallel else 1
         return hidden.shape[0] * split * config.context_parallel_size
 
     def forward(self, seq_len: int, **_kwargs: object) -> Tensor:
-        """Angles (S, 1, 1, kv_channels) float32 of the positions that this rank works on."""
-        if self.table.dtype != torch.float32:
-            # Module.to(bfloat16) must not round angles of several hundred radians.
-            raise RuntimeError("the rotary table must stay in float32; cast parameters only.")
+        """Rows (2, S, 1, 1, kv_channels) of the positions that this rank works on."""
+        rows = self.table[:, :seq_len]
         if parallel_state.get_context_parallel_world_size() == 1:
-            return self.table[:seq_len]
-        return self.table[:seq_len][context_parallel_positions(seq_len, self.table.device)]
+            return rows
+        return rows[:, context_parallel_positions(seq_len, rows.device)]
 
 
 def context_parallel_positions(seq_len: int, device: torch.device | str = "cpu") -> Tensor:

@@ -19,7 +19,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.absolute_positions import AbsolutePositions
-from cosmos_posttrain.models.attention import CachedSelfAttention, SDPACoreAttention
+from cosmos_posttrain.models.attention import (
+    CachedSelfAttention,
+    RotatedSelfAttention,
+    SDPACoreAttention,
+)
 from cosmos_posttrain.models.config import LAYER_SPECS, ModelConfig
 from cosmos_posttrain.models.cross_attention import CrossAttention, CrossAttentionSubmodules
 from cosmos_posttrain.models.norm import RMSNorm
@@ -121,6 +125,7 @@ def _te_block(model: ModelConfig, num_layers: int) -> TransformerBlockSubmodules
     )
 
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+    layer.submodules.self_attention.module = RotatedSelfAttention
     if model.is_video2world:
         linears = TEColumnParallelLinear, TERowParallelLinear
         layer = _with_text(layer, model, AbsolutePositions(model), *linears, TENorm)

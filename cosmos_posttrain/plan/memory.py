@@ -64,8 +64,8 @@ class Workload:
         global_batch_size: clips per optimizer step.
         dtype: ``bfloat16`` or ``float32``.
         distributed_optimizer: optimizer state is divided over the data-parallel ranks.
-        gpu_kernels: False counts the CPU's kernels: SwiGLU is not fused there, and attention with a
-            mask (context parallelism) keeps no scores.
+        gpu_kernels: False counts the CPU's kernels: SwiGLU is not fused there, context parallelism
+            needs masks, and float32 attention takes grouped keys and values as they are.
     """
 
     model: ModelConfig
@@ -119,12 +119,10 @@ def weight_bytes(work: Workload, layout: Layout, stage: int) -> float:
 
 
 def table_bytes(work: Workload) -> float:
-    """Positions: RoPE's angles in float32 and, in Video2World models, the absolute embedding."""
+    """Positions: RoPE's cosines and sines and, in Video2World models, the absolute embedding."""
     model = work.model
-    table = 4 * model.seq_length * model.kv_channels
-    if model.is_video2world:
-        table += work.element_bytes * model.seq_length * model.hidden_size
-    return table
+    channels = 2 * model.kv_channels + (model.hidden_size if model.is_video2world else 0)
+    return work.element_bytes * model.seq_length * channels
 
 
 def gradient_bytes(work: Workload, layout: Layout, stage: int) -> float:
@@ -153,15 +151,22 @@ def _attention_bytes(work: Workload, layout: Layout) -> float:
     keys = model.num_query_groups * model.kv_channels / t
     float32 = work.dtype == "float32"
     # float32 norms need no copy in float32, except that queries leave the packed projection by a
-    # copy as soon as they lie in more than one group.
-    copied_queries = 0 if float32 and model.num_query_groups == t else 4
+    # copy where several groups of several heads lie in it.
+    copied_queries = (
+        0 if float32 and model.num_query_groups in (t, model.num_attention_heads) else 4
+    )
     queries_bytes = queries * (copied_queries + 3 * e)  # norm's input and result, RoPE's, output
     keys_bytes = keys * (e if float32 else 4 + e)
     packed = e * (queries + 2 * keys)  # the projection's result: values are a view of it
+    # In float32 a GPU's kernel takes keys and values repeated for every head.
+    repeated = float32 and work.gpu_kernels and queries != keys
     if context == 1:
-        return queries_bytes + keys_bytes + e * keys + packed
-    gathered = 2 * e * keys * context
-    return queries_bytes + keys_bytes + gathered + (packed if float32 else 0)
+        held = 2 * e * queries if repeated else e * keys
+        return queries_bytes + keys_bytes + held + packed
+    # Every chunk of a rank keeps its own repeated copy of the keys before its end.
+    gathered = 2 * e * (queries * (context + 0.5) if repeated else keys * context)
+    joined = e * queries  # the outputs of the two chunks, one behind the other
+    return queries_bytes + joined + keys_bytes + gathered + (packed if float32 else 0)
 
 
 def _cross_attention_bytes(work: Workload, layout: Layout) -> float:
@@ -179,20 +184,15 @@ def _cross_attention_bytes(work: Workload, layout: Layout) -> float:
     return model.seq_length / layout.context * per_token + model.context_len * per_row
 
 
-def _mask_and_score_bytes(work: Workload, layout: Layout) -> float:
-    """Context parallelism asks for attention with a mask, which flash attention does not have.
+def _mask_bytes(work: Workload, layout: Layout) -> float:
+    """The CPU's masks under context parallelism, of chunks r and 2 CP - 1 - r, in training dtype.
 
-    The mask is kept in the training dtype. On a GPU the kernel that takes masks and grouped queries
-    keeps the float32 scores; this is the worst case, since newer kernels may avoid it.
+    On a GPU the kernel is told where a chunk stands, and neither mask nor scores exist.
     """
-    if layout.context == 1:
+    if layout.context == 1 or work.gpu_kernels:
         return 0.0
-    length = work.model.seq_length
-    area = length / layout.context * length
-    mask = work.element_bytes * area
-    heads = work.model.num_attention_heads / layout.tensor
-    scores = 4 * heads * area * work.micro_batch_size if work.gpu_kernels else 0
-    return mask + scores
+    chunk = work.model.seq_length / (2 * layout.context)
+    return work.element_bytes * (2 * layout.context + 1) * chunk**2
 
 
 def layer_activation_bytes(work: Workload, layout: Layout) -> float:
@@ -206,9 +206,8 @@ def layer_activation_bytes(work: Workload, layout: Layout) -> float:
     statistics = 4 * (2 / p + 2 * heads + groups)  # of the norms, and attention's log-sum-exp
     per_token = norms + _attention_bytes(work, layout) + mlp + statistics
     tokens = model.seq_length / layout.context
-    rope = 4 * e * model.kv_channels * tokens  # cosines and sines, for queries and keys
     per_clip = tokens * per_token + _cross_attention_bytes(work, layout)
-    return work.micro_batch_size * per_clip + rope + _mask_and_score_bytes(work, layout)
+    return work.micro_batch_size * per_clip + _mask_bytes(work, layout)
 
 
 def _hidden_bytes(work: Workload, layout: Layout) -> float:
@@ -229,8 +228,8 @@ def stage_activation_bytes(work: Workload, layout: Layout, stage: int) -> float:
     if model.context_dim is not None:  # the text, which all layers share
         text_rows = work.micro_batch_size * model.context_len
         total += work.element_bytes * text_rows * model.context_dim
-    if layout.recompute:
-        total += 4 * model.kv_channels * tokens / work.micro_batch_size  # RoPE's angles
+    if layout.context > 1:  # this rank's rows of RoPE's table, for all layers
+        total += 2 * work.element_bytes * model.kv_channels * tokens / work.micro_batch_size
     if stage == 0:
         total += 8 * tokens  # token ids
     elif not layout.recompute:
@@ -259,7 +258,6 @@ def _working_bytes(work: Workload, layout: Layout, stage: int) -> float:
     # Backward pass of a layer: gradients of SwiGLU's three tensors, and four of the hidden states'
     # size (residual, gathered input, gathered gradient, gradient before it is reduced).
     layer = 3 * e * tokens * model.ffn_hidden_size / t + 4 * full_hidden
-    layer += _mask_and_score_bytes(work, layout)
     if layout.recompute:
         layer += layer_activation_bytes(work, layout)
     loss = 0.0

@@ -22,7 +22,7 @@ WIDTH = 118
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """Everything that is printed.
 
     Attributes:
@@ -40,7 +40,7 @@ class Plan:
     candidates: list[Candidate]
 
 
-def train_arguments(plan: Plan, layout: Layout) -> list[str]:
+def train_arguments(plan: TrainingPlan, layout: Layout) -> list[str]:
     """Arguments of ``train_general.py`` for a layout."""
     work = plan.work
     arguments = ["--model_path", plan.model_path, "--data_path", "DATA", "--log_dir", "LOG_DIR"]
@@ -59,7 +59,7 @@ def train_arguments(plan: Plan, layout: Layout) -> list[str]:
     return arguments
 
 
-def command(plan: Plan, layout: Layout) -> str | None:
+def command(plan: TrainingPlan, layout: Layout) -> str | None:
     """The whole command line, for every node; None for a model that no script trains."""
     if plan.work.model.is_video2world:
         return None
@@ -83,7 +83,7 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def to_json(plan: Plan) -> dict[str, Any]:
+def to_json(plan: TrainingPlan) -> dict[str, Any]:
     """The plan as plain values; memory in bytes per GPU, times in seconds."""
     groups = parameter_groups(plan.work.model)
     best = plan.candidates[0]
@@ -109,7 +109,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _print_parameters(console: Console, plan: Plan) -> None:
+def _print_parameters(console: Console, plan: TrainingPlan) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
 
@@ -127,7 +127,7 @@ def _print_parameters(console: Console, plan: Plan) -> None:
         console.print(f"{padding:,} of them only pad the vocabulary to a multiple of 64.")
 
 
-def _print_layouts(console: Console, plan: Plan, limit: int) -> None:
+def _print_layouts(console: Console, plan: TrainingPlan, limit: int) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
 
@@ -153,7 +153,7 @@ def _print_layouts(console: Console, plan: Plan, limit: int) -> None:
     console.print(table)
 
 
-def print_plan(plan: Plan, limit: int) -> None:
+def print_plan(plan: TrainingPlan, limit: int) -> None:
     """Prints the tables, the assumptions in one line each, and the command line."""
     from rich.console import Console
 

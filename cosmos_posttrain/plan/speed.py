@@ -2,10 +2,9 @@
 
 Flows in: a layout, a peak in FLOP/s, the share of it that matrix products reach, and the links'
 bandwidth. Flows out: seconds and tokens per second. Counted: model FLOPs (``training/flops.py``),
-the second forward pass of recomputation, the slowest pipeline stage and the pipeline's bubble,
-attention with a mask under context parallelism, and the transfers of tensor and context parallelism
-(not overlapped). Not counted: data parallelism's transfers, which overlap or are small at these
-lengths, reading data, validation and checkpoints.
+the second forward pass of recomputation, the slowest pipeline stage and the pipeline's bubble, and
+the transfers of tensor and context parallelism (not overlapped). Not counted: data parallelism's
+transfers, which overlap or are small at these lengths, reading data, validation and checkpoints.
 """
 
 from __future__ import annotations
@@ -119,9 +118,7 @@ def speed(work: Workload, layout: Layout, gpu: Hardware) -> Speed:
     """Expected speed of one layout."""
     model = work.model
     flops = token_flops(model)
-    # A mask stops attention's kernel from skipping the half that is masked.
-    layers = flops.layers + flops.attention * (2 if layout.context > 1 else 1)
-    layers *= 4 / 3 if layout.recompute else 1
+    layers = (flops.layers + flops.attention) * (4 / 3 if layout.recompute else 1)
     tokens = work.micro_batch_size * model.seq_length
     # The last stage has the output layer beside its layers.
     stage_flops = tokens * (layers / layout.pipeline + flops.output)

@@ -7,40 +7,65 @@ command continues, and finished shards are never touched again.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cosmos_posttrain import files
+import numpy as np
+
+from cosmos_posttrain import files, launch
 from cosmos_posttrain.data.contract import Contract
 from cosmos_posttrain.data.indexed import ShardWriter
 from cosmos_posttrain.data.layout import (
+    EXTENSIONS,
     FAILURES_FILE,
     MANIFEST_FILE,
     PLAN_FILE,
     is_ours,
+    prompt_shard_name,
     shard_name,
 )
-from cosmos_posttrain.data.manifest import (
-    MAX_LISTED_FAILURES,
-    DocumentRow,
-    Failure,
-    Manifest,
-    ShardInfo,
-)
+from cosmos_posttrain.data.manifest import MAX_LISTED_FAILURES, DocumentRow, Failure, Manifest
+from cosmos_posttrain.data.prompts import PromptRow
 from cosmos_posttrain.data.serial import from_plain, to_plain
-from cosmos_posttrain.errors import DatasetError, OutputFolderError
+from cosmos_posttrain.data.shard_table import ShardInfo, ShardTable
+from cosmos_posttrain.data.source_runs import runs_of_sidecars
+from cosmos_posttrain.data.threads import mapped
+from cosmos_posttrain.errors import DatasetError, OutputFolderError, SaveError
 
-EXTENSIONS = ("bin", "idx", "jsonl")
+MAX_SAID = 10  # warnings
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A video that a filter left out; the reason is a few words that many videos share."""
+
+    source: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What a finished shard leaves behind until the manifest takes it up."""
+    """What became of a shard's sources; lies beside its files until the manifest takes it up.
+
+    Attributes:
+        shard: the documents of the sources that were read.
+        failures: sources that could not be read.
+        rejections: sources that a filter left out.
+        warnings: what is to be said of its documents, the first of them.
+        num_warnings: all of them.
+    """
 
     shard: ShardInfo
-    failures: tuple[Failure, ...]
+    failures: tuple[Failure, ...] = ()
+    rejections: tuple[Rejection, ...] = ()
+    warnings: tuple[str, ...] = ()
+    num_warnings: int = 0
 
 
 def check_writable(folder: Path, overwrite: bool) -> None:
@@ -58,8 +83,89 @@ def check_writable(folder: Path, overwrite: bool) -> None:
         )
 
 
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """One sentence where the disk is full or fails; what was finished before stays.
+
+    Raises:
+        SaveError: something could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(folder).free / 1e9 if folder.is_dir() else 0.0
+        raise SaveError(
+            f"{folder} could not be written to: {error.strerror or error} ({free:.3f} GB are free "
+            "there); finished shards stay, so make room and give the same command again."
+        ) from error
+
+
+def write_shard(
+    folder: Path,
+    name: str,
+    dtype: str,
+    documents: Sequence[tuple[DocumentRow, Any]],
+    failures: Sequence[Failure],
+    rejections: Sequence[Rejection],
+) -> ShardRecord:
+    """Writes a shard's files and then its record, which makes it count.
+
+    Raises:
+        SaveError: the disk is full; the shard does not count.
+    """
+    rows = [(row.to_json(), tokens) for row, tokens in documents]
+    num_sources = len({row.source for row, _ in documents})
+    with writing(folder):
+        info = ShardInfo(name, len(rows), num_sources, _write_files(folder, name, dtype, rows))
+        record = ShardRecord(info, tuple(failures), tuple(rejections))
+        files.write_json(_record_path(folder, name), to_plain(record))
+    return record
+
+
+def write_prompt_shard(
+    folder: Path, name: str, dtype: str, prompts: Sequence[tuple[PromptRow, Any]], cut: list[str]
+) -> ShardRecord:
+    """As ``write_shard``, of prompts; ``cut`` says which were too long.
+
+    Raises:
+        CosmosPosttrainError: the disk is full; the shard does not count.
+    """
+    rows = [(to_plain(row), numbers) for row, numbers in prompts]
+    with writing(folder):
+        info = ShardInfo(name, len(rows), len(rows), _write_files(folder, name, dtype, rows))
+        record = ShardRecord(info, warnings=tuple(cut[:MAX_SAID]), num_warnings=len(cut))
+        files.write_json(_record_path(folder, name), to_plain(record))
+    return record
+
+
+def _write_files(
+    folder: Path, name: str, dtype: str, documents: Sequence[tuple[dict[str, Any], Any]]
+) -> dict[str, dict[str, Any]]:
+    """A shard's files, if it has documents; returns size and hash of each by extension."""
+    if not documents:
+        return {}
+    paths = {extension: folder / f"{name}.{extension}" for extension in EXTENSIONS}
+    with (
+        files.replacing(paths["bin"]) as bin_path,
+        files.replacing(paths["idx"]) as idx_path,
+        ShardWriter(bin_path, idx_path, dtype) as writer,
+    ):
+        for _, numbers in documents:
+            writer.add(numbers)
+        writer.finish()
+    files.write_json_lines(paths["jsonl"], [row for row, _ in documents])
+    return {
+        extension: {"sha256": files.sha256_of_file(path), "num_bytes": path.stat().st_size}
+        for extension, path in paths.items()
+    }
+
+
+def _record_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.json"
+
+
 class OutputFolder:
-    """One preparation's folder.
+    """One preparation's folder, in the hands of the one process that starts and finishes it.
 
     Args:
         folder: where shards and manifest go.
@@ -67,41 +173,61 @@ class OutputFolder:
         plan: what is prepared from what; with the contract it decides whether a folder's earlier
             content is the same job.
         num_shards: shards of the whole job.
+        num_prompt_shards: likewise, of prompts.
     """
 
     def __init__(
-        self, folder: Path, contract: Contract, plan: dict[str, Any], num_shards: int
+        self,
+        folder: Path,
+        contract: Contract,
+        plan: dict[str, Any],
+        num_shards: int,
+        num_prompt_shards: int = 0,
     ) -> None:
         self.folder = folder
         self.contract = contract
         self.plan = plan
-        self.num_shards = num_shards
+        self._names = [shard_name(number) for number in range(num_shards)]
+        self._prompt_names = [prompt_shard_name(number) for number in range(num_prompt_shards)]
 
     def start(self, overwrite: bool) -> list[int] | None:
         """Makes the folder ready and says which shards are still to do; None if it is complete.
 
         Raises:
             OutputFolderError: it holds another data set, and ``overwrite`` is off.
+            SaveError: the disk is full.
         """
         if overwrite:
             self._remove_ours()
         self._check_same_job()
         if (self.folder / MANIFEST_FILE).is_file():
+            self._tidy()  # a run may have been killed between the manifest and this
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        files.remove_leftovers(self.folder)
-        files.write_json(
-            self.folder / PLAN_FILE, {"contract": to_plain(self.contract), "plan": self.plan}
-        )
-        return [number for number in range(self.num_shards) if not self._is_done(number)]
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            files.remove_leftovers(self.folder)
+            files.write_json(
+                self.folder / PLAN_FILE, {"contract": to_plain(self.contract), "plan": self.plan}
+            )
+        return self._missing(self._names)
+
+    def missing_prompts(self) -> list[int]:
+        """Which prompt shards are still to do, after ``start``."""
+        return self._missing(self._prompt_names)
+
+    def _missing(self, names: list[str]) -> list[int]:
+        present = set(os.listdir(self.folder))
+        candidates = [name for name in names if f"{name}.json" in present]
+        is_done = dict(zip(candidates, mapped(self._is_done, candidates), strict=True))
+        return [number for number, name in enumerate(names) if not is_done.get(name, False)]
 
     def _remove_ours(self) -> None:
         # The manifest goes first: from then on nobody takes the folder for complete.
         (self.folder / MANIFEST_FILE).unlink(missing_ok=True)
         if self.folder.is_dir():
-            for path in self.folder.iterdir():
-                if is_ours(path.name):
-                    path.unlink()
+            for name in os.listdir(self.folder):
+                if is_ours(name):
+                    (self.folder / name).unlink()
 
     def _check_same_job(self) -> None:
         for name in (MANIFEST_FILE, PLAN_FILE):
@@ -128,74 +254,101 @@ class OutputFolder:
                 f"{PLAN_FILE}; name another folder, or start anew with --overwrite."
             )
 
-    def _record_path(self, number: int) -> Path:
-        return self.folder / f"{shard_name(number)}.json"
-
-    def read_record(self, number: int) -> ShardRecord:
+    def read_record(self, name: str) -> ShardRecord:
         """The record of a finished shard.
 
         Raises:
             DatasetError: it is missing or damaged.
         """
-        path = self._record_path(number)
-        return from_plain(ShardRecord, files.read_json(path, DatasetError), str(path))
+        path = _record_path(self.folder, name)
+        fix = "delete it and give the same command again"
+        return from_plain(ShardRecord, files.read_json(path, DatasetError, fix), str(path))
 
-    def _is_done(self, number: int) -> bool:
+    def _is_done(self, name: str) -> bool:
         try:
-            recorded = self.read_record(number).shard.files
+            recorded = self.read_record(name).shard.files
             return all(
-                (self.folder / f"{shard_name(number)}.{extension}").stat().st_size
-                == entry["num_bytes"]
+                (self.folder / f"{name}.{extension}").stat().st_size == entry["num_bytes"]
                 for extension, entry in recorded.items()
             )
         except (DatasetError, OSError, KeyError, TypeError):
             return False
 
-    def write_shard(
-        self,
-        number: int,
-        documents: list[tuple[DocumentRow, Any]],
-        failures: list[Failure],
-    ) -> None:
-        """Writes a shard's files and then its record, which makes it count."""
-        name = shard_name(number)
-        written: dict[str, dict[str, Any]] = {}
-        if documents:
-            paths = {extension: self.folder / f"{name}.{extension}" for extension in EXTENSIONS}
-            with (
-                files.replacing(paths["bin"]) as bin_path,
-                files.replacing(paths["idx"]) as idx_path,
-            ):
-                writer = ShardWriter(bin_path, idx_path, self.contract.dtype)
-                for _, tokens in documents:
-                    writer.add(tokens)
-                writer.finish()
-            files.write_json_lines(paths["jsonl"], [row.to_json() for row, _ in documents])
-            for extension, path in paths.items():
-                written[extension] = {
-                    "sha256": files.sha256_of_file(path),
-                    "num_bytes": path.stat().st_size,
-                }
-        num_sources = len({row.source for row, _ in documents})
-        info = ShardInfo(name, len(documents), num_sources, written)
-        files.write_json(self._record_path(number), to_plain(ShardRecord(info, tuple(failures))))
-
     def finish(self) -> Manifest:
-        """Gathers all records into the manifest, writes it and removes what it replaces."""
-        records = [self.read_record(number) for number in range(self.num_shards)]
-        failures = [failure for record in records for failure in record.failures]
-        manifest = Manifest(
+        """Gathers all records into the manifest, writes it and removes what it replaces.
+
+        Raises:
+            SaveError: the disk is full.
+        """
+        with writing(self.folder):
+            manifest = self._gather()
+            runs_of_sidecars(self._sidecars(manifest.shards)).save(
+                self.folder, manifest.fingerprint
+            )
+            manifest.save(self.folder)
+            self._tidy()
+        return manifest
+
+    def _gather(self) -> Manifest:
+        """The manifest of all records; failures go into their file while they are read."""
+        failures: list[Failure] = []
+        num_failures = 0
+        rejected: Counter[str] = Counter()
+        path = self.folder / FAILURES_FILE
+
+        with (
+            files.replacing(path) as temporary,
+            temporary.open("w", encoding="utf-8", newline="\n") as file,
+        ):
+
+            def shards() -> Iterator[ShardInfo]:
+                nonlocal num_failures
+                for record in mapped(self.read_record, self._names):
+                    for failure in record.failures:
+                        file.write(files.json_text(to_plain(failure)) + "\n")
+                    num_failures += len(record.failures)
+                    failures.extend(record.failures[: MAX_LISTED_FAILURES - len(failures)])
+                    rejected.update(rejection.reason for rejection in record.rejections)
+                    yield record.shard
+
+            table = ShardTable(shards())
+        if not num_failures:
+            path.unlink()
+        return Manifest(
             self.contract,
             self.plan,
-            sum(record.shard.num_documents for record in records),
-            len(failures),
-            tuple(failures[:MAX_LISTED_FAILURES]),
-            tuple(record.shard for record in records),
+            int(table.num_documents.sum()),
+            num_failures,
+            tuple(failures),
+            table,
+            dict(sorted(rejected.items())),
+            ShardTable(self._prompt_shards()),
         )
-        if failures:
-            files.write_json_lines(self.folder / FAILURES_FILE, [to_plain(f) for f in failures])
-        manifest.save(self.folder)
-        for number in range(self.num_shards):
-            self._record_path(number).unlink()
-        (self.folder / PLAN_FILE).unlink()
-        return manifest
+
+    def _prompt_shards(self) -> Iterator[ShardInfo]:
+        """The prompts' shards; says which prompts were cut."""
+        num_said = num_cut = 0
+        for record in mapped(self.read_record, self._prompt_names):
+            num_cut += record.num_warnings
+            for warning in record.warnings[: MAX_SAID - num_said]:
+                launch.say(f"warning: {warning}", error=True)
+                num_said += 1
+            yield record.shard
+        if num_cut > num_said:
+            launch.say(f"warning: {num_cut - num_said} more prompts are cut.", error=True)
+
+    def _sidecars(self, shards: ShardTable) -> Iterator[tuple[Path, bytes, int]]:
+        """Path, content and number of documents of every sidecar."""
+
+        def read(shard: int) -> tuple[Path, bytes, int]:
+            path = self.folder / f"{shards.name(shard)}.jsonl"
+            return path, path.read_bytes(), int(shards.num_documents[shard])
+
+        return mapped(read, np.flatnonzero(shards.num_documents).tolist())
+
+    def _tidy(self) -> None:
+        """Removes what the manifest replaces; the plan goes last, so a killed run is noticed."""
+        if (self.folder / PLAN_FILE).is_file():
+            for name in (*self._names, *self._prompt_names):
+                _record_path(self.folder, name).unlink(missing_ok=True)
+            (self.folder / PLAN_FILE).unlink()

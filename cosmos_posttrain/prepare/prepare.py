@@ -2,204 +2,198 @@
 
 Flows in: a folder of videos (or a jsonl file) and a tokenizer. Flows out: a prepared folder.
 
-    sources --decode threads--> clips (3, T, H, W) uint8 --tokenizer--> (t, h, w) int32 --> shards
+    list the sources -> plan shards of them -> schedule those that are not done -> finish: manifest
 
-A shard is a fixed list of videos, whatever the number of ranks and workers; ranks take shards in
-turn (see ``encoding.py``). A killed run is continued by the same command (see ``folder.py``).
+A shard is a fixed list of videos, whatever the number of ranks and workers (``shard_job.py``);
+ranks take shards in turn (``runners.py``). A killed run is continued by the same command
+(``folder.py``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosmos_posttrain import launch
-from cosmos_posttrain.cli import Flag
-from cosmos_posttrain.errors import ConfigError, PartialFailureError, TokenizerError
-from cosmos_posttrain.geometry import ClipGeometry, Compression, parse_compression
-
-if TYPE_CHECKING:
-    from cosmos_posttrain.data.contract import Contract
-    from cosmos_posttrain.data.manifest import Manifest
-    from cosmos_posttrain.prepare.encoding import Encoder
-    from cosmos_posttrain.prepare.sources import Source
-
-
-@dataclass
-class PrepareConfig:
-    """Settings of ``prepare_dataset.py``.
-
-    Attributes:
-        input_videos_dir: folder of videos, searched recursively; this or ``input_jsonl``.
-        input_jsonl: file with ``{"visual_input": path, "prompt": text}`` a line.
-        output_prefix: folder for the shards and the manifest.
-        width: pixels of a clip, a multiple of the tokenizer's.
-        height: pixels of a clip, a multiple of the tokenizer's.
-        num_context_frames: frames of a clip, 1 + a multiple of the tokenizer's.
-        tokenizer_compression_factor: T,H,W.
-        encoder_path: Hugging Face id, folder, ``.jit`` file, or a shipped tokenizer's name.
-        decoder_path: likewise; None means the encoder's. It only has to fit.
-        clips_per_video: a number of clips spread over each video, or ``all`` that fit.
-        frame_stride: distance between a clip's frames, in frames of the video.
-        num_workers: decoding threads of each process; does not change the result.
-        batch_size: clips in one call of the encoder.
-        encoder_threads: CPU threads of the encoder; fixed, because rounding depends on it.
-        videos_per_shard: what is lost at most when a run is killed, for each process.
-        seed: shuffles the videos before they are dealt to shards; None keeps them sorted.
-        max_failures: videos that may fail before the exit code is 1.
-        overwrite: delete an earlier data set in the output folder and start anew.
-        device: of the encoder; ``auto`` is the process's GPU, else the CPU.
-        dtype: of the encoder; None means the weights' own on a GPU and float32 on the CPU.
-    """
-
-    input_videos_dir: str | None = None
-    input_jsonl: str | None = None
-    output_prefix: str = ""
-    width: int = 1024
-    height: int = 640
-    num_context_frames: int = 33
-    tokenizer_compression_factor: str = "8,16,16"
-    encoder_path: str = "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
-    decoder_path: str | None = None
-    clips_per_video: str = "1"
-    frame_stride: int = 1
-    num_workers: int = 2
-    batch_size: int = 1
-    encoder_threads: int = 1
-    videos_per_shard: int = 64
-    seed: int | None = None
-    max_failures: int = 0
-    overwrite: bool = False
-    device: str = "auto"
-    dtype: str | None = None
-
-    def validate(self) -> ClipGeometry:
-        """Checks everything that needs no file, and names all problems at once.
-
-        Raises:
-            ConfigError: the problems, in one sentence.
-            GeometryError: the tokenizer cannot represent the clip.
-        """
-        from cosmos_posttrain.prepare.sources import parse_clips_per_video
-
-        problems = []
-        if (self.input_videos_dir is None) == (self.input_jsonl is None):
-            problems.append("give one of --input_videos_dir and --input_jsonl")
-        if not self.output_prefix:
-            problems.append("give --output_prefix, the folder for the tokens")
-        for name in "frame_stride num_workers batch_size encoder_threads videos_per_shard".split():
-            if getattr(self, name) < 1:
-                problems.append(f"{name} is {getattr(self, name)}, which must be at least 1")
-        if self.max_failures < 0:
-            problems.append(f"max_failures is {self.max_failures}, which must be at least 0")
-        if problems:
-            raise ConfigError("; ".join(problems) + ".")
-        parse_clips_per_video(self.clips_per_video)
-        compression = parse_compression(self.tokenizer_compression_factor)
-        return ClipGeometry(self.num_context_frames, self.height, self.width, compression)
-
-
-FLAGS = (
-    Flag("--input_videos_dir", "input_videos_dir", "folder of videos, searched recursively"),
-    Flag("--input_jsonl", "input_jsonl", "jsonl file with a visual_input (and prompt) a line"),
-    Flag("--output_prefix", "output_prefix", "folder for the tokens", ("--output_dir",)),
-    Flag("--width", "width", "width of a clip in pixels"),
-    Flag("--height", "height", "height of a clip in pixels"),
-    Flag("--num_context_frames", "num_context_frames", "frames of a clip, given and generated"),
-    Flag(
-        "--tokenizer_compression_factor",
-        "tokenizer_compression_factor",
-        "frames, rows and columns of pixels for each token",
-    ),
-    Flag("--encoder_path", "encoder_path", "Hugging Face id, folder, .jit file, or tiny-dv4x8x8"),
-    Flag("--decoder_path", "decoder_path", "likewise (default: the encoder's)"),
-    Flag("--clips_per_video", "clips_per_video", "clips spread over each video, or all that fit"),
-    Flag("--frame_stride", "frame_stride", "distance between a clip's frames"),
-    Flag("--num_workers", "num_workers", "decoding threads of each process"),
-    Flag("--batch_size", "batch_size", "clips in one call of the encoder"),
-    Flag("--encoder_threads", "encoder_threads", "CPU threads of the encoder"),
-    Flag("--videos_per_shard", "videos_per_shard", "videos in each .bin/.idx pair"),
-    Flag("--seed", "seed", "shuffle the videos before dealing them to shards"),
-    Flag("--max_failures", "max_failures", "unreadable videos that still give exit code 0"),
-    Flag("--overwrite", "overwrite", "delete an earlier data set in the output folder"),
-    Flag("--device", "device", "of the encoder: auto, cpu, cuda"),
-    Flag("--dtype", "dtype", "of the encoder: float32, bfloat16, float16"),
+from cosmos_posttrain.data.contract import (
+    Contract,
+    TextEncoderInfo,
+    TokenizerInfo,
+    make_contract,
+)
+from cosmos_posttrain.data.indexed import token_dtype
+from cosmos_posttrain.data.manifest import Manifest
+from cosmos_posttrain.errors import PartialFailureError, TokenizerError
+from cosmos_posttrain.geometry import ClipGeometry, Compression
+from cosmos_posttrain.prepare.config import PrepareConfig, geometry, validate
+from cosmos_posttrain.prepare.decoding import ClipSpec
+from cosmos_posttrain.prepare.folder import OutputFolder, check_writable
+from cosmos_posttrain.prepare.prompt_job import PromptJob, in_shards, run_prompt_jobs
+from cosmos_posttrain.prepare.runners import PreparationRanks, run_jobs
+from cosmos_posttrain.prepare.shard_job import ClipEncoder, ShardJob
+from cosmos_posttrain.prepare.sources import (
+    VideoSource,
+    arrange,
+    from_folder,
+    from_jsonl,
+    number_prompts,
+    parse_clips_per_video,
+    sources_sha256,
 )
 
+if TYPE_CHECKING:
+    from cosmos_posttrain.text import TextEncoder
 
-def prepare(config: PrepareConfig, tokenizer: Encoder | None = None) -> Manifest:
+
+def prepare(
+    config: PrepareConfig,
+    tokenizer: ClipEncoder | None = None,
+    text_encoder: TextEncoder | None = None,
+) -> Manifest:
     """Prepares a data set, or continues one, or finds it complete.
 
     Args:
         config: the settings.
         tokenizer: used instead of loading ``encoder_path``.
+        text_encoder: used instead of loading ``text_encoder_path``, which must be given as well.
 
     Returns:
         The manifest, on every rank.
 
     Raises:
-        UserError: bad settings or input; nothing was written.
+        UserError: bad settings or input, or another process is writing; nothing was written.
         PartialFailureError: more than ``max_failures`` videos could not be read; everything else
             is written and complete.
+        SaveError: the disk is full; finished shards stay.
+        CosmosPosttrainError: the machine cannot read now, or another rank ended; likewise.
     """
-    from cosmos_posttrain.data.manifest import Manifest
-    from cosmos_posttrain.prepare.decoding import ClipSpec
-    from cosmos_posttrain.prepare.encoding import encode_shards
-    from cosmos_posttrain.prepare.folder import OutputFolder, check_writable
-    from cosmos_posttrain.prepare.ranks import Ranks
-    from cosmos_posttrain.prepare.sources import arrange, parse_clips_per_video
-
-    geometry = config.validate()
+    validate(config)
     folder = Path(config.output_prefix)
-    sources = arrange(_list_sources(config), config.seed)
     check_writable(folder, config.overwrite)
-    encoder = tokenizer or _load_encoder(config)
-    contract = _make_contract(encoder, geometry)
-    step = config.videos_per_shard
-    shards = [sources[i : i + step] for i in range(0, len(sources), step)]
-    output = OutputFolder(folder, contract, _make_plan(config, encoder, sources), len(shards))
-    spec = ClipSpec(
-        geometry.num_frames,
-        geometry.height,
-        geometry.width,
-        config.frame_stride,
-        parse_clips_per_video(config.clips_per_video),
-    )
-    with Ranks() as ranks:
-        to_do = ranks.decide(lambda: output.start(config.overwrite))
-        if to_do is None:
-            manifest = Manifest.load(folder)
-            launch.say(
-                f"{folder} is complete already: {manifest.num_documents} clips; nothing to do."
-            )
-        else:
-            if len(to_do) < len(shards):
-                launch.say(f"continuing {folder}: {len(shards) - len(to_do)} shards are done.")
-            mine = {number: shards[number] for number in to_do[ranks.rank :: ranks.world_size]}
-            encode_shards(mine, spec, encoder, output, config)
-            manifest = ranks.decide(output.finish, gather_first=True)
-            launch.say(
-                f"prepared {manifest.num_documents} clips from "
-                f"{len(sources) - manifest.num_failures} videos in {folder}."
-            )
-    _judge(manifest, len(sources), config.max_failures, folder)
+    ranks = PreparationRanks()
+    with ranks.locked(folder):
+        encoder = tokenizer or _load_encoder(config)
+        if config.text_encoder_path is not None and text_encoder is None:
+            text_encoder = _load_text_encoder(config)
+        preparation = Preparation(config, encoder, text_encoder)
+        jobs = ranks.deal(preparation.start)
+        if text_encoder is not None:
+            if jobs is not None:
+                run_prompt_jobs(ranks.deal(preparation.prompt_jobs) or [], text_encoder)
+            text_encoder.close()
+        if jobs is not None:
+            run_jobs(jobs, encoder, config.num_workers)
+        manifest = ranks.decide(preparation.finish, gather_first=True)
+    _judge(manifest, config.max_failures, folder)
     return manifest
 
 
-def _list_sources(config: PrepareConfig) -> list[Source]:
-    from cosmos_posttrain.prepare.sources import from_folder, from_jsonl
+class Preparation:
+    """What rank 0 decides for all: what there is to do, and the end.
 
+    Raises:
+        TokenizerError: the tokenizer has another compression than the settings say.
+    """
+
+    def __init__(
+        self,
+        config: PrepareConfig,
+        encoder: ClipEncoder,
+        text_encoder: TextEncoder | None = None,
+    ) -> None:
+        self._config = config
+        self._encoder = encoder
+        self._text_encoder = text_encoder
+        self._folder = Path(config.output_prefix)
+        self._contract = _make_contract(
+            encoder, geometry(config), text_encoder, config.embedding_dtype
+        )
+        self._prompts: list[tuple[str, ...]] = []  # of each shard
+        self._output: OutputFolder | None = None  # once there is something to do
+
+    def start(self) -> list[ShardJob] | None:
+        """Lists the sources and says which shards are to do; None if the folder is complete.
+
+        Raises:
+            UserError: no sources, or the folder holds something else.
+        """
+        config = self._config
+        sources = arrange(_list_sources(config), config.seed)
+        if self._text_encoder is not None:
+            sources, prompts = number_prompts(sources)
+            self._prompts = in_shards(prompts)
+        step = config.videos_per_shard
+        shards = [sources[i : i + step] for i in range(0, len(sources), step)]
+        plan = _make_plan(config, self._encoder, sources)
+        if self._text_encoder is not None:
+            plan |= _text_plan(config, self._text_encoder)
+        output = OutputFolder(self._folder, self._contract, plan, len(shards), len(self._prompts))
+        to_do = output.start(config.overwrite)
+        if to_do is None:
+            return None
+        self._output = output
+        if len(to_do) < len(shards):
+            launch.say(f"continuing {self._folder}: {len(shards) - len(to_do)} shards are done.")
+        return [self._job(number, shards[number]) for number in to_do]
+
+    def prompt_jobs(self) -> list[PromptJob]:
+        """Which prompt shards are to do, after ``start``."""
+        assert self._output is not None and self._contract.text_encoder is not None
+        config, info = self._config, self._contract.text_encoder
+        batch_size, threads = config.text_encoder_batch_size, config.encoder_threads
+        return [
+            PromptJob(number, self._prompts[number], info, batch_size, threads, self._folder)
+            for number in self._output.missing_prompts()
+        ]
+
+    def _job(self, number: int, sources: list[VideoSource]) -> ShardJob:
+        config, clip = self._config, self._contract.clip
+        spec = ClipSpec(
+            clip.num_frames,
+            clip.height,
+            clip.width,
+            config.frame_stride,
+            parse_clips_per_video(config.clips_per_video),
+        )
+        return ShardJob(
+            number,
+            tuple(sources),
+            spec,
+            self._contract,
+            config.batch_size,
+            config.encoder_threads,
+            self._folder,
+        )
+
+    def finish(self) -> Manifest:
+        """Writes the manifest when all shards are done, or reads it where it was there before."""
+        if self._output is None:
+            manifest = Manifest.load(self._folder)
+            launch.say(
+                f"{self._folder} is complete already: {manifest.num_documents} clips; nothing to "
+                "do."
+            )
+            return manifest
+        manifest = self._output.finish()
+        num_rejected = sum(manifest.rejected.values())
+        num_read = manifest.plan["num_sources"] - manifest.num_failures - num_rejected
+        launch.say(
+            f"prepared {manifest.num_documents} clips from {num_read} videos in {self._folder}."
+        )
+        return manifest
+
+
+def _list_sources(config: PrepareConfig) -> list[VideoSource]:
     if config.input_videos_dir is not None:
         return from_folder(config.input_videos_dir)
     assert config.input_jsonl is not None
     return from_jsonl(config.input_jsonl)
 
 
-def _load_encoder(config: PrepareConfig) -> Encoder:
+def _load_encoder(config: PrepareConfig) -> ClipEncoder:
     from cosmos_posttrain.tokenizer import load_tokenizer_pair
 
-    encoder: Encoder = load_tokenizer_pair(
+    encoder: ClipEncoder = load_tokenizer_pair(
         config.encoder_path,
         config.decoder_path or config.encoder_path,
         config.tokenizer_compression_factor,
@@ -209,14 +203,20 @@ def _load_encoder(config: PrepareConfig) -> Encoder:
     return encoder
 
 
-def _make_contract(encoder: Encoder, geometry: ClipGeometry) -> Contract:
-    from cosmos_posttrain.data.contract import TokenizerInfo, make_contract
-    from cosmos_posttrain.data.indexed import token_dtype
+def _load_text_encoder(config: PrepareConfig) -> TextEncoder:
+    from cosmos_posttrain.text import load_text_encoder
 
-    if tuple(encoder.compression) != tuple(geometry.compression):
+    assert config.text_encoder_path is not None
+    return load_text_encoder(config.text_encoder_path, config.device, config.text_encoder_dtype)
+
+
+def _make_contract(
+    encoder: ClipEncoder, clip: ClipGeometry, text: TextEncoder | None, stored: str
+) -> Contract:
+    if tuple(encoder.compression) != tuple(clip.compression):
         raise TokenizerError(
             f"the tokenizer {encoder.id} compresses by {Compression(*encoder.compression).name}, "
-            f"but tokenizer_compression_factor is {geometry.compression}; make them agree."
+            f"but tokenizer_compression_factor is {clip.compression}; make them agree."
         )
     info = TokenizerInfo(
         encoder.id,
@@ -225,13 +225,17 @@ def _make_contract(encoder: Encoder, geometry: ClipGeometry) -> Contract:
         tuple(encoder.levels),
         encoder.vocab_size,
     )
-    return make_contract(info, geometry, token_dtype(encoder.vocab_size))
+    dtype = token_dtype(encoder.vocab_size)
+    if text is None:
+        return make_contract(info, clip, dtype)
+    text_info = TextEncoderInfo(text.id, text.sha256, text.width, stored)
+    return make_contract(info, clip, dtype, text_info, text.context_len)
 
 
-def _make_plan(config: PrepareConfig, encoder: Encoder, sources: list[Source]) -> dict[str, Any]:
+def _make_plan(
+    config: PrepareConfig, encoder: ClipEncoder, sources: list[VideoSource]
+) -> dict[str, Any]:
     """All that decides the bytes of the result, besides the contract."""
-    from cosmos_posttrain.prepare.sources import sources_sha256
-
     names = "clips_per_video frame_stride batch_size encoder_threads videos_per_shard seed".split()
     return {
         "num_sources": len(sources),
@@ -242,15 +246,24 @@ def _make_plan(config: PrepareConfig, encoder: Encoder, sources: list[Source]) -
     }
 
 
-def _judge(manifest: Manifest, num_sources: int, max_failures: int, folder: Path) -> None:
+def _text_plan(config: PrepareConfig, encoder: TextEncoder) -> dict[str, Any]:
+    """Likewise, of the prompts."""
+    return {
+        "text_encoder_batch_size": config.text_encoder_batch_size,
+        "text_encoder_device": encoder.device.type,
+        "text_encoder_dtype": str(encoder.dtype).removeprefix("torch."),
+    }
+
+
+def _judge(manifest: Manifest, max_failures: int, folder: Path) -> None:
     """Says which videos failed, and raises if they are too many."""
     for failure in manifest.failures[:10]:
         launch.say(f"not read: {failure.source}: {failure.reason}", error=True)
     if manifest.num_failures > max_failures:
         raise PartialFailureError(
-            f"{manifest.num_failures} of {num_sources} videos could not be read, and max_failures "
-            f"is {max_failures}; the others are complete in {folder}, and failures.jsonl there "
-            "names each with its reason."
+            f"{manifest.num_failures} of {manifest.plan['num_sources']} videos could not be read, "
+            f"and max_failures is {max_failures}; the others are complete in {folder}, and "
+            "failures.jsonl there names each with its reason."
         )
     if manifest.num_documents == 0:
         raise PartialFailureError(f"no clip could be read, so {folder} is of no use.")

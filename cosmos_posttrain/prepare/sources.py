@@ -6,48 +6,59 @@ frames of a video's clips. Nothing is decoded here.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import os
 import random
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from cosmos_posttrain import launch
+from cosmos_posttrain.data.threads import mapped
 from cosmos_posttrain.errors import ConfigError, UserError
-from cosmos_posttrain.files import sha256_of_json
 
 
-@dataclass(frozen=True)
-class Source:
+@dataclass(frozen=True, slots=True)
+class VideoSource:
     """One video to prepare.
 
     Attributes:
-        name: relative to the input folder, or as the jsonl file has it; splits go by it.
+        name: path relative to the input folder, or as the jsonl file has it, normalised; splits go
+            by it, so several sources of one file have one name.
         path: where it is now.
         prompt: None without one.
+        prompt_number: among the distinct prompts; None where prompts are not encoded, or this one
+            cannot be.
     """
 
     name: str
     path: Path
     prompt: str | None = None
+    prompt_number: int | None = None
 
 
-def from_folder(folder: str | Path) -> list[Source]:
-    """All videos below a folder, sorted; hidden ones are left out.
+def from_folder(folder: str | Path) -> list[VideoSource]:
+    """All videos below a folder, sorted, each once; hidden ones are left out.
 
     Raises:
         UserError: the folder is missing or holds no video.
     """
     from cosmos_posttrain.video.files import list_videos
 
-    return [Source(path.relative_to(folder).as_posix(), path) for path in list_videos(folder)]
+    return [VideoSource(path.relative_to(folder).as_posix(), path) for path in list_videos(folder)]
 
 
-def from_jsonl(path: str | Path) -> list[Source]:
+def from_jsonl(path: str | Path) -> list[VideoSource]:
     """One video a line: ``{"visual_input": "a.mp4", "prompt": "..."}``, in the file's order.
 
-    Paths are relative to the jsonl file's folder. A video that does not exist is no error here; it
-    is reported with the other videos that cannot be read.
+    Paths are relative to the jsonl file's folder. A video may stand on several lines, with a prompt
+    each: all have the name on the first of them, however they spell it (``a.mp4``, ``./a.mp4``, a
+    link to it). A line that says nothing new is left out, which is said. A video that does not
+    exist is no error here; it is reported with the other videos that cannot be read.
 
     Raises:
         UserError: the file is missing, empty, or a line does not fit.
@@ -56,7 +67,7 @@ def from_jsonl(path: str | Path) -> list[Source]:
     if not path.is_file():
         raise UserError(f"the jsonl file {path} does not exist; name a file with a video a line.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # text may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the jsonl file {path} cannot be read: {error}.") from error
     sources = [
@@ -64,25 +75,81 @@ def from_jsonl(path: str | Path) -> list[Source]:
     ]
     if not sources:
         raise UserError(f"the jsonl file {path} is empty; it needs one video a line.")
-    return sources
+    distinct = _one_name_a_file(sources, path.parent)
+    if len(distinct) < len(sources):
+        launch.say(
+            f"note: {len(sources) - len(distinct)} of {len(sources)} lines of {path} repeat the "
+            "video and prompt of an earlier line and are left out.",
+            error=True,
+        )
+    return distinct
 
 
-def _parse_line(line: str, path: Path, number: int) -> Source:
+def _one_name_a_file(sources: Sequence[VideoSource], folder: Path) -> list[VideoSource]:
+    """Normalises names, gives all sources of a file the first one's, and drops repetitions."""
+    real_path = _RealPaths()
+    first: dict[str, VideoSource] = {}
+    prompts: dict[str, set[str | None]] = {}  # of the names that come again
+    distinct = []
+    for source in sources:
+        real = real_path(source.path)
+        name = os.path.normpath(source.name)
+        if name != source.name and real_path(folder / name) != real:
+            # ".." behind a linked folder: the text says another file than the system finds.
+            name = os.path.relpath(real, real_path(folder))
+        if name != source.name:
+            source = dataclasses.replace(source, name=name, path=folder / name)
+        earlier = first.setdefault(real, source)
+        if earlier is not source:
+            known = prompts.setdefault(real, {earlier.prompt})
+            if source.prompt in known:
+                continue
+            known.add(source.prompt)
+            source = dataclasses.replace(earlier, prompt=source.prompt)
+        distinct.append(source)
+    return distinct
+
+
+class _RealPaths:
+    """``os.path.realpath``, but each folder is looked up once."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, str] = {}
+
+    def __call__(self, path: Path) -> str:
+        folder, name = os.path.split(path)
+        if name in ("", ".", ".."):
+            return os.path.realpath(path)
+        if folder not in self._folders:
+            self._folders[folder] = os.path.realpath(folder)
+        real = os.path.join(self._folders[folder], name)
+        return os.path.realpath(real) if os.path.islink(real) else real
+
+
+def _parse_line(line: str, path: Path, number: int) -> VideoSource:
     try:
         value: Any = json.loads(line)
     except ValueError as error:
         raise UserError(f"line {number} of {path} is not JSON: {error}.") from error
     name = value.get("visual_input") if isinstance(value, dict) else None
     prompt = value.get("prompt") if isinstance(value, dict) else None
-    if not isinstance(name, str) or not name or not isinstance(prompt, (str, type(None))):
+    if not _is_path(name) or not isinstance(prompt, (str, type(None))):
         raise UserError(
             f'line {number} of {path} does not fit; write {{"visual_input": "a.mp4"}}, '
             'with "prompt": "..." where there is one.'
         )
-    return Source(name, path.parent / name, prompt)
+    return VideoSource(name, path.parent / name, prompt)
 
 
-def arrange(sources: Sequence[Source], seed: int | None) -> list[Source]:
+def _is_path(name: object) -> TypeGuard[str]:
+    """True for text that can be a path; one with a NUL or half a character cannot."""
+    try:
+        return isinstance(name, str) and name != "" and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+
+
+def arrange(sources: Sequence[VideoSource], seed: int | None) -> list[VideoSource]:
     """The order in which sources are dealt to shards: as listed, or shuffled by a seed."""
     ordered = list(sources)
     if seed is not None:
@@ -90,13 +157,56 @@ def arrange(sources: Sequence[Source], seed: int | None) -> list[Source]:
     return ordered
 
 
-def sources_sha256(sources: Sequence[Source]) -> str:
+def number_prompts(sources: Sequence[VideoSource]) -> tuple[list[VideoSource], list[str]]:
+    """Numbers distinct prompts by first appearance.
+
+    Returns:
+        The sources with the number of each one's prompt, if it has one that can be encoded; and
+        the distinct prompts by number.
+    """
+    numbers: dict[str, int] = {}
+    numbered = []
+    for source in sources:
+        if missing_prompt(source.prompt) is None:
+            assert source.prompt is not None
+            number = numbers.setdefault(source.prompt, len(numbers))
+            source = dataclasses.replace(source, prompt_number=number)
+        numbered.append(source)
+    return numbered, list(numbers)
+
+
+def missing_prompt(prompt: str | None) -> str | None:
+    """Why a source has no prompt that can be encoded, as a sentence; None if it has."""
+    if prompt is None:
+        return 'it has no prompt; write "prompt": "..." into its line.'
+    from cosmos_posttrain.text.prompts import prompt_problem
+
+    problem = prompt_problem(prompt)
+    return None if problem is None else f"its prompt {problem}."
+
+
+def sources_sha256(sources: Sequence[VideoSource]) -> str:
     """Hash of names, sizes and prompts: changes when a video is added, replaced or reordered."""
-    rows = [
-        [source.name, source.path.stat().st_size if source.path.is_file() else -1, source.prompt]
-        for source in sources
-    ]
-    return sha256_of_json(rows)
+
+    def row(source: VideoSource) -> str:
+        return json.dumps([source.name, _num_bytes(source), source.prompt], separators=(",", ":"))
+
+    # The hash of a JSON list, but millions of rows are never held at once.
+    digest, separator = hashlib.sha256(b"["), b""
+    for text in mapped(row, sources, chunk_size=250):
+        digest.update(separator + text.encode())
+        separator = b","
+    digest.update(b"]")
+    return digest.hexdigest()
+
+
+def _num_bytes(source: VideoSource) -> int:
+    """Size of a source's file; -1 where there is none."""
+    try:
+        status = os.stat(source.path)
+    except OSError:
+        return -1
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
 def parse_clips_per_video(value: str) -> int | None:

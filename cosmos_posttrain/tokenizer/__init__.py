@@ -12,14 +12,9 @@ if TYPE_CHECKING:
     from cosmos_posttrain.tokenizer.loading import load_tokenizer, load_tokenizer_pair
     from cosmos_posttrain.tokenizer.video_tokenizer import VideoTokenizer
 
-__all__ = ["SHIPPED", "VideoTokenizer", "load_tokenizer", "load_tokenizer_pair"]
+from cosmos_posttrain.tokenizer.shipped import SHIPPED
 
-# Tokenizers in this package, by compression; ``tiny`` picks among them.
-SHIPPED = {
-    (4, 8, 8): "tiny-dv4x8x8",
-    (8, 8, 8): "tiny-dv8x8x8",
-    (8, 16, 16): "tiny-dv8x16x16",
-}
+__all__ = ["SHIPPED", "VideoTokenizer", "load_tokenizer", "load_tokenizer_pair"]
 
 
 def __getattr__(name: str) -> Any:

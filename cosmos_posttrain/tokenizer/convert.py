@@ -8,64 +8,29 @@ folder in the other form, with the same hash:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from cosmos_posttrain.cli import Flag, parse
-from cosmos_posttrain.config import setting
-from cosmos_posttrain.errors import ConfigError, OutputFolderError
-
-FORMATS = ("native", "torchscript")
-FLAGS = (
-    Flag("--source", "source", "Hugging Face id, folder, .jit file, or shipped name"),
-    Flag("--target", "target", "folder to write"),
-    Flag("--target_format", "target_format", "what to write"),
-    Flag("--overwrite", "overwrite", "replace the files of an earlier conversion"),
-)
+from cosmos_posttrain import files
+from cosmos_posttrain.cli import parse
+from cosmos_posttrain.errors import OutputFolderError
+from cosmos_posttrain.tokenizer.config import FLAGS, TokenizerConversionConfig, validate
 
 
-@dataclass
-class ConvertConfig:
-    """Settings of a conversion.
-
-    Attributes:
-        source: any path that ``load_tokenizer`` takes.
-        target: the folder to write.
-        target_format: one of ``FORMATS``.
-        overwrite: replace the files of an earlier conversion.
-    """
-
-    source: str = ""
-    target: str = ""
-    target_format: str = setting("native", choices=FORMATS)
-    overwrite: bool = False
-
-    def validate(self) -> None:
-        """Refuses settings that are missing or unknown.
-
-        Raises:
-            ConfigError: lists every problem.
-        """
-        problems = [f"--{name} is missing" for name in ("source", "target") if not vars(self)[name]]
-        if self.target_format not in FORMATS:
-            problems.append(f"--target_format is {self.target_format!r}, not one of {FORMATS}")
-        if problems:
-            raise ConfigError("; ".join(problems) + ".")
-
-
-def convert_tokenizer(config: ConvertConfig) -> list[Path]:
+def convert_tokenizer(config: TokenizerConversionConfig) -> list[Path]:
     """Writes the source's weights, in their own dtype, in the other form.
 
     Returns:
         The files that were written.
 
     Raises:
-        ConfigError: if a setting is missing.
-        OutputFolderError: if a file to be written exists and may not be overwritten.
+        ConfigError: if a setting is missing or unknown.
+        OutputFolderError: if a file to be written exists and may not be overwritten, or the folder
+            cannot be written to.
         TokenizerError: if the source cannot be read, or is no DV network.
     """
-    config.validate()
+    validate(config)
     target = Path(config.target)
+    files.check_writable(target, "--target")
     names = {"native": ("config.json", "model.safetensors")}.get(
         config.target_format, ("encoder.jit", "decoder.jit")
     )
@@ -89,6 +54,7 @@ def convert_tokenizer(config: ConvertConfig) -> list[Path]:
 def main() -> None:
     """Parses the command line and converts."""
     description = "Converts a tokenizer between the native form and TorchScript."
-    config = parse(ConvertConfig, FLAGS, None, "python -m cosmos_posttrain.tokenizer", description)
+    prog = "python -m cosmos_posttrain.tokenizer"
+    config = parse(TokenizerConversionConfig, FLAGS, None, prog, description)
     for path in convert_tokenizer(config):
         print(f"wrote {path}")

@@ -12,15 +12,15 @@ as they are.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from cosmos_posttrain import launch
+from cosmos_posttrain import hub, launch
 from cosmos_posttrain.errors import TokenizerError
 from cosmos_posttrain.geometry import Compression, parse_compression
-from cosmos_posttrain.tokenizer import SHIPPED
 from cosmos_posttrain.tokenizer.export import (
     AUTOENCODER_FILE,
     config_beside,
@@ -34,11 +34,14 @@ from cosmos_posttrain.tokenizer.native import (
     read_network,
 )
 from cosmos_posttrain.tokenizer.network import DVNetwork
+from cosmos_posttrain.tokenizer.shipped import SHIPPED
 from cosmos_posttrain.tokenizer.torchscript import ScriptDecoder, ScriptEncoder, load_script
 from cosmos_posttrain.tokenizer.video_tokenizer import VideoTokenizer
-from cosmos_posttrain.tokenizer.weights_io import CONFIG_FILE, WEIGHTS_FILE
+from cosmos_posttrain.tokenizer.weights_io import CONFIG_FILE, WEIGHTS_FILE, check_sha256
 
 _HUB_FILES = ("encoder.jit", "decoder.jit", CONFIG_FILE, WEIGHTS_FILE)
+# Whose repositories a checkpoint may name without the user's naming them too.
+_PUBLISHER = "nvidia/"
 # Largest mean difference of codes in [-1, 1] between a file and the native network with its
 # weights. Rounding in bfloat16 gives about 0.03, another network 0.3 and more.
 _MAX_CODE_DIFFERENCE = 0.1
@@ -88,11 +91,23 @@ def load_tokenizer_pair(
     *,
     native: bool | None = None,
     compile: bool = False,
+    expected_sha256: str | None = None,
 ) -> VideoTokenizer:
     """Loads the encoder from one path and the decoder from another; see :func:`load_tokenizer`.
 
+    Args:
+        encoder_path: see :func:`load_tokenizer`.
+        decoder_path: see :func:`load_tokenizer`.
+        compression: see :func:`load_tokenizer`.
+        device: see :func:`load_tokenizer`.
+        dtype: see :func:`load_tokenizer`.
+        native: see :func:`load_tokenizer`.
+        compile: see :func:`load_tokenizer`.
+        expected_sha256: of the encoder; another one is refused before TorchScript runs.
+
     Raises:
-        TokenizerError: if one cannot be loaded, or they are not of the same rate and levels.
+        TokenizerError: if one cannot be loaded, they are not of the same rate and levels, or the
+            encoder has other weights than expected.
     """
     wanted = None if compression is None else parse_compression(compression)
     device = launch.device(device)
@@ -102,9 +117,11 @@ def load_tokenizer_pair(
     encoder: Encoder
     decoder: Decoder
     if encoder_file.suffix == decoder_file.suffix == ".jit" and encoder_file != decoder_file:
-        encoder, decoder = _load_scripts(encoder_file, decoder_file, native, device, dtype)
+        encoder, decoder = _load_scripts(
+            encoder_file, decoder_file, native, device, dtype, expected_sha256
+        )
     else:
-        encoder = _load_encoder(encoder_file, native, device, dtype)
+        encoder = _load_encoder(encoder_file, native, device, dtype, expected_sha256)
         if encoder_file == decoder_file:
             assert isinstance(encoder, NativeBackend)
             decoder = encoder
@@ -117,9 +134,35 @@ def load_tokenizer_pair(
             f"{wanted.name} was asked for; give its own tokenizer_compression_factor "
             f"({tokenizer.compression}) or another tokenizer."
         )
+    check_sha256(encoder_path, tokenizer.sha256, expected_sha256)
     if compile:
         tokenizer.compile()
     return tokenizer
+
+
+def check_recorded(path: str) -> None:
+    """Refuses a tokenizer that a file names, not the user, if code in it could run.
+
+    TorchScript is code, and whoever wrote the file may have written that too. Shipped weights and
+    local native folders hold none; of the hub only the publisher's repositories are taken, at the
+    publisher's own revision (anyone may propose another).
+
+    Raises:
+        TokenizerError: anything else.
+    """
+    if path in ("tiny", *SHIPPED.values()):
+        return
+    if Path(path).exists():
+        with contextlib.suppress(TokenizerError):
+            if _locate(path, "encoder", None).is_dir():
+                return
+    elif hub.looks_like_hub_id(path) and path.startswith(_PUBLISHER) and "@" not in path:
+        return
+    raise TokenizerError(
+        f"the tokenizer {path!r} is named by the checkpoint and not by you, and is neither shipped "
+        f"with this package, nor a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, nor one of "
+        f"{_PUBLISHER.rstrip('/')}'s repositories; if you trust it, name it with --encoder_path."
+    )
 
 
 def load_network(path: str | Path, compression: Compression | None = None) -> DVNetwork:
@@ -166,8 +209,6 @@ def _resolve(path: str | Path, compression: Compression | None) -> Path:
         return Path(__file__).parent / "weights" / name
     if Path(name).exists():
         return Path(name)
-    from cosmos_posttrain import hub
-
     if not hub.looks_like_hub_id(name):
         raise TokenizerError(
             f"{name} does not exist; give a folder, a .jit file, a Hugging Face id, or one of "
@@ -204,12 +245,16 @@ def _locate(path: str | Path, role: str, compression: Compression | None) -> Pat
 
 
 def _load_encoder(
-    file: Path, native: bool | None, device: torch.device, dtype: torch.dtype | None
+    file: Path,
+    native: bool | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    expected_sha256: str | None,
 ) -> Encoder:
     """The encoder alone, of a decoder that lies elsewhere."""
     if file.suffix == ".jit" and file.name != AUTOENCODER_FILE:
         _refuse_half(file, native)
-        return ScriptEncoder(file, device, dtype)
+        return ScriptEncoder(file, device, dtype, expected_sha256)
     return _load_whole(file, native, device, dtype)
 
 
@@ -251,14 +296,15 @@ def _load_scripts(
     native: bool | None,
     device: torch.device,
     dtype: torch.dtype | None,
+    expected_sha256: str | None,
 ) -> tuple[Encoder, Decoder]:
     """Two TorchScript files, natively where that is wanted and gives the same."""
     if AUTOENCODER_FILE in (encoder_file.name, decoder_file.name):
         return (
-            _load_encoder(encoder_file, native, device, dtype),
+            _load_encoder(encoder_file, native, device, dtype, expected_sha256),
             _load_decoder(decoder_file, native, device, dtype),
         )
-    encoder = ScriptEncoder(encoder_file, device, dtype)
+    encoder = ScriptEncoder(encoder_file, device, dtype, expected_sha256)
     decoder = ScriptDecoder(decoder_file, device, dtype)
     for file, half in ((encoder_file, encoder), (decoder_file, decoder)):
         _check_config_beside(file, half.compression)

@@ -240,7 +240,7 @@ class _Level(nn.Module):
         return x
 
 
-class Encoder(nn.Module):
+class DVEncoder(nn.Module):
     """Video (B, 3, T, H, W) -> (B, t, h, w, z_channels)."""
 
     def __init__(self, config: DVConfig) -> None:
@@ -270,7 +270,7 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)), cache)
 
 
-class Decoder(nn.Module):
+class DVDecoder(nn.Module):
     """(B, t, h, w, z_channels) -> video (B, 3, T, H, W)."""
 
     def __init__(self, config: DVConfig) -> None:
@@ -313,8 +313,8 @@ class DVNetwork(nn.Module):
     def __init__(self, config: DVConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = DVEncoder(config)
+        self.decoder = DVDecoder(config)
         self.quant_conv = PointwiseConv(config.z_channels, config.embedding_dim)
         self.post_quant_conv = PointwiseConv(config.embedding_dim, config.z_channels)
         self.quantizer = FSQ(config.levels)

@@ -1,7 +1,8 @@
 """TorchScript tokenizers as published: ``encoder.jit`` and ``decoder.jit``.
 
 Flows in: two files. Flows out: backends of ``VideoTokenizer``. TorchScript is code: files are
-loaded only from a path that the user gave or from the Hugging Face id that the user named.
+loaded only from a path or Hugging Face id that the user named, or of the publisher's repositories
+(``loading.check_recorded``).
 
 ``encoder(video (B, 3, T, H, W))`` returns (indices, codes, loss); ``decoder(indices)`` the video.
 """
@@ -17,7 +18,11 @@ from torch import Tensor
 
 from cosmos_posttrain.errors import TokenizerError
 from cosmos_posttrain.geometry import ClipGeometry, Compression, num_pixel_frames
-from cosmos_posttrain.tokenizer.weights_io import encoder_sha256, parameters_only
+from cosmos_posttrain.tokenizer.weights_io import (
+    check_sha256,
+    encoder_sha256,
+    parameters_only,
+)
 
 PUBLISHED_LEVELS = (8, 8, 8, 5, 5, 5)
 # Frames and pixels of the clip that shows a file's compression: fits every published rate.
@@ -68,15 +73,23 @@ def script_levels(module: torch.jit.ScriptModule, path: Path) -> tuple[int, ...]
 class ScriptEncoder:
     """``encoder.jit``."""
 
-    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype | None) -> None:
-        """Loads the file and finds its compression by encoding one small clip.
+    def __init__(
+        self,
+        path: Path,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        expected_sha256: str | None = None,
+    ) -> None:
+        """Loads the file, checks its hash, and finds its compression by encoding one small clip.
 
         Raises:
-            TokenizerError: if it is not an encoder with the published call signature.
+            TokenizerError: if it has other weights than expected, or is not an encoder with the
+                published call signature.
         """
         self._path = path
         module = load_script(path)
         self.sha256 = encoder_sha256(script_tensors(module))
+        check_sha256(path, self.sha256, expected_sha256)
         self.levels = script_levels(module, path)
         self.module, self.dtype, grid = _run_probe(path, module, device, dtype, self._probe)
         time, height, width = grid

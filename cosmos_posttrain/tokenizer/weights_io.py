@@ -41,6 +41,19 @@ def encoder_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def check_sha256(path: Path | str, found: str, expected: str | None) -> None:
+    """Refuses an encoder with other weights than are expected; None expects nothing.
+
+    Raises:
+        TokenizerError: names both hashes.
+    """
+    if expected is not None and found != expected:
+        raise TokenizerError(
+            f"{path} has other weights (sha256 {found[:12]}) than are expected of it (sha256 "
+            f"{expected[:12]}); give the tokenizer that has those with --encoder_path."
+        )
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Reads a safetensors file.
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cosmos_posttrain.tokenizer_training.config import AdversarialConfig
-from cosmos_posttrain.tokenizer_training.model_step import autocast
-from cosmos_posttrain.tokenizer_training.parallel import Ranks
+from cosmos_posttrain.tokenizer_training.model_step import autocast, clip_gradients
+from cosmos_posttrain.tokenizer_training.parallel import DataParallelRanks
 
 
 class Discriminator(nn.Module):
@@ -80,7 +80,7 @@ class Adversary:
         seed: int,
         device: torch.device,
         precision: str,
-        ranks: Ranks,
+        ranks: DataParallelRanks,
     ) -> None:
         self.config, self.precision, self.ranks = config, precision, ranks
         with torch.random.fork_rng(devices=[]):
@@ -128,10 +128,14 @@ class Adversary:
         real, fake = scores.chunk(2)
         return hinge_loss(real, fake)
 
-    def step(self, loss: Tensor) -> None:
-        """One step of the discriminator's optimizer."""
+    def backward(self, loss: Tensor) -> Tensor:
+        """The discriminator's gradients; returns their norm (), equal in all processes."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        return clip_gradients(self.discriminator.parameters(), 0)
+
+    def step(self) -> None:
+        """One step of the discriminator's optimizer."""
         self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Configuration of tokenizer training.
+"""What a tokenizer training is: its configuration, flags and checks. No torch.
 
-Flows in: YAML and ``key=value`` overrides. Flows out: a checked config tree.
+Flows in: defaults < YAML < flags < overrides (``cli.py``). Flows out: a ``TokenizerTrainConfig``.
 """
 
 from __future__ import annotations
@@ -8,11 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.cli import Flag, flag_names
+from cosmos_posttrain.config import check, setting
+from cosmos_posttrain.launch import DEVICES, DTYPES
+
+PRECISIONS = ("float32", "bfloat16")
+# Generators are seeded with a million times as much, which must fit 64 bits.
+MAX_SEED = 2**32 - 1
 
 
 @dataclass
-class DataConfig:
+class TokenizerDataConfig:
     """What the network learns from.
 
     Attributes:
@@ -36,13 +42,13 @@ class DataConfig:
     videos: str | None = None
     photographs: bool = True
     heights: list[int] = field(default_factory=lambda: [80, 112, 160, 240])
-    num_frames: int = 17
+    num_frames: int = setting(17, at_least=1)
     crop_sizes: list[list[int]] = field(default_factory=lambda: [[64, 64], [96, 160]])
-    max_stride: int = 3
-    pan_probability: float = 0.4
-    color_strength: float = 0.6
-    desaturation: float = 0.0
-    validation_fraction: float = 0.15
+    max_stride: int = setting(3, at_least=1)
+    pan_probability: float = setting(0.4, at_least=0, at_most=1)
+    color_strength: float = setting(0.6, at_least=0)
+    desaturation: float = setting(0.0, at_least=0, at_most=1)
+    validation_fraction: float = setting(0.15, above=0, below=1)
 
 
 @dataclass
@@ -65,17 +71,17 @@ class LossConfig:
             takes the flow of the real frames from OpenCV.
     """
 
-    l1: float = 1.0
-    l2: float = 1.0
-    gradient: float = 0.2
-    gradient_scales: int = 3
-    ssim: float = 0.0
-    entropy: float = 0.0
-    entropy_temperature: float = 1.0
-    perceptual: float = 0.0
+    l1: float = setting(1.0, at_least=0)
+    l2: float = setting(1.0, at_least=0)
+    gradient: float = setting(0.2, at_least=0)
+    gradient_scales: int = setting(3, at_least=1)
+    ssim: float = setting(0.0, at_least=0)
+    entropy: float = setting(0.0, at_least=0)
+    entropy_temperature: float = setting(1.0, above=0)
+    perceptual: float = setting(0.0, at_least=0)
     vgg_weights: str | None = None
-    vgg_frames: int = 16
-    flow: float = 0.0
+    vgg_frames: int = setting(16, at_least=1)
+    flow: float = setting(0.0, at_least=0)
     flow_weights: str | None = None
 
 
@@ -91,33 +97,36 @@ class AdversarialConfig:
         adaptive_limit: the adaptive weight is clamped to [0, this].
     """
 
-    weight: float = 0.0
-    start_step: int = 0
-    lr: float = 1e-4
-    channels: int = 32
-    adaptive_limit: float = 1e4
+    weight: float = setting(0.0, at_least=0)
+    start_step: int = setting(0, at_least=0)
+    lr: float = setting(1e-4, above=0)
+    channels: int = setting(32, at_least=1)
+    adaptive_limit: float = setting(1e4, at_least=0)
 
 
 @dataclass
-class OptimizerConfig:
+class TokenizerOptimizerConfig:
     """AdamW with linear warm-up and cosine decay.
 
     Attributes:
         lr: peak learning rate.
         min_lr_ratio: the last step's learning rate as a share of the peak.
         warmup_steps: steps of linear warm-up.
-        beta1, beta2, weight_decay, clip_grad: as usual.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        weight_decay: decoupled, on all weights.
+        clip_grad: largest norm of the whole gradient; 0 means no clipping.
         ema_decay: of the averaged weights that are validated and shipped.
     """
 
-    lr: float = 2e-3
-    min_lr_ratio: float = 0.02
-    warmup_steps: int = 100
-    beta1: float = 0.9
-    beta2: float = 0.98
-    weight_decay: float = 0.01
-    clip_grad: float = 1.0
-    ema_decay: float = 0.995
+    lr: float = setting(2e-3, above=0)
+    min_lr_ratio: float = setting(0.02, at_least=0, at_most=1)
+    warmup_steps: int = setting(100, at_least=0)
+    beta1: float = setting(0.9, at_least=0, below=1)
+    beta2: float = setting(0.98, at_least=0, below=1)
+    weight_decay: float = setting(0.01, at_least=0)
+    clip_grad: float = setting(1.0, at_least=0)
+    ema_decay: float = setting(0.995, at_least=0, below=1)
 
 
 @dataclass
@@ -125,58 +134,81 @@ class TokenizerTrainConfig:
     """The whole job.
 
     Attributes:
-        output_dir: gets ``config.json``, ``model.safetensors``, ``metrics.jsonl``, checkpoints.
+        output_dir: folder for the weights, metrics, pictures and the checkpoint; a run in it is
+            continued.
         network: fields of the tokenizer's ``config.json``, see ``tokenizer.network.DVConfig``;
             may be left out with ``init_from``, whose own sizes are taken then.
-        init_from: tokenizer to start from, any path that ``load_tokenizer`` takes; None starts
-            from seeded random weights.
+        init_from: tokenizer to start from: folder, Hugging Face id, ``.jit`` file or shipped name;
+            None starts from seeded random weights.
         max_steps: optimizer steps.
         noise_steps: first steps in which uniform noise stands for the rounding, which spreads the
             latents over the codes before any of them can die.
-        recenter_steps: first steps in which the latents are held centred and spread by
-            rescaling ``quant_conv``; ``recenter_rate`` is the share of the gap closed per step.
-        latent_std: standard deviation at which they start and are held; larger spreads common
-            content over more codes and squeezes rare content into fewer.
-        batch_size: clips in a video batch of the first crop size, over all processes; an image
-            batch has ``image_batch_size`` frames; both shrink as crops grow.
+        recenter_steps: first steps in which the latents are held centred and spread by rescaling
+            ``quant_conv``.
+        recenter_rate: share of the gap that such a step closes.
+        latent_std: standard deviation at which the latents start and are held; larger spreads
+            common content over more codes and squeezes rare content into fewer.
+        batch_size: clips in a video batch of the first crop size, over all processes; batches
+            shrink as crops grow.
+        image_batch_size: frames in an image batch, likewise.
         image_every: every n-th batch is of images (Cosmos: batches alternate at a preset
             frequency); 0 never.
         seed: of weights, data order and augmentation.
         num_threads: CPU threads; results are equal only for equal threads.
-        log_every, validate_every, save_every: steps.
-        num_validation_clips: per video and photograph set.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        dtype: of the shipped weights, ``float16``, ``bfloat16`` or ``float32``.
+        log_every: a progress line every so many steps, besides one every few seconds; None for no
+            more than these.
+        validate_every: steps between validations.
+        save_every: steps between checkpoints.
+        num_validation_clips: of each video.
+        device: ``auto`` is the GPU where there is one, else the CPU.
+        dtype: of the shipped weights.
         precision: that the networks compute in, ``float32`` or ``bfloat16`` (autocast); weights,
             quantizer and losses stay in float32.
         compile: run the tokenizer through ``torch.compile``.
+        data: what it learns from.
+        loss: weights of the loss's terms.
+        adversarial: the adversarial fine-tune.
+        optimizer: AdamW and its schedule.
     """
 
     output_dir: str = ""
     network: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
-    max_steps: int = 3000
-    noise_steps: int = 300
-    recenter_steps: int = 1000
-    recenter_rate: float = 0.1
-    latent_std: float = 1.0
-    batch_size: int = 8
-    image_batch_size: int = 24
-    image_every: int = 5
-    seed: int = 1234
-    num_threads: int = 2
-    log_every: int = 20
-    validate_every: int = 500
-    save_every: int = 500
-    num_validation_clips: int = 4
-    device: str = "auto"
-    dtype: str = "float16"
-    precision: str = "float32"
+    max_steps: int = setting(3000, at_least=1)
+    noise_steps: int = setting(300, at_least=0)
+    recenter_steps: int = setting(1000, at_least=0)
+    recenter_rate: float = setting(0.1, at_least=0, at_most=1)
+    latent_std: float = setting(1.0, above=0)
+    batch_size: int = setting(8, at_least=1)
+    image_batch_size: int = setting(24, at_least=1)
+    image_every: int = setting(5, at_least=0)
+    seed: int = setting(1234, at_least=0, at_most=MAX_SEED)
+    num_threads: int = setting(2, at_least=1)
+    log_every: int | None = setting(None, at_least=1)
+    validate_every: int = setting(500, at_least=1)
+    save_every: int = setting(500, at_least=1)
+    num_validation_clips: int = setting(4, at_least=1)
+    device: str = setting("auto", choices=DEVICES)
+    dtype: str = setting("float16", choices=DTYPES)
+    precision: str = setting("float32", choices=PRECISIONS)
     compile: bool = False
-    data: DataConfig = field(default_factory=DataConfig)
+    data: TokenizerDataConfig = field(default_factory=TokenizerDataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: TokenizerOptimizerConfig = field(default_factory=TokenizerOptimizerConfig)
+
+
+FLAGS = (
+    Flag("--output_dir"),
+    Flag("--videos", "data.videos"),
+    Flag("--init_from"),
+    Flag("--max_steps"),
+    Flag("--batch_size"),
+    Flag("--lr", "optimizer.lr"),
+    Flag("--seed"),
+    Flag("--num_threads"),
+    Flag("--device"),
+)
 
 
 @dataclass(frozen=True)
@@ -201,113 +233,61 @@ def batch_shape(config: TokenizerTrainConfig, step: int) -> BatchShape:
 
 
 def validate(config: TokenizerTrainConfig, num_processes: int = 1) -> None:
-    """Lists every problem at once.
+    """Lists every problem of a config at once; changes nothing.
 
     Args:
         config: of the run.
         num_processes: that each batch is split among.
 
     Raises:
-        ConfigError: if there is one.
+        ConfigError: one sentence with all of them.
     """
-    checks = [*_job_checks(config), *_data_checks(config.data), *_loss_checks(config)]
-    problems = [message for passed, message in checks if not passed]
-    if not problems and num_processes > 1:
-        problems = _split_problems(config, num_processes)
-    if problems:
-        raise ConfigError("the tokenizer training cannot start: " + "; ".join(problems) + ".")
+    problems = []
+    if not config.output_dir:
+        problems.append("--output_dir is missing: name a folder for the results")
+    if not config.network and config.init_from is None:
+        problems.append("network is missing: give --config with a network section, or --init_from")
+    problems += _data_problems(config.data) or _loss_problems(config)
+    check(config, flag_names(FLAGS), problems)
+    check(config, more=_split_problems(config, num_processes))
 
 
-def _job_checks(config: TokenizerTrainConfig) -> list[tuple[bool, str]]:
-    optimizer = config.optimizer
-    dtypes = ("float16", "bfloat16", "float32")
-    return [
-        (bool(config.output_dir), "output_dir is empty; give --output_dir"),
-        (
-            bool(config.network) or config.init_from is not None,
-            "network is empty; give --config with a network section, or --init_from",
-        ),
-        (config.max_steps >= 1, f"max_steps {config.max_steps} must be at least 1"),
-        (min(config.batch_size, config.image_batch_size) >= 1, "batch sizes must be at least 1"),
-        *(
-            (getattr(config, name) >= 1, f"{name} {getattr(config, name)} must be at least 1")
-            for name in (
-                *("num_threads", "log_every", "validate_every", "save_every"),
-                "num_validation_clips",
-            )
-        ),
-        (config.image_every >= 0, f"image_every {config.image_every} must not be negative"),
-        (optimizer.lr > 0, f"optimizer.lr {optimizer.lr} must be positive"),
-        *(
-            (
-                0 <= getattr(optimizer, name) < 1,
-                f"optimizer.{name} {getattr(optimizer, name)} must be in [0, 1)",
-            )
-            for name in ("ema_decay", "beta1", "beta2")
-        ),
-        (config.dtype in dtypes, f"dtype {config.dtype!r} must be float16, bfloat16 or float32"),
-        (
-            config.device in ("auto", "cpu", "cuda"),
-            f"device {config.device!r} must be auto, cpu or cuda",
-        ),
-        (
-            config.precision in ("float32", "bfloat16"),
-            f"precision {config.precision!r} must be float32 or bfloat16",
-        ),
-    ]
+def _data_problems(data: TokenizerDataConfig) -> list[str]:
+    problems = []
+    if min(data.heights, default=0) < 1:
+        problems.append(
+            f"data.heights {data.heights} must list at least one height, each at least 1"
+        )
+    if not data.crop_sizes or any(len(size) != 2 or min(size) < 1 for size in data.crop_sizes):
+        problems.append(f"data.crop_sizes {data.crop_sizes} must list [height, width] pairs")
+    return problems
 
 
-def _data_checks(data: DataConfig) -> list[tuple[bool, str]]:
-    return [
-        (
-            min(data.heights, default=0) >= 1,
-            f"data.heights {data.heights} must list at least one height, each at least 1",
-        ),
-        (
-            bool(data.crop_sizes) and all(len(s) == 2 and min(s) > 0 for s in data.crop_sizes),
-            f"data.crop_sizes {data.crop_sizes} must list [height, width] pairs",
-        ),
-        (0 < data.validation_fraction < 1, "data.validation_fraction must be between 0 and 1"),
-        (
-            0 <= data.pan_probability <= 1,
-            f"data.pan_probability {data.pan_probability} must be in [0, 1]",
-        ),
-        (data.max_stride >= 1, f"data.max_stride {data.max_stride} must be at least 1"),
-    ]
-
-
-def _loss_checks(config: TokenizerTrainConfig) -> list[tuple[bool, str]]:
-    loss, adversarial = config.loss, config.adversarial
-    optional = ("ssim", "entropy", "perceptual", "flow")
+def _loss_problems(config: TokenizerTrainConfig) -> list[str]:
+    """What the loss's terms ask of the crops and of the user's files."""
+    loss, smallest = config.loss, min(map(min, config.data.crop_sizes))
+    problems = []
     # The finest crop must leave two pixels at the coarsest scale of the gradient term.
-    smallest = min((min(size) for size in config.data.crop_sizes if size), default=0)
-    return [
-        (
-            loss.gradient <= 0 or 1 <= loss.gradient_scales <= smallest.bit_length() - 1,
-            f"loss.gradient_scales {loss.gradient_scales} must be at least 1 and leave two pixels "
-            "of data.crop_sizes at the coarsest scale",
-        ),
-        *((getattr(loss, n) >= 0, f"loss.{n} {getattr(loss, n)} is negative") for n in optional),
-        (loss.entropy_temperature > 0, "loss.entropy_temperature must be positive"),
-        (
-            loss.perceptual <= 0 or loss.vgg_weights is not None,
+    if loss.gradient > 0 and loss.gradient_scales > smallest.bit_length() - 1:
+        problems.append(
+            f"loss.gradient_scales {loss.gradient_scales} must leave two pixels of data.crop_sizes "
+            "at the coarsest scale"
+        )
+    if loss.perceptual > 0 and loss.vgg_weights is None:
+        problems.append(
             "loss.perceptual needs loss.vgg_weights, the file vgg19-dcbb9e9d.pth that "
             "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth gives (without it set "
-            "loss.perceptual=0: loss.gradient stands in for the term)",
-        ),
-        (
-            max(loss.perceptual, loss.flow) <= 0 or min(map(min, config.data.crop_sizes)) >= 16,
-            "loss.perceptual and loss.flow need data.crop_sizes of at least 16x16",
-        ),
-        (loss.vgg_frames >= 1, f"loss.vgg_frames {loss.vgg_frames} must be at least 1"),
-        (adversarial.weight >= 0, f"adversarial.weight {adversarial.weight} is negative"),
-        (adversarial.lr > 0, f"adversarial.lr {adversarial.lr} must be positive"),
-        (adversarial.channels >= 1, "adversarial.channels must be at least 1"),
-    ]
+            "loss.perceptual=0: loss.gradient stands in for the term)"
+        )
+    if max(loss.perceptual, loss.flow) > 0 and smallest < 16:
+        problems.append("loss.perceptual and loss.flow need data.crop_sizes of at least 16x16")
+    return problems
 
 
 def _split_problems(config: TokenizerTrainConfig, num_processes: int) -> list[str]:
     """Batches that cannot be split evenly, which equal weight for every clip needs."""
+    if num_processes == 1:
+        return []
     period = len(config.data.crop_sizes) * max(config.image_every, 1)
     shapes = {batch_shape(config, step) for step in range(period)}
     return [

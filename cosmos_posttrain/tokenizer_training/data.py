@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from cosmos_posttrain.errors import ConfigError
-from cosmos_posttrain.tokenizer_training.config import DataConfig
+from cosmos_posttrain.tokenizer_training.config import TokenizerDataConfig
 
 _WHEEL_VIDEOS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 _WHEEL_PHOTOGRAPHS = (
@@ -42,14 +42,14 @@ def find_wheel_files(package: str, names: tuple[str, ...]) -> list[Path]:
 
 
 @dataclass
-class Source:
+class Footage:
     """One video or photograph at several sizes, coarse to fine: each (3, T, H, W) uint8."""
 
     name: str
     levels: list[Tensor]
 
 
-def _pyramid(name: str, frames: Tensor, heights: list[int]) -> Source:
+def _pyramid(name: str, frames: Tensor, heights: list[int]) -> Footage:
     """Shrinks (3, T, H, W) uint8 to each of ``heights`` that is not above its own height."""
     own = frames.shape[2]
     wanted = sorted({min(height, own) for height in heights})
@@ -60,10 +60,10 @@ def _pyramid(name: str, frames: Tensor, heights: list[int]) -> Source:
             frames.transpose(0, 1), (height, width), mode="bilinear", antialias=True
         )
         levels.append(shrunk.transpose(0, 1).contiguous())
-    return Source(name, levels)
+    return Footage(name, levels)
 
 
-def _read_video(path: Path, heights: list[int]) -> Source:
+def _read_video(path: Path, heights: list[int]) -> Footage:
     from cosmos_posttrain.video import probe, read_clips
 
     info = probe(path)
@@ -74,7 +74,7 @@ def _read_video(path: Path, heights: list[int]) -> Source:
     return _pyramid(path.name, frames, heights)
 
 
-def _read_photograph(path: Path, heights: list[int]) -> Source:
+def _read_photograph(path: Path, heights: list[int]) -> Footage:
     import numpy as np
     from PIL import Image
 
@@ -86,7 +86,7 @@ def _read_photograph(path: Path, heights: list[int]) -> Source:
 class ClipSource:
     """All training and validation material, decoded once."""
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: TokenizerDataConfig) -> None:
         """Reads everything.
 
         Raises:
@@ -113,7 +113,7 @@ class ClipSource:
         self.videos, self.validation_videos = self._split(videos)
         self.stills = [s for s in stills if s.name not in _VALIDATION_PHOTOGRAPHS]
 
-    def _split(self, sources: list[Source]) -> tuple[list[Source], list[Source]]:
+    def _split(self, sources: list[Footage]) -> tuple[list[Footage], list[Footage]]:
         """Holds out the end of each video, at least one clip where it is long enough."""
         training, held_out = [], []
         for source in sources:
@@ -122,8 +122,8 @@ class ClipSource:
             if total < 2 * count:
                 training.append(source)
                 continue
-            training.append(Source(source.name, [v[:, :-count] for v in source.levels]))
-            held_out.append(Source(source.name, [v[:, -count:] for v in source.levels]))
+            training.append(Footage(source.name, [v[:, :-count] for v in source.levels]))
+            held_out.append(Footage(source.name, [v[:, -count:] for v in source.levels]))
         return training, held_out
 
     def batch(
@@ -150,7 +150,7 @@ class ClipSource:
             self.config.desaturation,
         )
 
-    def _level(self, source: Source, crop: tuple[int, int], generator: Generator) -> Tensor:
+    def _level(self, source: Footage, crop: tuple[int, int], generator: Generator) -> Tensor:
         """One of the sizes that the crop fits into."""
         fitting = [
             level

@@ -7,6 +7,7 @@ and its moving average that have been moved on.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from cosmos_posttrain.tokenizer.layers import TemporalConv
 from cosmos_posttrain.tokenizer.network import DVNetwork
-from cosmos_posttrain.tokenizer_training.config import OptimizerConfig
+from cosmos_posttrain.tokenizer_training.config import TokenizerOptimizerConfig
 
 
 class Autoencoder(nn.Module):
@@ -87,7 +88,12 @@ def parameter_groups(network: DVNetwork) -> list[dict[str, Any]]:
     return [{"params": rest, "lr_scale": 1.0}, {"params": last, "lr_scale": slow}]
 
 
-def learning_rate(options: OptimizerConfig, step: int, max_steps: int) -> float:
+def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
+    """Scales gradients down to a norm of ``limit`` (0 does not); returns the norm () before."""
+    return nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+
+
+def learning_rate(options: TokenizerOptimizerConfig, step: int, max_steps: int) -> float:
     """Linear warm-up, then a cosine down to ``min_lr_ratio``."""
     if step < options.warmup_steps:
         return options.lr * (step + 1) / options.warmup_steps

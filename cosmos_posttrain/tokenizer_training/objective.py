@@ -18,7 +18,7 @@ from cosmos_posttrain.tokenizer_training.entropy import code_entropy_loss
 from cosmos_posttrain.tokenizer_training.flow import FlowLoss, make_flow_loss
 from cosmos_posttrain.tokenizer_training.losses import reconstruction_loss
 from cosmos_posttrain.tokenizer_training.model_step import autocast
-from cosmos_posttrain.tokenizer_training.parallel import Ranks
+from cosmos_posttrain.tokenizer_training.parallel import DataParallelRanks
 from cosmos_posttrain.tokenizer_training.perceptual import PerceptualLoss
 
 
@@ -51,7 +51,7 @@ class Objective:
     """
 
     def __init__(
-        self, config: LossConfig, device: torch.device, precision: str, ranks: Ranks
+        self, config: LossConfig, device: torch.device, precision: str, ranks: DataParallelRanks
     ) -> None:
         self.config, self.precision, self.ranks = config, precision, ranks
         self.perceptual: PerceptualLoss | None = None

@@ -1,8 +1,8 @@
 """Data parallelism of tokenizer training: plain torch.distributed, gloo or NCCL.
 
-Flows in: how the processes were launched. Flows out: this
-process's share of a batch, and sums over all processes. The tokenizers are small enough for one
-GPU, so nothing here needs Megatron. Without a launcher every method is the identity.
+Flows in: how the processes were launched. Flows out: this process's share of a batch, and sums over
+all processes. The tokenizers are small enough for one GPU, so nothing here needs Megatron. Without
+a launcher every method is the identity.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TIMEOUT = timedelta(minutes=60)
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DataParallelRanks:
     """This process among those that torchrun started.
 
     Attributes:
@@ -35,7 +35,7 @@ class Ranks:
     size: int = 1
 
     @classmethod
-    def from_environment(cls) -> Ranks:
+    def from_environment(cls) -> DataParallelRanks:
         """Reads what torchrun sets; one process where it did not."""
         return cls(launch.rank(), launch.world_size())
 
@@ -71,6 +71,8 @@ class Ranks:
             return module
         # They differ along axes of one entry only, as channels-last kernels of 3x1x1 have.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        # Since torch 2.13; its new name means another thing.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         ids = [device.index] if device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
 
@@ -86,6 +88,14 @@ class Ranks:
         total = value.clone()
         dist.all_reduce(total)
         return total / self.size
+
+    def any(self, value: bool, device: torch.device) -> bool:
+        """Whether it is true in any process; the same answer in all of them."""
+        if self.size == 1:
+            return value
+        box = torch.tensor(int(value), device=device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return bool(box)
 
     def gather(self, rows: Tensor) -> Tensor:
         """(b, ...) of each process -> (b * size, ...) in rank order, without gradients."""
@@ -110,14 +120,14 @@ class Ranks:
 
 
 class _GatherRows(torch.autograd.Function):
-    """:meth:`Ranks.gather_with_gradients`; its backward needs no communication."""
+    """:meth:`DataParallelRanks.gather_with_gradients`; its backward needs no communication."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, ranks: DataParallelRanks) -> Tensor:
         ctx.ranks = ranks
         return ranks.gather(rows)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ranks: Ranks = ctx.ranks
+        ranks: DataParallelRanks = ctx.ranks
         return ranks.share(gradient) * ranks.size, None

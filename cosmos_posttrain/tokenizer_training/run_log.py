@@ -39,11 +39,21 @@ class TokenizerRunLog:
         """Records one step; ``row["step"]`` counts from 0."""
         self._log.write(row)
         done = row["step"] + 1
-        note = (
-            f"loss {row['loss']:.4f}, psnr {row['psnr']:.2f} dB, codes {row['codes_used']}, "
-            f"lr {row['lr']:.2e}"
-        )
-        self._progress.show(done, note, force=done % self._log_every == 0)
+        parts = [
+            f"loss {row['loss']:.4f}",
+            f"psnr {row['psnr']:.2f} dB",
+            f"codes {row['codes_used']}",
+            f"lr {row['lr']:.2e}",
+        ]
+        is_validated = "validation_psnr" in row
+        if is_validated:
+            parts.append(
+                f"validation psnr {row['validation_psnr']:.2f} dB, "
+                f"ssim {row['validation_ssim']:.4f}, codes {row['validation_codes_used']}, "
+                f"{row['validation_entropy_bits']:.2f} bits"
+            )
+        is_due = self._log_every is not None and done % self._log_every == 0
+        self._progress.show(done, ", ".join(parts), force=is_due or is_validated)
 
     def write_picture(self, video: Tensor, reconstruction: Tensor, done: int) -> None:
         """Records a picture of one clip.

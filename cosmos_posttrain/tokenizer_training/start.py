@@ -19,7 +19,7 @@ from cosmos_posttrain.geometry import ClipGeometry
 from cosmos_posttrain.tokenizer.loading import load_network
 from cosmos_posttrain.tokenizer.network import DVConfig, DVNetwork
 from cosmos_posttrain.tokenizer.weights_io import check_fit
-from cosmos_posttrain.tokenizer_training.config import DataConfig, TokenizerTrainConfig
+from cosmos_posttrain.tokenizer_training.config import TokenizerDataConfig, TokenizerTrainConfig
 from cosmos_posttrain.tokenizer_training.data import ClipSource
 from cosmos_posttrain.tokenizer_training.init import (
     initialize,
@@ -33,7 +33,7 @@ def seeded_generator(seed: int, step: int) -> Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
-def check_crops(data: DataConfig, network: DVConfig) -> None:
+def check_crops(data: TokenizerDataConfig, network: DVConfig) -> None:
     """Refuses training clips that the network cannot encode.
 
     Raises:

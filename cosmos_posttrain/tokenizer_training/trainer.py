@@ -17,17 +17,15 @@ import contextlib
 import copy
 import math
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cosmos_posttrain import config as config_module
 from cosmos_posttrain import files, launch
-from cosmos_posttrain.errors import CheckpointError, NonFiniteLossError, OutputFolderError
-from cosmos_posttrain.runlog import wants_wandb
-from cosmos_posttrain.tokenizer.weights_io import write_native
+from cosmos_posttrain.errors import CheckpointError, NonFiniteLossError, StoppedError
+from cosmos_posttrain.runlog import METRICS_FILE, read_rows, wants_wandb
+from cosmos_posttrain.tokenizer_training import run_folder
 from cosmos_posttrain.tokenizer_training.adversarial import Adversary
 from cosmos_posttrain.tokenizer_training.config import (
     TokenizerTrainConfig,
@@ -35,9 +33,10 @@ from cosmos_posttrain.tokenizer_training.config import (
     validate,
 )
 from cosmos_posttrain.tokenizer_training.data import ClipSource
-from cosmos_posttrain.tokenizer_training.losses import psnr, ssim
+from cosmos_posttrain.tokenizer_training.losses import psnr
 from cosmos_posttrain.tokenizer_training.model_step import (
     Autoencoder,
+    clip_gradients,
     last_layer,
     latent_shape,
     learning_rate,
@@ -46,7 +45,7 @@ from cosmos_posttrain.tokenizer_training.model_step import (
     update_average,
 )
 from cosmos_posttrain.tokenizer_training.objective import Objective
-from cosmos_posttrain.tokenizer_training.parallel import Ranks
+from cosmos_posttrain.tokenizer_training.parallel import DataParallelRanks
 from cosmos_posttrain.tokenizer_training.run_log import TokenizerRunLog
 from cosmos_posttrain.tokenizer_training.start import (
     build_network,
@@ -56,9 +55,7 @@ from cosmos_posttrain.tokenizer_training.start import (
     seeded_generator,
     start_from_data,
 )
-
-CHECKPOINT = "checkpoint.pt"
-RECORDED = "train.yaml"
+from cosmos_posttrain.tokenizer_training.validation import measure
 
 
 def train(config: TokenizerTrainConfig) -> dict[str, float]:
@@ -71,50 +68,42 @@ def train(config: TokenizerTrainConfig) -> dict[str, float]:
 
     Raises:
         UserError: if the config, the data or a weights file does not fit.
-        OutputFolderError: if ``output_dir`` holds something else, or another run.
-        NonFiniteLossError: if the loss becomes NaN or infinite.
+        OutputFolderError: if ``output_dir`` holds something else, or another run, or is being
+            written by another process.
+        NonFiniteLossError: if a loss, gradient or weight becomes NaN or infinite.
+        StoppedError: if a signal ended the run, after it was saved.
+        SaveError: if it cannot be saved.
     """
-    ranks = Ranks.from_environment()
+    ranks = DataParallelRanks.from_environment()
     validate(config, ranks.size)
     wants_wandb()
     torch.set_num_threads(config.num_threads)
     output = Path(config.output_dir)
-    _check_output(output, config)
-    trainer = _Trainer(config, ranks)
-    ranks.start(trainer.device)
-    if ranks.is_first:
-        output.mkdir(parents=True, exist_ok=True)
-        files.write_text(output / RECORDED, config_module.to_yaml(config))
-    trainer.resume(output / CHECKPOINT)
-    trainer.distribute()
-    metrics = trainer.fit(output)
-    ranks.stop()
-    return metrics
-
-
-def _check_output(output: Path, config: TokenizerTrainConfig) -> None:
-    """Empty or absent: start. The same run: continue. Anything else is refused."""
-    recorded = output / RECORDED
-    if recorded.is_file():
-        # Merged with the defaults: options that a run's release did not have were off in it.
-        before = config_module.to_dict(config_module.merge(TokenizerTrainConfig, recorded))
-        changed = [k for k, value in config_module.to_dict(config).items() if before[k] != value]
-        changed = [key for key in changed if key not in ("output_dir", "log_every")]
-        if changed:
-            raise OutputFolderError(
-                f"{output} holds a run with another {', '.join(changed)}; "
-                "choose another --output_dir, or repeat that run's settings to continue it."
-            )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputFolderError(
-            f"{output} holds something else than a tokenizer training; choose another --output_dir."
+    files.check_writable(output, "--output_dir")
+    with contextlib.ExitStack() as stack:
+        if ranks.is_first:
+            stack.enter_context(files.locked(output))
+            run_folder.check(output, config)
+        trainer = _Trainer(config, ranks)
+        ranks.start(trainer.device)
+        trainer.resume(output)
+        if ranks.is_first:
+            run_folder.start(output, config)
+        trainer.distribute()
+        metrics = trainer.fit(output)
+        ranks.stop()
+    if trainer.stop_reason is not None:
+        raise StoppedError(
+            f"stopped by {trainer.stop_reason} after {trainer.completed_steps} of "
+            f"{config.max_steps} steps, saved in {output}; the same command goes on."
         )
+    return metrics
 
 
 class _Trainer:
     """Network, EMA copy, optimizers and the data, with one method per phase."""
 
-    def __init__(self, config: TokenizerTrainConfig, ranks: Ranks) -> None:
+    def __init__(self, config: TokenizerTrainConfig, ranks: DataParallelRanks) -> None:
         self.config, self.ranks = config, ranks
         self.device = launch.device(config.device)
         network_config, weights = load_start(config)
@@ -142,6 +131,8 @@ class _Trainer:
                 config.adversarial, seed, self.device, config.precision, ranks
             )
         self.completed_steps = 0
+        self.stop_reason: str | None = None
+        self.row: dict[str, Any] = {}
 
     def distribute(self) -> None:
         """Compiles and data-parallelises the networks; the process group must exist."""
@@ -199,12 +190,11 @@ class _Trainer:
             terms |= {"adaptive_weight": adaptive}
         row = self._means(step, {"loss": loss, "psnr": psnr(reconstruction.detach(), video).mean()})
         details = self._means(step, {f"loss_{name}": value for name, value in terms.items()})
-        lr = self._update(loss, step)
-        if self.adversary is not None and discriminator_loss is not None:
-            self.adversary.step(discriminator_loss)
-        num_used = self._settle(self.ranks.gather(latents), step)
+        row["grad_norm"] = self._backward(step, loss, discriminator_loss)
+        row["lr"] = self._update(step, discriminator_loss is not None)
+        row["codes_used"] = self._settle(self.ranks.gather(latents), step)
         self.completed_steps += 1
-        return {"step": step, **row, "codes_used": num_used, "lr": lr, **details}
+        return {"step": step, **row, **details}
 
     def _means(self, step: int, values: dict[str, Tensor]) -> dict[str, float]:
         """Means over the processes, all of them finite.
@@ -214,19 +204,42 @@ class _Trainer:
         """
         means = {name: self.ranks.mean(value).item() for name, value in values.items()}
         for name, value in means.items():
-            if not math.isfinite(value):
-                raise NonFiniteLossError(f"the {name} is {value} at step {step}; lower the lr.")
+            self._check_finite(step, name, value)
         return means
 
-    def _update(self, loss: Tensor, step: int) -> float:
-        """Backward and optimizer; returns the learning rate."""
+    def _check_finite(self, step: int, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"the {name} is {value} at step {step}; nothing was updated or saved. Give the "
+                "same command with a lower --lr to go on from the last save."
+            )
+
+    def _backward(self, step: int, loss: Tensor, discriminator_loss: Tensor | None) -> float:
+        """Gradients of both networks; returns the tokenizer's norm before clipping.
+
+        They are averages over the processes, so their norms are equal in all of them.
+
+        Raises:
+            NonFiniteLossError: on every process at once.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        limit = self.config.optimizer.clip_grad
+        norm = clip_gradients(self.network.parameters(), limit).item()
+        self._check_finite(step, "norm of the gradient", norm)
+        if self.adversary is not None and discriminator_loss is not None:
+            other = self.adversary.backward(discriminator_loss).item()
+            self._check_finite(step, "norm of the discriminator's gradient", other)
+        return norm
+
+    def _update(self, step: int, with_discriminator: bool) -> float:
+        """One step of the optimizers; returns the learning rate."""
         lr = learning_rate(self.config.optimizer, step, self.config.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.clip_grad)
         self.optimizer.step()
+        if self.adversary is not None and with_discriminator:
+            self.adversary.step()
         return lr
 
     @torch.no_grad()
@@ -243,94 +256,112 @@ class _Trainer:
         quantizer = self.network.quantizer
         return quantizer.codes_to_indices(quantizer.quantize(latents)).unique().numel()
 
-    @torch.no_grad()
     def validate(self, log: TokenizerRunLog | None = None) -> dict[str, float]:
-        """Quality of the EMA weights on clips that training never sees.
-
-        Args:
-            log: gets a picture of the first clip.
-        """
-        scores, counts = [], torch.zeros(self.ema.quantizer.vocab_size)
-        for number, clip in enumerate(self.validation.split(1)):
-            video = clip.to(self.device)
-            indices = self.ema.encode(video)
-            decoded = self.ema.decode(indices)
-            scores.append(torch.stack([psnr(decoded, video)[0], ssim(decoded, video)[0]]))
-            counts += torch.bincount(indices.flatten().cpu().long(), minlength=len(counts))
-            if log is not None and number == 0:
-                log.write_picture(video[0], decoded[0], self.completed_steps)
-        shares = counts[counts > 0] / counts.sum()
-        mean = torch.stack(scores).mean(0)
-        return {
-            "validation_psnr": mean[0].item(),
-            "validation_ssim": mean[1].item(),
-            "validation_codes_used": int((counts > 0).sum()),
-            "validation_entropy_bits": -(shares * shares.log2()).sum().item(),
-        }
+        """Quality of the EMA weights; ``log`` gets a picture of the first clip."""
+        metrics, decoded = measure(self.ema, self.validation, self.device)
+        if log is not None:
+            log.write_picture(self.validation[0], decoded, self.completed_steps)
+        return metrics
 
     def fit(self, output: Path) -> dict[str, float]:
-        """Runs to ``max_steps``, logging, validating and saving on the way; see :func:`train`."""
-        config, last = self.config, self.config.max_steps
-        first = self.ranks.is_first
-        if self.completed_steps >= last:
-            return self.validate() if first else {}
+        """Runs to ``max_steps``, saving, validating and logging on the way; see :func:`train`."""
+        is_logged = self._is_logged(output)
+        if self.is_complete and is_logged:
+            return self.validate() if self.ranks.is_first else {}
         metrics: dict[str, float] = {}
         with contextlib.ExitStack() as stack:
-            log = TokenizerRunLog(config, output, self.completed_steps) if first else None
-            if log is not None:
-                stack.callback(log.close)
-            while self.completed_steps < last:
-                row = self.step()
-                done = self.completed_steps
-                if log is None:
-                    continue
-                if done % config.validate_every == 0 or done == last:
-                    metrics = self.validate(log)
-                    row |= metrics
-                    print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()), flush=True)
-                log.write(row)
-                if done % config.save_every == 0 or done == last:
+            log = TokenizerRunLog(self.config, output, self.completed_steps)
+            stack.callback(log.close)
+            signals = launch.StopSignal()
+            stack.callback(signals.close)
+            if not is_logged:
+                metrics = self._report(log)  # the run was killed between saving and logging
+            while not self.is_complete and self.stop_reason is None:
+                self.row = self.step()
+                is_asked = self.ranks.any(signals.requested is not None, self.device)
+                if is_asked and not self.is_complete:
+                    self.stop_reason = signals.requested or "a signal to another process"
+                if self._is_due(self.config.save_every) or self.stop_reason is not None:
                     self.save(output)
+                metrics = self._report(log) or metrics
         self.ranks.barrier()
         return metrics
 
+    @property
+    def is_complete(self) -> bool:
+        """True after the last step."""
+        return self.completed_steps >= self.config.max_steps
+
+    def _is_due(self, every: int) -> bool:
+        return self.completed_steps % every == 0 or self.is_complete
+
+    def _is_logged(self, output: Path) -> bool:
+        """Whether the last step has its row; the first process alone needs to know."""
+        if not self.row or not self.ranks.is_first:
+            return True
+        path = output / METRICS_FILE
+        rows = read_rows(path) if path.is_file() else []
+        return any(row["step"] == self.row["step"] for row in rows)
+
+    def _report(self, log: TokenizerRunLog) -> dict[str, float]:
+        """Validates where it is time, and logs the step; on the first process only.
+
+        Who asks a run to end does not wait for a validation.
+        """
+        if not self.ranks.is_first:
+            return {}
+        due = self._is_due(self.config.validate_every) and self.stop_reason is None
+        metrics = self.validate(log) if due else {}
+        log.write(self.row | metrics)
+        return metrics
+
     def save(self, output: Path) -> None:
-        """Writes the shipped weights, then the checkpoint, each atomically."""
-        write_native(output, self.ema, getattr(torch, self.config.dtype))
-        state = {
+        """Writes the shipped weights and the checkpoint.
+
+        Raises:
+            NonFiniteLossError: on every process at once; nothing was written.
+            SaveError: on the first process, if they cannot be written.
+        """
+        state: dict[str, Any] = {
             "completed_steps": self.completed_steps,
+            "row": self.row,
             "network": self.network.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
         if self.adversary is not None:
             state["adversary"] = self.adversary.state_dict()
-        with files.replacing(output / CHECKPOINT) as temporary:
-            torch.save(state, temporary)
+        if self.ranks.any(not run_folder.is_finite(state), self.device):
+            raise NonFiniteLossError(
+                f"a weight is not finite after step {self.completed_steps - 1}; it was not saved. "
+                "Give the same command with a lower --lr to go on from the last save."
+            )
+        if self.ranks.is_first:
+            run_folder.save(output, state, self.ema, getattr(torch, self.config.dtype))
 
-    def resume(self, path: Path) -> None:
+    def resume(self, output: Path) -> None:
         """Continues from a checkpoint, if there is one.
 
         Raises:
-            CheckpointError: if it is damaged.
+            CheckpointError: if it is damaged, or the processes see different ones.
         """
-        if not path.is_file():
-            return
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            self.network.load_state_dict(state["network"])
-            self.ema.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.adversary is not None:
-                self.adversary.load_state_dict(state["adversary"])
-            self.completed_steps = state["completed_steps"]
-        except (RuntimeError, ValueError, KeyError, OSError, EOFError, UnpicklingError) as error:
-            reason = (str(error).strip() or "it ends early").splitlines()[0]
+        state = run_folder.load(output, self.device)
+        if state:
+            try:
+                self.network.load_state_dict(state["network"])
+                self.ema.load_state_dict(state["ema"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                if self.adversary is not None:
+                    self.adversary.load_state_dict(state["adversary"])
+                self.completed_steps, self.row = state["completed_steps"], state.get("row", {})
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise run_folder.damaged(output / run_folder.CHECKPOINT, error) from error
+        seen = self.ranks.gather(torch.tensor([self.completed_steps], device=self.device))
+        if len(seen.unique()) > 1:
             raise CheckpointError(
-                f"{path} cannot be read ({reason}); copy it again, or remove the run's folder to "
-                "start anew."
-            ) from error
-        if self.ranks.is_first:
-            is_complete = self.completed_steps >= self.config.max_steps
-            said = "is complete already; nothing to do" if is_complete else "continues"
-            print(f"{path.parent} {said} after step {self.completed_steps}.", flush=True)
+                f"the processes see different saves in {output} (steps {seen.tolist()}); it must "
+                "be one folder for all machines."
+            )
+        if state:
+            said = "is complete already; nothing to do" if self.is_complete else "continues"
+            launch.say(f"{output} {said} after step {self.completed_steps}.")

@@ -125,6 +125,9 @@ class TrainConfig:
         save_top_k: checkpoints with the lowest validation loss that are kept beside the newest; -1
             keeps all, and so does leaving out both this and ``keep_last_n``.
         keep_last_n: newest checkpoints that are kept, whatever their loss.
+        num_condition_latents: latent frames at each clip's start on which there is no loss.
+        prompt_dropout: probability of a clip to be trained without its text, which guidance needs;
+            for Video2World data.
         index_mapping_dir: kept for the original's command lines: no index files are written.
         num_threads: CPU threads per process; None means torch's own choice.
     """
@@ -143,6 +146,8 @@ class TrainConfig:
     limit_val_batches: int = setting(32, at_least=0)
     save_top_k: int | None = setting(None, at_least=-1)
     keep_last_n: int | None = setting(None, at_least=1)
+    num_condition_latents: int = setting(0, at_least=0)
+    prompt_dropout: float = setting(0.0, at_least=0, below=1)
     index_mapping_dir: str | None = None
     num_threads: int | None = setting(None, at_least=1)
 
@@ -163,6 +168,8 @@ FLAGS = (
     Flag("--clip_grad", "optimizer.clip_grad"),
     Flag("--max_steps"),
     Flag("--max_epochs"),
+    Flag("--num_condition_latents"),
+    Flag("--prompt_dropout"),
     Flag("--save_every_n_steps"),
     Flag("--save_top_k"),
     Flag("--keep_last_n"),

@@ -1,8 +1,7 @@
 """Optimizer and learning-rate schedule, from Megatron-Core.
 
 Flows in: the model wrapped for data parallelism and the run's config. Flows out: Megatron's
-distributed optimizer (AdamW) and its schedule. Two faults of megatron-core 0.16 with torch's AdamW
-(where neither Transformer Engine nor apex is installed) are worked around in ``load_state``.
+distributed optimizer (AdamW) and its schedule, and the optimizer as checkpoints see it.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
+from cosmos_posttrain.checkpoint.pieces import MASTER, OwnPart
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.cpu_device import cpu_device
 from cosmos_posttrain.training.config import TrainConfig
@@ -110,67 +110,74 @@ def apply_gradients(optimizer: Any, norm: float) -> None:
         optimizer.step_with_ready_grads()
 
 
-def apply_settings(config: TrainConfig, optimizer: Any) -> None:
-    """Puts the config's numbers in place of a checkpoint's.
-
-    Megatron keeps them in the parameter groups, which a checkpoint brings along. Weight decay and
-    the learning rate itself follow with the schedule's next step.
-    """
-    settings = config.optimizer
-    for part in parts_of(optimizer):
-        for group in part.param_groups:
-            group["max_lr"], group["min_lr"] = settings.lr, _min_lr(config)
-            group["betas"] = (settings.adam_beta1, settings.adam_beta2)
-            group["eps"] = settings.adam_eps
-
-
 def parts_of(optimizer: Any) -> Iterator[Any]:
     """Megatron's optimizers behind one that may chain several."""
     yield from getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 class CheckpointableOptimizer:
-    """The optimizer as checkpoints see it, with the work-arounds for torch's AdamW."""
+    """Megatron's distributed optimizer as checkpoints see it; see ``checkpoint.pieces``.
+
+    Attributes:
+        optimizer: Megatron's, which keeps of each parameter a range on each data-parallel rank.
+    """
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
 
-    def sharded_state_dict(self, model_state: dict, is_loading: bool, metadata: dict) -> Any:
-        """Megatron's sharded state; loading needs state of the right shapes to load into."""
-        if is_loading:
-            for part in parts_of(self.optimizer):
-                if not part.optimizer.state:
-                    part._init_optimizer_states_with_dummy_values()
-        return self.optimizer.sharded_state_dict(
-            model_state, is_loading=is_loading, metadata=metadata
-        )
-
-    def load_state_dict(self, state: Any) -> None:
-        """Loads; AdamW's ``step`` comes from the parameter groups, one tensor per parameter."""
+    def own_parts(self) -> Iterator[OwnPart]:
+        """What this rank keeps of each parameter: views of the optimizer's own memory."""
         for part in parts_of(self.optimizer):
-            part._set_main_param_and_optimizer_states = _with_own_step(part)
-        try:
-            self.optimizer.load_state_dict(state)
-        finally:
-            for part in parts_of(self.optimizer):
-                del part._set_main_param_and_optimizer_states
+            _make_state(part)
+            for parameter, (group, order) in part.model_param_group_index_map.items():
+                main = part.optimizer.param_groups[group]["params"][order]
+                state = {
+                    name: value
+                    for name, value in part.optimizer.state[main].items()
+                    if isinstance(value, torch.Tensor) and value.shape == main.shape
+                }
+                if main.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
+                    state[MASTER] = main.detach()
+                numbers = part._get_model_param_range_map(parameter)["param"]
+                yield OwnPart(parameter, numbers.start, numbers.end, state)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Settings of the parameter groups, and the number of steps as ``step``."""
+        step = self._step()
+        return [
+            {key: value for key, value in group.items() if key != "params"} | {"step": step}
+            for part in parts_of(self.optimizer)
+            for group in part.optimizer.param_groups
+        ]
+
+    def set_step(self, step: int) -> None:
+        """Goes on counting at ``step`` completed steps."""
         for part in parts_of(self.optimizer):
-            for values in part.optimizer.state.values():
-                # Megatron gives all parameters one tensor; it would advance once per parameter.
-                if isinstance(values.get("step"), torch.Tensor):
-                    values["step"] = values["step"].clone()
+            if _counts_in_state(part):
+                for state in part.optimizer.state.values():
+                    state["step"].fill_(step)
+            else:
+                for group in part.optimizer.param_groups:
+                    group["step"] = step
+
+    def _step(self) -> int:
+        counts = [0]
+        for part in parts_of(self.optimizer):
+            counts += [int(state.get("step", 0)) for state in part.optimizer.state.values()]
+            counts += [int(group.get("step", 0)) for group in part.optimizer.param_groups]
+        return max(counts)
 
 
-def _with_own_step(part: Any) -> Any:
-    """Megatron's setter asks the loaded tensors for AdamW's ``step``, which is not among them."""
-    original = type(part)._set_main_param_and_optimizer_states
+def _counts_in_state(part: Any) -> bool:
+    """Whether the optimizer is torch's; Transformer Engine's and apex's count in their groups."""
+    return isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW))
 
-    def set_states(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = part.model_param_group_index_map[model_param]
-        main_param = part.optimizer.param_groups[group]["params"][order]
-        step = part.optimizer.state[main_param].get("step")
-        if step is not None:
-            tensors = {**tensors, "step": step.clone()}
-        original(part, model_param, tensors)
 
-    return set_states
+def _make_state(part: Any) -> None:
+    """Adam's moments (Megatron makes them) and counters, of zeros, where it has not stepped yet."""
+    part.init_state_fn(part.optimizer, part.config)
+    for group in part.optimizer.param_groups if _counts_in_state(part) else ():
+        for main in group["params"]:
+            on_device = group["capturable"] or group["fused"]
+            step = torch.zeros((), device=main.device if on_device else "cpu")
+            part.optimizer.state[main].setdefault("step", step)

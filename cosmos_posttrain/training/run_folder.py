@@ -14,11 +14,10 @@ leaves either a whole checkpoint or none. Rank 0 decides, and writes everything 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torch.distributed.checkpoint.api import CheckpointException
 
 from cosmos_posttrain import files
 from cosmos_posttrain.checkpoint import context, dist
@@ -50,13 +49,13 @@ class RunFolder:
 
     Args:
         log_dir: the folder.
-        data: what the run trains on: ``contract``, ``dataset`` (a fingerprint) and the split.
+        data: what the run trains on.
 
     Attributes:
         data: the same, and what the run's start recorded beside it; goes into every checkpoint.
     """
 
-    def __init__(self, log_dir: str | Path, data: dict[str, Any]) -> None:
+    def __init__(self, log_dir: str | Path, data: context.TrainingData) -> None:
         self.log_dir = Path(log_dir)
         self.run = self.log_dir / "default"
         self.checkpoints = self.run / "checkpoints"
@@ -76,7 +75,7 @@ class RunFolder:
         newest, self.data = groups.decide(self._open)
         return newest
 
-    def _open(self) -> tuple[Path | None, dict[str, Any]]:
+    def _open(self) -> tuple[Path | None, context.TrainingData]:
         files.check_writable(self.log_dir, "--log_dir")
         known = self.run.is_dir() and any(
             (self.run / name).exists() for name in ("config.yaml", "checkpoints")
@@ -96,20 +95,21 @@ class RunFolder:
         """Lets other runs write here again."""
         self._held.close()
 
-    def _same_data(self, checkpoint: Path) -> dict[str, Any]:
-        before = context.read_data(checkpoint) or {}
-        different = [key for key in self.data if before.get(key) != self.data[key]]
+    def _same_data(self, checkpoint: Path) -> context.TrainingData:
+        before = context.read_data(checkpoint) or context.TrainingData()
+        names = ("contract", "dataset", "split")
+        different = [name for name in names if getattr(before, name) != getattr(self.data, name)]
         if different:
             raise ConfigError(
                 f"the run in {self.log_dir} was trained on other data (its "
                 f"{' and '.join(different)} differ); give the same --data_path, --split_string "
                 "and --seed, or a new --log_dir to start a run from one of its checkpoints."
             )
-        return {**before, **self.data}
+        return dataclasses.replace(self.data, embedding_transfer=before.embedding_transfer)
 
-    def record(self, key: str, value: Any) -> None:
-        """Keeps something about the run's start in all its checkpoints."""
-        self.data = {**self.data, key: value}
+    def record_transfer(self, described: dict[str, Any]) -> None:
+        """Keeps in all checkpoints of the run how the rows of its tokens began."""
+        self.data = dataclasses.replace(self.data, embedding_transfer=described)
 
     def start(self, config: TrainConfig, num_bytes: int) -> None:
         """Makes the folder, saves the config and removes what a killed run left.
@@ -163,13 +163,9 @@ class RunFolder:
         groups.decide(lambda: self._make_room(temporary, num_bytes))
         try:
             dist.save(temporary / "weights", model, optimizer)
-        except (OSError, RuntimeError, CheckpointException) as error:
-            files.remove(temporary)
-            raise SaveError(
-                f"{target} cannot be written ({str(error).strip().splitlines()[0]}); make room, "
-                "and give the same command to go on from the checkpoint before."
-            ) from error
-        groups.barrier()
+        except SaveError:  # raised on every rank
+            groups.decide(lambda: files.remove(temporary))
+            raise
 
         def complete() -> None:
             context.write_context(temporary, model.model_config, self.data, state)

@@ -18,11 +18,10 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from cosmos_posttrain import launch
+from cosmos_posttrain.checkpoint.context import SplitInfo, TrainingData
 from cosmos_posttrain.checkpoint.dist import quiet_megatron_logging
-from cosmos_posttrain.checkpoint.load import open_at_grid
-from cosmos_posttrain.checkpoint.source import Source
+from cosmos_posttrain.checkpoint.source import CheckpointSource, open_source
 from cosmos_posttrain.data.dataset import TokenDataset
-from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.data.splits import parse_split_string
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.cpu_device import cpu_device
@@ -31,8 +30,10 @@ from cosmos_posttrain.geometry import parse_latent_shape
 from cosmos_posttrain.models.builder import CosmosGPTModel, build_model
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.runlog import wants_wandb
+from cosmos_posttrain.training import texts
 from cosmos_posttrain.training.config import DataConfig, TrainConfig, validate
 from cosmos_posttrain.training.run_folder import RunFolder
+from cosmos_posttrain.transfer import advice
 from cosmos_posttrain.transfer.embedding import Transfer, plan_transfer
 
 
@@ -54,7 +55,7 @@ class Inputs:
     val_data: TokenDataset | None
     folder: RunFolder
     resume_from: Path | None
-    source: Source
+    source: CheckpointSource
     transfer: Transfer | None
     parallelism: groups.Parallelism
 
@@ -68,12 +69,15 @@ class Inputs:
         (self.transfer or self.source).load_weights(model)
 
 
-def open_inputs(config: TrainConfig, closing: contextlib.ExitStack) -> Inputs:
+def open_inputs(
+    config: TrainConfig, closing: contextlib.ExitStack, takes_text: bool = False
+) -> Inputs:
     """Opens everything and checks that it fits together.
 
     Args:
         config: the run's.
         closing: gets what must be closed at the run's end.
+        takes_text: whether data and model must be of Video2World, or must not.
 
     Raises:
         UserError: the first thing that does not fit.
@@ -89,18 +93,19 @@ def open_inputs(config: TrainConfig, closing: contextlib.ExitStack) -> Inputs:
         config.parallel.context_parallel_size,
     )
     train_data, val_data = open_split(config.data, "train"), _open_validation(config)
+    texts.check_data(config, train_data, takes_text)
     groups.start()
     folder = RunFolder(config.log_dir, describe(train_data, config.data))
     closing.callback(folder.close)
     resume_from = folder.open()
     settings = config.model
-    source = open_at_grid(
-        resume_from or settings.path,
-        train_data.vocab_size,
+    source = open_source(resume_from or settings.path).at_grid(
         train_data.latent_shape,
         settings.rope_scaling,
         settings.rope_scale,
+        train_data.vocab_size,
     )
+    source = texts.checked_source(source, train_data)
     transfer = None
     if resume_from is None:
         transfer = _plan_transfer(config, source, train_data, folder)
@@ -154,33 +159,29 @@ def _open_validation(config: TrainConfig) -> TokenDataset | None:
     return None
 
 
-def describe(dataset: TokenDataset, config: DataConfig) -> dict[str, Any]:
+def describe(dataset: TokenDataset, config: DataConfig) -> TrainingData:
     """What a checkpoint records of its data, and what a resumed run must find again."""
-    contract = None if dataset.manifest is None else to_plain(dataset.manifest.contract)
-    return {
-        "contract": contract,
-        "dataset": dataset.fingerprint,
-        "split": {"split_string": config.split_string, "seed": config.seed},
-    }
+    contract = None if dataset.manifest is None else dataset.manifest.contract
+    return TrainingData(contract, dataset.fingerprint, SplitInfo(config.split_string, config.seed))
 
 
 def _plan_transfer(
-    config: TrainConfig, source: Source, train_data: TokenDataset, folder: RunFolder
+    config: TrainConfig, source: CheckpointSource, train_data: TokenDataset, folder: RunFolder
 ) -> Transfer | None:
     """Other rows for the new tokens; None keeps the checkpoint's."""
     settings = config.model
     if settings.embedding_init == "keep":
         return None
-    contract = folder.data["contract"]
+    contract = folder.data.contract
     transfer = plan_transfer(
         source,
         settings.embedding_init,
         train_data.vocab_size,
-        None if contract is None else contract["tokenizer"],
+        None if contract is None else contract.tokenizer,
         settings.cooccurrence_path,
         settings.seed,
     )
-    folder.record("embedding_transfer", transfer.describe())
+    folder.record_transfer(transfer.describe())
     return transfer
 
 
@@ -249,15 +250,20 @@ def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
         f"{sizes.pipeline} CP {sizes.context} DP "
         f"{parallel_state.get_data_parallel_world_size()}, {dtype}"
     )
-    contract = inputs.folder.data["contract"]
+    contract = inputs.folder.data.contract
+    tokenizer = None if contract is None else contract.tokenizer
     if inputs.resume_from is not None:
         say(f"resuming {inputs.resume_from}")
-    elif inputs.source.contract is not None and contract is not None:
-        before, after = inputs.source.contract["tokenizer"], contract["tokenizer"]
-        if before["sha256"] != after["sha256"]:
-            say(f"tokenizer swap: the model saw {before['id']}, the data is {after['id']}")
-    if inputs.transfer is not None:
-        say(inputs.transfer.sentence())
+    else:
+        known = inputs.source.contract
+        if (
+            known is not None
+            and tokenizer is not None
+            and known.tokenizer.sha256 != tokenizer.sha256
+        ):
+            say(f"tokenizer swap: the model saw {known.tokenizer.id}, the data is {tokenizer.id}")
+        if advised := advice.sentence(inputs.source, tokenizer, inputs.transfer):
+            say(advised)
     steps = math.ceil(config.max_epochs * len(data) / config.global_batch_size)
     if steps < config.max_steps:
         say(

@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from cosmos_posttrain import launch
-from cosmos_posttrain.checkpoint import context
+from cosmos_posttrain.checkpoint import context, dist
 from cosmos_posttrain.data.batch import Batch, BatchSizes, training_batches
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import NonFiniteLossError, StoppedError
@@ -35,8 +35,12 @@ from cosmos_posttrain.training.step import run_batches, wire_gradients
 from cosmos_posttrain.training.validation import Validation
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, takes_text: bool = False) -> Path:
     """Runs a post-training job (or goes on with one) and returns its last checkpoint.
+
+    Args:
+        config: the run's.
+        takes_text: train a Video2World model on data with prompts; else a base model.
 
     Raises:
         UserError: bad settings, data or checkpoints; raised before anything is written.
@@ -44,7 +48,7 @@ def train(config: TrainConfig) -> Path:
         StoppedError: a signal ended the run, after it was saved.
         SaveError: a checkpoint could not be written.
     """
-    with contextlib.closing(Trainer(config)) as trainer:
+    with contextlib.closing(Trainer(config, takes_text)) as trainer:
         return trainer.fit()
 
 
@@ -57,8 +61,9 @@ class Trainer:
         callbacks: what happens after each step, in order.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, takes_text: bool = False) -> None:
         self.config = config
+        self.takes_text = takes_text
         self.state = TrainState()
         self.stop_reason: str | None = None
         self.callbacks: list[Callback] = []
@@ -70,7 +75,7 @@ class Trainer:
 
     def _set_up(self) -> None:
         config = self.config
-        self.inputs = inputs = setup.open_inputs(config, self._closing)
+        self.inputs = inputs = setup.open_inputs(config, self._closing, self.takes_text)
         self.train_data, self.folder = inputs.train_data, inputs.folder
         self.resume_from = inputs.resume_from
         groups.initialize(inputs.parallelism, config.model.seed)
@@ -82,7 +87,7 @@ class Trainer:
         )
         self.schedule = optimizers.build_schedule(config, self.optimizer.optimizer)
         wire_gradients(self.ddp, self.optimizer.optimizer)
-        self.layout = sequence_layout(self.model.model_config)
+        self.layout = sequence_layout(self.model.model_config, config.num_condition_latents)
         self.sizes = BatchSizes(
             config.global_batch_size,
             config.micro_batch_size,
@@ -90,6 +95,7 @@ class Trainer:
             parallel_state.get_data_parallel_world_size(),
         )
         kept = self._load()
+        self._checkpoint_bytes = dist.num_bytes(self.model, self.optimizer)
         self.folder.start(config, self._checkpoint_bytes)
         self.log = Log(config, self.folder.run, self.state.completed_steps)
         validation = None
@@ -108,7 +114,6 @@ class Trainer:
             self.optimizer.optimizer.reload_model_params()
             return {}
         saved = self.folder.restore(self.resume_from, self.model, self.optimizer)
-        optimizers.apply_settings(self.config, self.optimizer.optimizer)
         self.state = TrainState(saved["completed_steps"], saved["consumed_samples"])
         self.schedule.step(increment=self.completed_steps)
         kept: dict[str, Any] = saved.get("callbacks", {})
@@ -162,8 +167,14 @@ class Trainer:
 
     def batches(self) -> Iterator[list[Batch]]:
         """Global batches of this rank, from where the run is, without end."""
-        consumed, seed = self.state.consumed_samples, self.config.data.seed
-        return training_batches(self.train_data, self.layout, self.sizes, consumed, seed)
+        return training_batches(
+            self.train_data,
+            self.layout,
+            self.sizes,
+            self.state.consumed_samples,
+            self.config.data.seed,
+            self.config.prompt_dropout,
+        )
 
     def train_step(self, batches: list[Batch]) -> dict[str, Any]:
         """One optimizer step on one global batch; returns what metrics.jsonl records of it.
@@ -237,10 +248,3 @@ class Trainer:
         checkpoint = self.last_checkpoint
         if checkpoint is not None and context.completed_steps(checkpoint) == self.completed_steps:
             self.folder.record_validation(self.config, checkpoint, row)
-
-    @property
-    def _checkpoint_bytes(self) -> int:
-        """About: the weights, and the optimizer's master copy and two moments in float32."""
-        model = self.model.model_config
-        count = model.num_parameters + model.num_padding_parameters
-        return count * (self.dtype.itemsize + 12)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_posttrain.errors import DatasetError, OutputFolderError
-from cosmos_posttrain.transfer.config import AlignConfig
+from cosmos_posttrain.files import check_writable
+from cosmos_posttrain.transfer.config import AlignConfig, validate
 
 
 def align(config: AlignConfig) -> None:
@@ -22,7 +23,7 @@ def align(config: AlignConfig) -> None:
     """
     from cosmos_posttrain.transfer.counting import PreparedFolder, count_cooccurrence
 
-    config.validate()
+    validate(config)
     old, new = PreparedFolder(config.old_data_path), PreparedFolder(config.new_data_path)
     record = {
         "old_data": old.manifest.fingerprint,
@@ -58,6 +59,7 @@ def _is_there(output: Path, record: dict[str, Any], overwrite: bool) -> bool:
     if output.is_dir():
         raise OutputFolderError(f"--output {output} is a folder; name a file in it.")
     if overwrite or not output.exists():
+        check_writable(output.parent, "the folder of --output")
         return False
     try:
         found = read_header(output).get("record", {})

@@ -15,7 +15,7 @@ import numpy as np
 
 from cosmos_posttrain.data.contract import TokenizerInfo
 from cosmos_posttrain.data.serial import from_plain, to_plain
-from cosmos_posttrain.errors import DatasetError
+from cosmos_posttrain.errors import DatasetError, OutputFolderError
 from cosmos_posttrain.files import replacing
 
 if TYPE_CHECKING:
@@ -48,7 +48,12 @@ class Cooccurrence:
     record: dict[str, Any]
 
     def save(self, path: Path) -> None:
-        """Writes the file under a temporary name and renames it."""
+        """Writes the file under a temporary name and renames it.
+
+        Raises:
+            OutputFolderError: it cannot be written.
+        """
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         arrays = {name: getattr(self, name) for name in _ARRAYS}
@@ -58,9 +63,14 @@ class Cooccurrence:
             "new": to_plain(self.new),
             "record": self.record,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            save_file(arrays, temporary, {"cooccurrence": json.dumps(header)})
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                save_file(arrays, temporary, {"cooccurrence": json.dumps(header)})
+        except (OSError, SafetensorError) as error:
+            raise OutputFolderError(
+                f"{path} cannot be written ({error}); make room, or name another file."
+            ) from error
 
     @classmethod
     def load(cls, path: Path) -> Cooccurrence:

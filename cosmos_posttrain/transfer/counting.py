@@ -12,18 +12,19 @@ kept; beyond that the lightest are dropped and their share is recorded.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cosmos_posttrain.data.contract import Contract
+from cosmos_posttrain.data.documents import open_shards
 from cosmos_posttrain.data.manifest import DocumentRow, Manifest
-from cosmos_posttrain.data.serial import from_plain
-from cosmos_posttrain.data.shards import Shard, open_shards
-from cosmos_posttrain.data.splits import split_sources
+from cosmos_posttrain.data.shards import ShardSet
+from cosmos_posttrain.data.source_runs import SourceRuns
+from cosmos_posttrain.data.splits import SPLITS, split_digests
 from cosmos_posttrain.errors import DatasetError
 from cosmos_posttrain.runlog import ProgressDisplay
 from cosmos_posttrain.transfer.cooccurrence import Cooccurrence
@@ -81,16 +82,17 @@ class PairSums:
 class _Clip:
     """One document and where it came from."""
 
-    shard: Shard
+    shards: ShardSet
+    document: int
     row: DocumentRow
 
     def tokens(self, contract: Contract) -> NDArray[np.int64]:
         """(T, H * W) int64."""
-        tokens = self.shard.reader[self.row.document].astype(np.int64)
+        tokens = self.shards.tokens(self.document).astype(np.int64)
         if tokens.min() < 0 or tokens.max() >= contract.tokenizer.vocab_size:
             raise DatasetError(
-                f"document {self.row.document} of {self.shard.reader.prefix} holds tokens outside "
-                "the vocabulary; prepare the data set again."
+                f"{self.shards.where(self.document)} holds tokens outside the vocabulary; prepare "
+                "the data set again."
             )
         return tokens.reshape(contract.latent_shape[0], -1)
 
@@ -110,44 +112,32 @@ class PreparedFolder:
                 "with prepare_dataset.py."
             )
         self.path = path
-        self.shards = opened.shards
+        self.shards = opened
         self.manifest: Manifest = opened.manifest
         self.contract = self.manifest.contract
 
-    def clips(self, wanted: dict[int, set[int]]) -> Iterator[_Clip]:
-        """Clips by shard and document number, in order."""
-        for number, documents in sorted(wanted.items()):
-            shard = self.shards[number]
-            assert shard.sidecar is not None
-            with shard.sidecar.open(encoding="utf-8") as file:
-                for document, line in enumerate(file):
-                    if document in documents:
-                        row = from_plain(DocumentRow, json.loads(line), str(shard.sidecar))
-                        yield _Clip(shard, row)
+    @functools.cached_property
+    def _runs(self) -> SourceRuns:
+        return self.shards.source_runs()
 
-    def documents(self, sources: set[str]) -> list[tuple[int, int]]:
-        """(shard, document) of every clip of the given sources."""
-        return [
-            (number, document)
-            for number, shard in enumerate(self.shards)
-            for document, source in enumerate(shard.sources)
-            if source in sources
-        ]
+    def clips(self, documents: Iterable[int]) -> Iterator[_Clip]:
+        """Clips by the number of their document."""
+        for document in documents:
+            yield _Clip(self.shards, document, self.shards.row(document))
+
+    def documents(self, sources: set[str]) -> list[int]:
+        """The documents of the given sources, ascending."""
+        is_wanted = np.fromiter((name in sources for name in self._runs.names()), bool)
+        return np.flatnonzero(np.repeat(is_wanted, self._runs.num_documents)).tolist()
 
     def training_sources(self, split_string: str, seed: int) -> set[str]:
         """The sources that training with this split sees."""
-        sources = {source for shard in self.shards for source in shard.sources}
-        return set(split_sources(sources, split_string, seed)["train"])
+        splits = split_digests(self._runs.digests(seed), split_string).tolist()
+        names = zip(self._runs.names(), splits, strict=True)
+        return {name for name, split in names if split == SPLITS.index("train")}
 
 
-def _by_shard(documents: list[tuple[int, int]]) -> dict[int, set[int]]:
-    result: dict[int, set[int]] = {}
-    for number, document in documents:
-        result.setdefault(number, set()).add(document)
-    return result
-
-
-def _spread(documents: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+def _spread(documents: list[int], count: int) -> list[int]:
     """At most ``count`` of them, evenly over the whole list."""
     if len(documents) <= count:
         return documents
@@ -177,13 +167,13 @@ def count_cooccurrence(
     """
     picture = PicturePairs.of(new.contract, old.contract)
     chosen = _spread(new.documents(sources), max_clips)
-    named = {new.shards[number].sources[document] for number, document in chosen}
+    named = {clip.row.source for clip in new.clips(chosen)}
     old_clips: dict[str, list[_Clip]] = {}
-    for clip in old.clips(_by_shard(old.documents(named))):
+    for clip in old.clips(old.documents(named)):
         old_clips.setdefault(clip.row.source, []).append(clip)
     counter = _Counter(old.contract, new.contract, picture, max_pairs)
     progress = ProgressDisplay(len(chosen), "clips")
-    for clip in new.clips(_by_shard(chosen)):
+    for clip in new.clips(chosen):
         counter.add(clip, old_clips.get(clip.row.source, []))
         progress.advance(f"{counter.num_clip_pairs:,} pairs of clips")
     if not counter.num_clip_pairs:

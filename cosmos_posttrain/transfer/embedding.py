@@ -4,7 +4,7 @@ Flows in: a checkpoint, the number of new tokens and, for ``aligned``, the co-oc
 old tokens. Flows out: the checkpoint's weights in a built model of the new vocabulary, with other
 input embeddings and output rows. Every rank makes the same rows and keeps its part.
 
-    aligned    from the old tokens at the same place and time; see ``aligned_rows.py``
+    aligned    from the old tokens at the same place and time; see ``rows.py``
     mean       every row is the mean of the old ones, and a little noise
     reset      fresh rows, drawn as the model's own fresh weights are
 """
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cosmos_posttrain.checkpoint import plain
-from cosmos_posttrain.checkpoint.source import Source
+from cosmos_posttrain.checkpoint.source import CheckpointSource
+from cosmos_posttrain.data.contract import TokenizerInfo
 from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.config import ModelConfig
@@ -50,7 +50,7 @@ class Transfer:
         pairs: the co-occurrence; None unless ``aligned``.
     """
 
-    source: Source
+    source: CheckpointSource
     config: ModelConfig
     init: str
     seed: int
@@ -103,7 +103,7 @@ class Transfer:
         """
         from cosmos_posttrain.checkpoint.fill import fill
 
-        weights = plain.open_weights(self.source)
+        weights = self.source.open_weights()
 
         def whole_tensor(name: str) -> Tensor:
             whole = weights.megatron(name)
@@ -118,34 +118,17 @@ class Transfer:
         described: dict[str, Any] = {"init": self.init, "checkpoint": str(self.source.path)}
         described["old_vocab_size"] = self.source.config.vocab_size
         if self.source.contract is not None:
-            described["old_tokenizer"] = self.source.contract.get("tokenizer")
+            described["old_tokenizer"] = to_plain(self.source.contract.tokenizer)
         if self.pairs is not None:
             described["cooccurrence"] = {"old": to_plain(self.pairs.old), **self.pairs.record}
         return described
 
-    def sentence(self) -> str:
-        """What is done, for the user."""
-        if self.pairs is None:
-            how = {"reset": "fresh rows", "mean": "the checkpoint's mean row"}[self.init]
-            return f"embedding_init {self.init}: all {self.config.vocab_size} tokens get {how}"
-        seen = self.pairs.record.get("num_new_tokens")
-        unchecked = (
-            ""
-            if self.source.contract is not None
-            else f"; the checkpoint does not say that {self.pairs.old.id} was its tokenizer"
-        )
-        return (
-            f"embedding_init aligned: rows from tokens of {self.pairs.old.id}, {seen} of "
-            f"{self.config.vocab_size} new tokens were seen in "
-            f"{self.pairs.record.get('num_clips')} clips{unchecked}"
-        )
-
 
 def plan_transfer(
-    source: Source,
+    source: CheckpointSource,
     init: str,
     vocab_size: int,
-    new_tokenizer: dict[str, Any] | None,
+    new_tokenizer: TokenizerInfo | None,
     cooccurrence_path: str | None,
     seed: int,
 ) -> Transfer:
@@ -155,7 +138,7 @@ def plan_transfer(
         source: the checkpoint, at the grid of the new data.
         init: ``reset``, ``mean`` or ``aligned``.
         vocab_size: of the new data.
-        new_tokenizer: the ``tokenizer`` of the new data's contract; None without a manifest.
+        new_tokenizer: the new data's; None without a manifest.
         cooccurrence_path: the file, for ``aligned``.
         seed: of fresh rows.
 
@@ -163,7 +146,7 @@ def plan_transfer(
         ConfigError: fresh weights, or a file for other tokenizers.
         DatasetError: the file is missing or damaged.
     """
-    if source.kind == "random":
+    if source.is_fresh:
         raise ConfigError(
             f"--embedding_init {init} needs a checkpoint, but fresh weights have nothing to "
             "transfer; leave it out."
@@ -173,21 +156,21 @@ def plan_transfer(
         return Transfer(source, config, init, seed)
     assert cooccurrence_path is not None
     pairs = Cooccurrence.load(Path(cooccurrence_path))
-    old_tokenizer = None if source.contract is None else source.contract["tokenizer"]
+    old_tokenizer = None if source.contract is None else source.contract.tokenizer
     for whose, name, size, wanted, found in (
-        ("model", "old", source.config.vocab_size, old_tokenizer, to_plain(pairs.old)),
-        ("data set", "new", vocab_size, new_tokenizer, to_plain(pairs.new)),
+        ("model", "old", source.config.vocab_size, old_tokenizer, pairs.old),
+        ("data set", "new", vocab_size, new_tokenizer, pairs.new),
     ):
-        same = found["vocab_size"] == size
+        same = found.vocab_size == size
         if wanted is not None:
-            same = same and found["sha256"] == wanted["sha256"]
+            same = same and found.sha256 == wanted.sha256
         if not same:
             own = f"{size} tokens"
             if wanted is not None:
-                own = f"{wanted['id']} (sha256 {wanted['sha256'][:12]}, {size} tokens)"
+                own = f"{wanted.id} (sha256 {wanted.sha256[:12]}, {size} tokens)"
             raise ConfigError(
-                f"{cooccurrence_path} was made with {name} tokenizer {found['id']} (sha256 "
-                f"{found['sha256'][:12]}, {found['vocab_size']} tokens), but the {whose}'s is "
-                f"{own}; write it again with python -m cosmos_posttrain.transfer."
+                f"{cooccurrence_path} was made with {name} tokenizer {found.id} (sha256 "
+                f"{found.sha256[:12]}, {found.vocab_size} tokens), but the {whose}'s is {own}; "
+                "write it again with python -m cosmos_posttrain.transfer."
             )
     return Transfer(source, config, init, seed, pairs)

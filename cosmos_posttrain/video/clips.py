@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cosmos_posttrain.errors import VideoError
-from cosmos_posttrain.video.decode import frame_rate, iter_frames, open_video, pixel_aspect
+from cosmos_posttrain.video.decode import iter_frames
 from cosmos_posttrain.video.files import is_image
 from cosmos_posttrain.video.pixels import FrameFitter
+from cosmos_posttrain.video.streams import frame_rate, open_video, pixel_aspect
 
 if TYPE_CHECKING:
     import torch

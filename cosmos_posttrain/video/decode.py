@@ -14,13 +14,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from cosmos_posttrain.errors import VideoError
-from cosmos_posttrain.video.files import check_whole, is_image
+from cosmos_posttrain.video.streams import error_text, frame_rate, open_video, pixel_aspect
 
 if TYPE_CHECKING:
     import av
@@ -58,52 +57,6 @@ class VideoInfo:
 
 class _IndexMissError(Exception):
     """The packet index does not match what the decoder does; decode sequentially instead."""
-
-
-@contextmanager
-def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Opens a file and picks its first real video stream (cover pictures do not count).
-
-    Raises:
-        VideoError: one sentence on what is wrong with the file.
-    """
-    import av
-
-    path = Path(path)
-    check_whole(path)
-    # Only local files: a media file must not make FFmpeg fetch another one.
-    options = {"protocol_whitelist": "file"}
-    if is_image(path):
-        options["pattern_type"] = "none"
-    try:
-        # Not ``options=``: PyAV sizes those by the streams known before FFmpeg finds the rest, and
-        # crashes on an MPEG program stream.
-        container = av.open(
-            str(path.absolute()), container_options=options, metadata_errors="replace"
-        )
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(f"{path} cannot be opened as video: {_reason(error)}.") from error
-    with container:
-        streams = [s for s in container.streams.video if not _is_cover(s)]
-        if not streams:
-            kinds = sorted({stream.type for stream in container.streams})
-            raise VideoError(f"{path} has no video stream (only {', '.join(kinds) or 'nothing'}).")
-        if streams[0].codec_context is None:
-            raise VideoError(f"{path} has a video stream of a codec that FFmpeg does not know.")
-        # One thread a video: results do not depend on timing, and files are read in parallel.
-        streams[0].thread_count = 1
-        yield container, streams[0]
-
-
-def _is_cover(stream: Any) -> bool:
-    from av.stream import Disposition
-
-    return bool(stream.disposition & Disposition.attached_pic)
-
-
-def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(text).strip().rstrip(".").lower()
 
 
 @dataclass
@@ -221,7 +174,7 @@ def _decode_sequential(
                 return
     except av.FFmpegError as error:
         raise VideoError(
-            f"{path} cannot be decoded after frame {number}: {_reason(error)}."
+            f"{path} cannot be decoded after frame {number}: {error_text(error)}."
         ) from error
     if number == 0:
         raise VideoError(f"{path} has no frame that can be decoded.")
@@ -269,17 +222,7 @@ def _count_packets(path: Path) -> int:
                 return sum(1 for p in container.demux(stream) if p.size > 0 and not p.is_discard)
             return sum(1 for _ in container.decode(stream))
         except av.FFmpegError as error:
-            raise VideoError(f"{path} cannot be read to its end: {_reason(error)}.") from error
-
-
-def pixel_aspect(stream: VideoStream) -> float:
-    """Width of a pixel over its height; 1.0 where the file does not say."""
-    return float(stream.sample_aspect_ratio or 1) or 1.0
-
-
-def frame_rate(stream: VideoStream) -> float:
-    """Average frames a second; 0.0 where the file does not say."""
-    return float(stream.average_rate or stream.guessed_rate or 0)
+            raise VideoError(f"{path} cannot be read to its end: {error_text(error)}.") from error
 
 
 def probe(path: str | Path) -> VideoInfo:

@@ -7,7 +7,8 @@ wrong with a file.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from cosmos_posttrain.errors import UserError, VideoError
@@ -29,24 +30,77 @@ def is_image(path: str | Path) -> bool:
 def list_videos(folder: str | Path) -> list[Path]:
     """All videos below ``folder``, sorted by their relative path; hidden files are left out.
 
+    Links are followed; see :func:`find_files`.
+
     Raises:
         UserError: the folder is missing or holds no file with a known extension.
     """
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"the video folder {root} does not exist; name a folder with videos.")
-    found = []
-    for parent, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(parent) / name
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in VIDEO_EXTENSIONS
-        ]
+    found = find_files(root, VIDEO_EXTENSIONS)
     if not found:
         known = " ".join(sorted(VIDEO_EXTENSIONS))
         raise UserError(f"the folder {root} holds no video; known extensions are {known}.")
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+    return found
+
+
+def find_files(
+    root: Path, extensions: Collection[str], leave_out: Path | None = None
+) -> list[Path]:
+    """Files below a folder by extension, each once, sorted; hidden ones are left out.
+
+    Links to folders and files are followed, also out of ``root``. What several ways lead to counts
+    once: under its own path where it lies below ``root``, else under the first link to it.
+
+    Args:
+        root: where to begin.
+        extensions: in lower case, with their dot.
+        leave_out: a folder below ``root`` that is not searched.
+    """
+    walked: set[str] = set()
+    left_out = None if leave_out is None else os.path.realpath(leave_out)
+    found: list[str] = []
+    links: list[str] = []
+    folders, linked = deque([str(root)]), deque[str]()
+    while folders or linked:
+        folder = folders.popleft() if folders else linked.popleft()  # links last: own paths win
+        real = os.path.realpath(folder)
+        if real in walked or (walked and real == left_out):
+            continue
+        walked.add(real)
+        for entry in _visible(folder):
+            if _is_folder(entry):
+                (linked if entry.is_symlink() else folders).append(entry.path)
+            elif Path(entry.name).suffix.lower() in extensions:
+                (links if entry.is_symlink() else found).append(entry.path)
+    targets: set[str] = set()
+    for link in sorted(links):
+        target = os.path.realpath(link)
+        parent, name = os.path.split(target)
+        is_media = not name.startswith(".") and Path(name).suffix.lower() in extensions
+        is_listed = is_media and parent in walked and os.path.isfile(target)
+        if not is_listed and target not in targets:
+            found.append(link)
+        targets.add(target)
+    return [Path(path) for path in sorted(found)]
+
+
+def _visible(folder: str) -> list[os.DirEntry[str]]:
+    """What is in a folder but the hidden, sorted; nothing where it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            shown = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError:
+        return []
+    return sorted(shown, key=lambda entry: entry.name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: a file that cannot be read, and is reported as one
+        return False
 
 
 def _top_level_boxes(path: Path, num_bytes: int) -> Iterator[tuple[bytes, int]]:

@@ -7,6 +7,7 @@ half file. torch is not imported here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cosmos_posttrain.errors import UserError, VideoError
-from cosmos_posttrain.files import replacing
+from cosmos_posttrain.files import replacing, sync
 from cosmos_posttrain.video.pixels import SCALER_FLAGS
 
 if TYPE_CHECKING:
@@ -42,13 +43,19 @@ def _check(path: Path, frames: torch.Tensor | NDArray[np.uint8], fps: float) -> 
         raise VideoError(f"cannot write {path}: {fps} frames a second is not in (0, 1000).")
 
 
-def write_mp4(path: str | Path, frames: torch.Tensor | NDArray[np.uint8], fps: float) -> None:
+def write_mp4(
+    path: str | Path,
+    frames: torch.Tensor | NDArray[np.uint8],
+    fps: float,
+    before_naming: Callable[[], None] | None = None,
+) -> None:
     """Writes an mp4 atomically.
 
     Args:
         path: the file, with or without ``.mp4``'s extension; its folder is made if missing.
         frames: (3, T, H, W) uint8 RGB, H and W even; a tensor or an array.
         fps: frames a second; 29.97 and the like become the exact fraction (30000/1001).
+        before_naming: called when the clip is safely on disk, before it gets its name.
 
     Raises:
         VideoError: a shape, dtype, size or rate that H.264 cannot hold.
@@ -60,6 +67,9 @@ def write_mp4(path: str | Path, frames: torch.Tensor | NDArray[np.uint8], fps: f
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             _encode(temporary, frames, fps)
+            if before_naming is not None:
+                sync(temporary)
+                before_naming()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
 

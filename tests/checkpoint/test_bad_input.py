@@ -14,7 +14,8 @@ from helpers.distributed_run import run_script
 
 import convert_checkpoint
 from cosmos_posttrain.checkpoint import guard, mapping
-from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
+from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
+from cosmos_posttrain.checkpoint.convert import convert
 from cosmos_posttrain.files import write_json
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.launch import run_cli
@@ -81,7 +82,7 @@ def _lose_a_shard(model: Path) -> None:
 
 def _in_form(model: Path, form: str) -> None:
     options: Any = {"max_shard_gb": 2e-5}
-    convert(ConvertConfig(str(model), str(model.parent / "other"), form, **options))
+    convert(CheckpointConversionConfig(str(model), str(model.parent / "other"), form, **options))
     for path in [model, model.parent / "other"]:
         path.rename(path.with_name(path.name + "-moved"))
     model.with_name("other-moved").rename(model)

@@ -6,17 +6,23 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.distributed_run import run_script
+from helpers.contracts import data_of, make_tokenizer
+from helpers.distributed_run import REPOSITORY_DIR, run_script
+from helpers.full_disk import no_file_beyond
 
 from cosmos_posttrain.checkpoint import context, mapping
-from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
+from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
+from cosmos_posttrain.checkpoint.convert import convert
+from cosmos_posttrain.checkpoint.formats import registry
 from cosmos_posttrain.checkpoint.source import open_source
-from cosmos_posttrain.checkpoint.torch_dist import TorchDistWriter
+from cosmos_posttrain.checkpoint.target_folder import TargetFolder
 from cosmos_posttrain.errors import CheckpointError, ConfigError, OutputFolderError
 from cosmos_posttrain.files import write_json
 from cosmos_posttrain.geometry import LatentShape
@@ -42,7 +48,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def _convert(source: Path, target: Path, form: str, **options: Any) -> None:
-    convert(ConvertConfig(str(source), str(target), form, **options))
+    convert(CheckpointConversionConfig(str(source), str(target), form, **options))
 
 
 def _names(folder: Path) -> set[str]:
@@ -52,9 +58,12 @@ def _names(folder: Path) -> set[str]:
 def test_bfloat16_and_the_contract_survive(source: Path, tmp_path: Path) -> None:
     first, second, back = (tmp_path / name for name in ("first", "second", "back"))
     _convert(source, first, "megatron", verify=True)
-    context.write_context(first, CONFIG, {"contract": {"vocab_size": 100}})
+    data = data_of(make_tokenizer("codes", 100))
+    context.write_context(first, CONFIG, data)
     _convert(first, second, "megatron", verify=True)
-    assert open_source(second).contract == {"vocab_size": 100}
+    assert open_source(second).data == data
+    name = Path("context", "data.json")
+    assert (second / name).read_bytes() == (first / name).read_bytes()
     assert open_source(second).config == CONFIG
     _convert(second, back, "pt", verify=True)
     before, after = (torch.load(f / "model.pt", weights_only=True) for f in (source, back))
@@ -88,7 +97,7 @@ def test_output_folder_rules(
     (target / "mine.txt").write_text("kept")
     _convert(source, target, "megatron", overwrite=True)
     assert _names(target) == {"mine.txt", "weights", "context", "conversion.json"}
-    assert open_source(target).kind == "megatron"
+    assert open_source(target).format.name == "megatron"
 
 
 def test_folders_that_are_never_touched(source: Path, tmp_path: Path) -> None:
@@ -118,9 +127,12 @@ def test_a_damaged_source_leaves_nothing_behind(source: Path, tmp_path: Path) ->
 
 def test_settings_that_do_not_fit(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--source is missing; --target is missing; --target_f"):
-        convert(ConvertConfig())
+        convert(CheckpointConversionConfig())
+    everything = r"--target_format gguf is not one of .*; --max_shard_gb -1\.0 must be above 0; --s"
+    with pytest.raises(ConfigError, match=everything):
+        convert(CheckpointConversionConfig(target_format="gguf", max_shard_gb=-1.0))
     with pytest.raises(CheckpointError, match="no files to convert"):
-        convert(ConvertConfig("random:tiny", str(tmp_path / "t"), "pt"))
+        convert(CheckpointConversionConfig("random:tiny", str(tmp_path / "t"), "pt"))
 
 
 def test_the_script_exits_with_2_in_one_sentence(source: Path, tmp_path: Path) -> None:
@@ -162,7 +174,7 @@ def test_verify_finds_one_changed_bit(
 
 def test_a_target_of_one_form_replaces_another(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
-    convert(ConvertConfig(str(source), str(target), "safetensors", max_shard_gb=1e-5))
+    convert(CheckpointConversionConfig(str(source), str(target), "safetensors", max_shard_gb=1e-5))
     assert len(list(target.glob("*.safetensors"))) > 2
     assert (target / "README.md").is_file()
     (target / "notes.md").write_text("mine")
@@ -230,23 +242,77 @@ def test_a_mounted_volume(source: Path, tmp_path: Path, monkeypatch: pytest.Monk
         return real(path, target)
 
     monkeypatch.setattr(Path, "replace", replace)
-    (volume / ".volume.converting").mkdir()  # of a conversion that was killed
+    (volume / ".tmp-0-volume" / "new").mkdir(parents=True)  # of a conversion that was killed
     _convert(source, volume, "megatron")
     assert _names(volume) == {"weights", "context", "conversion.json"}
     _convert(source, volume, "pt", overwrite=True)
     assert _names(volume) == {"model.pt", "config.json", "conversion.json"}
 
 
-def test_a_target_that_cannot_be_written(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_target_that_cannot_be_written(source: Path) -> None:
     with pytest.raises(OutputFolderError, match="cannot be written"):
         _convert(source, source / "model.pt" / "target", "pt")
 
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(TorchDistWriter, "add", full)
-    with pytest.raises(OutputFolderError, match=r"cannot be written \(No space left on device\)"):
-        _convert(source, tmp_path / "target", "megatron")
-    assert _names(tmp_path) == {"source"}
+@pytest.mark.parametrize("form", registry.WRITABLE)
+@pytest.mark.parametrize("num_bytes", [60, 5000, 30000], ids=["at-once", "early", "late"])
+def test_a_disk_that_becomes_full(source: Path, tmp_path: Path, form: str, num_bytes: int) -> None:
+    """The largest file has 76 kB: one sentence, and what was in the target before stays."""
+    target = tmp_path / "target"
+    _convert(source, target, "pt")
+    before = {path: path.read_bytes() for path in target.iterdir()}
+    with pytest.raises(OutputFolderError) as error, no_file_beyond(num_bytes):
+        _convert(source, target, form, overwrite=True)
+    said = str(error.value)
+    assert said.startswith(f"{target} cannot be written (") and "make room" in said
+    assert "\n" not in said
+    assert {path: path.read_bytes() for path in target.iterdir()} == before
+    assert _names(tmp_path) == {"source", "target"}
+
+
+_WRITER = """
+import sys
+from pathlib import Path
+from cosmos_posttrain.checkpoint.target_folder import TargetFolder
+
+target, origin = map(Path, sys.argv[1:])
+with TargetFolder(target, origin).replacing({}, overwrite=False) as folder:
+    (folder / "part").write_text("half")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_writer_is_refused_and_a_killed_one_leaves_no_trace(
+    source: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    command = [sys.executable, "-c", _WRITER, str(target), str(source)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY_DIR)}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+    ) as first:
+        assert first.stdout is not None and first.stdout.readline() == "writing\n"
+        for overwrite in (False, True):
+            with pytest.raises(OutputFolderError, match="is being written by another process") as e:
+                _convert(source, target, "pt", overwrite=overwrite)
+            assert str(e.value).startswith(f"{target} is")
+        _convert(source, tmp_path / "beside", "pt")  # another target in the same folder is free
+        first.kill()
+    assert _names(tmp_path) == {"source", "beside", ".tmp-0-target"}
+    _convert(source, target, "pt")
+    assert _names(tmp_path) == {"source", "beside", "target"}
+    assert _names(target) == {"model.pt", "config.json", "conversion.json"}
+
+
+def test_what_another_process_wrote_in_the_meantime_stays(source: Path, tmp_path: Path) -> None:
+    target = TargetFolder(tmp_path / "target", source)
+    assert not target.is_complete({}, overwrite=False)
+    _convert(source, tmp_path / "target", "pt")
+    with (
+        pytest.raises(OutputFolderError, match="by another process in the meantime"),
+        target.replacing({}, overwrite=False),
+    ):
+        pass
+    assert _names(tmp_path / "target") == {"model.pt", "config.json", "conversion.json"}
+    assert _names(tmp_path) == {"source", "target"}

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from cosmos_posttrain.checkpoint import guard, mapping, nemo_context
-from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
+from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
+from cosmos_posttrain.checkpoint.convert import convert
 from cosmos_posttrain.checkpoint.load import load_model
 from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.errors import CheckpointError, GeometryError, UserError
@@ -39,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def checkpoint(folder: Path) -> Path:
     target = folder.with_name("checkpoint")
-    convert(ConvertConfig(str(folder), str(target), "megatron"))
+    convert(CheckpointConversionConfig(str(folder), str(target), "megatron"))
     return target
 
 
@@ -52,7 +53,7 @@ def _sentence(error: pytest.ExceptionInfo[Any]) -> str:
 def _not_converted(source: Path, form: str) -> str:
     target = source.with_name("target")
     with pytest.raises(UserError) as error:
-        convert(ConvertConfig(str(source), str(target), form))
+        convert(CheckpointConversionConfig(str(source), str(target), form))
     assert not any(source.parent.glob("*target*"))
     return _sentence(error)
 
@@ -94,9 +95,9 @@ def test_dtypes_that_megatron_cannot_keep_apart(folder: Path) -> None:
         said = _not_converted(folder, form)
         assert f"{wq} in torch.float16" in said and f"{norm} in torch.float16" in said
     target = folder.with_name("shards")
-    convert(ConvertConfig(str(folder), str(target), "safetensors", verify=True))
+    convert(CheckpointConversionConfig(str(folder), str(target), "safetensors", verify=True))
     back = folder.with_name("back")
-    convert(ConvertConfig(str(target), str(back), "pt"))
+    convert(CheckpointConversionConfig(str(target), str(back), "pt"))
     state = torch.load(back / "model.pt", weights_only=True)
     for name, tensor in mixed.items():
         assert state[name].dtype == torch.float16 and torch.equal(state[name], tensor)
@@ -138,60 +139,59 @@ def _chunk(index: Any) -> Any:
     return index.state_dict_metadata[NORM].chunks[0]
 
 
-DAMAGES: list[tuple[Callable[[Path], object], str, str]] = [
-    (lambda w: _replace_norm(w, torch.ones(31)), "something else as", "cannot be loaded"),
-    (lambda w: _replace_norm(w, {"a": 1}), "something else as", "cannot be loaded"),
-    (lambda w: _replace_norm(w, Path), "was not executed", "was not executed"),
+# Converting and loading read through the same guards, so both say the same.
+DAMAGES: list[tuple[Callable[[Path], object], str]] = [
+    (lambda w: _replace_norm(w, torch.ones(31)), "something else as"),
+    (lambda w: _replace_norm(w, {"a": 1}), "something else as"),
+    (lambda w: _replace_norm(w, Path), "was not executed"),
     (
         lambda w: _edit_index(w, lambda i: i.state_dict_metadata[NORM].chunks.clear()),
-        f"lacks parts of {NORM}",
         f"lacks parts of {NORM}",
     ),
     (
         lambda w: _edit_index(w, lambda i: setattr(_chunk(i), "offsets", torch.Size([1, 2]))),
         "not a torch_dist index",
-        "not a torch_dist index",
     ),
     (
         lambda w: _edit_index(w, lambda i: setattr(_chunk(i), "sizes", torch.Size([10**13]))),
-        "lies outside it",
         "lies outside it",
     ),
     (
         lambda w: _edit_index(w, lambda i: setattr(i, "storage_data", {"a": 1})),
         "not a torch_dist index",
-        "not a torch_dist index",
     ),
     (
         lambda w: _edit_index(w, lambda i: setattr(i, "state_dict_metadata", None)),
         "not a torch_dist index",
-        "not a torch_dist index",
     ),
-    (
-        lambda w: _edit_index(w, lambda i: i.storage_data.clear()),
-        "missing or compressed pieces",
-        "cannot be loaded",
-    ),
+    (lambda w: _edit_index(w, lambda i: i.storage_data.clear()), "missing or compressed pieces"),
 ]
 
 
-@pytest.mark.parametrize(("damage", "converting", "loading"), DAMAGES)
+@pytest.mark.parametrize(("damage", "sentence"), DAMAGES)
 def test_an_index_that_is_wrong(
-    checkpoint: Path, damage: Callable[[Path], object], converting: str, loading: str
+    checkpoint: Path, damage: Callable[[Path], object], sentence: str
 ) -> None:
     damage(checkpoint / "weights")
-    assert converting in _not_converted(checkpoint, "pt")
+    assert sentence in _not_converted(checkpoint, "pt")
     with pytest.raises(CheckpointError) as error:
         load_model(checkpoint)
-    assert loading in _sentence(error)
+    assert sentence in _sentence(error)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"sharded_backend": "zarr"}'])
-def test_megatrons_own_note_of_the_format(checkpoint: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", "metadata.json is damaged"),
+        ("[]", "metadata.json is damaged"),
+        ('{"sharded_backend": "zarr"}', "is in Megatron's form 'zarr', not in torch_dist"),
+    ],
+)
+def test_megatrons_own_note_of_the_format(checkpoint: Path, text: str, sentence: str) -> None:
     (checkpoint / "weights" / "metadata.json").write_text(text)
     with pytest.raises(CheckpointError) as error:
         load_model(checkpoint)
-    assert "cannot be loaded" in _sentence(error)
+    assert sentence in _sentence(error)
 
 
 def test_loading_names_every_tensor_that_does_not_fit(checkpoint: Path) -> None:
@@ -233,8 +233,7 @@ def test_numbers_without_end(folder: Path, tmp_path: Path) -> None:
             from_reference({**values, name: 10**20})
     (tmp_path / "context").mkdir()
     (tmp_path / "context" / "model.yaml").write_text("a: &x\n  - *x\n")
-    with pytest.raises(CheckpointError, match="describes no model"):
-        nemo_context.read(tmp_path)
+    assert nemo_context.read(tmp_path) == {}
 
 
 def test_another_file_is_not_taken_for_the_model(folder: Path) -> None:
@@ -242,7 +241,7 @@ def test_another_file_is_not_taken_for_the_model(folder: Path) -> None:
     other.write_bytes((folder / "model.pt").read_bytes())
     with pytest.raises(CheckpointError, match=r"older\.pt is a file of another name"):
         open_source(other)
-    assert open_source(folder / "model.pt").kind == "pt"
+    assert open_source(folder / "model.pt").format.name == "pt"
 
 
 def test_no_tokens_at_all(folder: Path) -> None:

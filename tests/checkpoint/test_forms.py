@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.golden_ar import LOGIT_TOLERANCE, case_dir, case_io, max_difference, weights
-from helpers.reference import GOLDEN_DIR, needs_golden
+from helpers.golden_ar import CASES, LOGIT_TOLERANCE, case_dir, case_io, max_difference, weights
 from safetensors.torch import load_file, save_file
 
-from cosmos_posttrain.checkpoint import infer_config, mapping, nemo_context, plain
-from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
+from cosmos_posttrain.checkpoint import infer_config, mapping, nemo_context, torch_dist_weights
+from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
+from cosmos_posttrain.checkpoint.convert import convert
 from cosmos_posttrain.checkpoint.load import load_model
 from cosmos_posttrain.checkpoint.source import open_source
-from cosmos_posttrain.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
+from cosmos_posttrain.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, write_index
 from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.files import write_json
 from cosmos_posttrain.geometry import LatentShape
@@ -28,14 +28,13 @@ from cosmos_posttrain.models.config import ModelConfig, YarnConfig
 from cosmos_posttrain.models.presets import preset
 from cosmos_posttrain.models.reference_config import to_reference
 
-ALL_CASES = sorted(path.name for path in (GOLDEN_DIR / "ar").glob("*"))
 YARN = YarnConfig(LatentShape(3, 2, 3), beta_fast=5.0)
 CONFIG = ModelConfig(2, 32, 4, 2, 12, 48, 100, LatentShape(5, 2, 3), yarn=YARN)
 TEXT = ModelConfig(2, 32, 4, 2, 12, 48, 100, LatentShape(2, 2, 3), context_dim=20, context_len=8)
 
 
 def _convert(source: Path, target: Path, form: str, **options: Any) -> Path:
-    convert(ConvertConfig(str(source), str(target), form, verify=True, **options))
+    convert(CheckpointConversionConfig(str(source), str(target), form, verify=True, **options))
     return target
 
 
@@ -64,12 +63,11 @@ def _only_nemos_own_context(folder: Path) -> None:
         (folder / "context" / name).unlink(missing_ok=True)
 
 
-@needs_golden
-@pytest.mark.parametrize("name", ALL_CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_golden_weights_and_logits_through_every_form(name: str, tmp_path: Path) -> None:
     nemo = _convert(case_dir(name), tmp_path / "nemo", "nemo")
     _only_nemos_own_context(nemo)
-    assert open_source(nemo).kind == "nemo"
+    assert open_source(nemo).format.name == "nemo"
     shards = _convert(case_dir(name), tmp_path / "shards", "safetensors", max_shard_gb=2e-4)
     assert len(list(shards.glob("*.safetensors"))) > 3
     io, before = case_io(name), weights(name)
@@ -92,13 +90,13 @@ def test_golden_weights_and_logits_through_every_form(name: str, tmp_path: Path)
 def test_a_nemo_context_says_everything(config: ModelConfig, given: str, tmp_path: Path) -> None:
     nemo = _convert(_make(tmp_path / "pt", config), tmp_path / "repository" / "nemo", "nemo")
     assert open_source(nemo).config == config
-    assert open_source(nemo).kind == "megatron"  # with this package's context beside NeMo's
+    assert open_source(nemo).format.name == "megatron"  # with this package's context beside NeMo's
     _only_nemos_own_context(nemo)
     (other,) = {"io.json", "model.yaml"} - {given}
     (nemo / "context" / other).unlink()
     for path in (nemo, nemo.parent, nemo / "weights"):
         source = open_source(path)
-        assert (source.kind, source.path, source.config) == ("nemo", nemo, config)
+        assert (source.format.name, source.path, source.config) == ("nemo", nemo, config)
 
 
 def test_the_nemo_context_names_the_adapter(tmp_path: Path) -> None:
@@ -151,7 +149,7 @@ def _stacked_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     reference = mapping.reference_shapes(config)
     shapes = {}
     for name in mapping.megatron_names(config):
-        key, layer = plain.disk_key(name)
+        key, layer = torch_dist_weights.disk_key(name)
 
         def fetch(part: str) -> torch.Tensor:
             return torch.empty(reference[part], device="meta")
@@ -170,12 +168,12 @@ def test_megatron_lm_folders(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (run / "latest_checkpointed_iteration.txt").write_text("100\n")
     writer = TorchDistWriter(folder)
-    for name, tensor in plain.read_megatron(open_source(source)):
-        key, layer = plain.disk_key(name)
+    for name, tensor in open_source(source).open_weights().all_megatron():
+        key, layer = torch_dist_weights.disk_key(name)
         key = key.removeprefix("module.")
-        for fused, alone in plain._ALONE.items():
+        for fused, alone in torch_dist_weights.NORMS_ALONE.items():
             key = key.replace(fused, alone)
-        if key in plain._VOCABULARY:
+        if key in torch_dist_weights.VOCABULARY:
             tensor = torch.nn.functional.pad(tensor[:100], (0, 0, 0, 156), value=7.0)
         writer.add(key, tensor, layer, CONFIG.num_layers)
     writer.add("optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight", torch.zeros(3))
@@ -184,7 +182,7 @@ def test_megatron_lm_folders(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="give --model_config"):
         open_source(run)
     named = {"model_config": str(source / "config.json")}
-    assert open_source(run, **named).kind == "torch_dist"
+    assert open_source(run, **named).format.name == "torch_dist"
     assert _same(source, _convert(run, tmp_path / "back", "pt", **named))
     shutil.copyfile(source / "config.json", folder / "config.json")
     assert open_source(folder).config == CONFIG
@@ -195,33 +193,49 @@ def test_megatron_lm_folders(tmp_path: Path) -> None:
 
 
 def test_pieces_are_put_together(tmp_path: Path) -> None:
-    """A tensor in 2 x 2 pieces, as two tensor-parallel ranks of two stages would write it."""
-    from torch.distributed.checkpoint import filesystem, metadata
-
+    """A tensor in 2 x 2 pieces, as two tensor-parallel ranks of two stages write it."""
     whole = torch.arange(4 * 6 * 5.0).reshape(4, 6, 5)
-    writer = TorchDistWriter(tmp_path)
-    writer.add("weight", whole)
-    entry = writer._entries["weight"]
-    entry.chunks.clear()
-    writer._places.clear()
-    for layer in range(0, 4, 2):
-        for row in range(0, 6, 3):
-            piece = whole[layer : layer + 2, row : row + 3].contiguous()
-            offsets = torch.Size([layer, row, 0])
-            file, name = writer._open()
-            start = file.tell()
-            torch.save(piece, file)
-            index = metadata.MetadataIndex("weight", offsets)
-            writer._places[index] = filesystem._StorageInfo(name, start, file.tell() - start)
-            entry.chunks.append(metadata.ChunkStorageMetadata(offsets, piece.shape))
-    writer.finish()
+    writers = [TorchDistWriter(tmp_path, rank) for rank in range(2)]
+    for rank, writer in enumerate(writers):
+        for layer in (0, 2):
+            piece = whole[layer : layer + 2, 3 * rank : 3 * rank + 3]
+            writer.add_box("weight", whole.shape, ((layer, 3 * rank, 0), piece))
+        writer.close()
+    assert not (tmp_path / ".metadata").exists()
+    write_index(tmp_path, [writer.index for writer in writers])
     reader = TorchDistReader(tmp_path)
     assert torch.equal(reader.read("weight"), whole)
     for layer in range(4):
         assert torch.equal(reader.read("weight", layer), whole[layer])
+    first, second = torch.zeros(1, 4, 2), torch.zeros(4, 1, 5, dtype=torch.bfloat16)
+    reader.read_into("weight", [((1, 1, 3), first), ((0, 5, 0), second)])
+    assert torch.equal(first, whole[1:2, 1:5, 3:])
+    assert torch.equal(second, whole[:, 5:].bfloat16())
     reader._chunks["weight"].pop()
     with pytest.raises(CheckpointError, match="lacks parts of weight"):
         reader.read("weight", 3)
+    with pytest.raises(AssertionError, match="weight"):
+        write_index(tmp_path, [writers[0].index])
+
+
+def test_every_piece_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = TorchDistWriter(tmp_path)
+    for row in range(0, 6, 2):
+        writer.add_box("weight", (6, 4), ((row, 0), torch.full((2, 4), float(row))))
+    writer.finish()
+    reader = TorchDistReader(tmp_path)
+    read: list[int] = []
+    original = TorchDistReader._read_piece
+
+    def counting(self: TorchDistReader, key: str, chunk: Any) -> torch.Tensor:
+        read.append(chunk.offsets[0])
+        return original(self, key, chunk)
+
+    monkeypatch.setattr(TorchDistReader, "_read_piece", counting)
+    boxes = [((row, 0), torch.zeros(1, 4)) for row in (0, 1, 5)]
+    reader.read_into("weight", boxes)
+    assert read == [0, 4]
+    assert [box[0, 0].item() for _, box in boxes] == [0, 0, 4]
 
 
 def test_model_pt_is_what_torch_save_writes(tmp_path: Path) -> None:

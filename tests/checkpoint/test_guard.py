@@ -10,13 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.megatron_checkpoint import save_with_megatron
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-from cosmos_posttrain.checkpoint import context, dist, guard, plain
-from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
+from cosmos_posttrain.checkpoint import context, dist, guard
+from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
+from cosmos_posttrain.checkpoint.convert import convert
 from cosmos_posttrain.checkpoint.load import load_model
 from cosmos_posttrain.checkpoint.source import open_source
+from cosmos_posttrain.checkpoint.torch_dist import TorchDistWriter
+from cosmos_posttrain.checkpoint.torch_dist_weights import disk_key
 from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.models.presets import preset
 
@@ -38,10 +42,10 @@ def model() -> Any:
 
 @pytest.fixture
 def checkpoint(model: Any, tmp_path: Path) -> Path:
-    """As training writes it, through Megatron."""
+    """As Megatron writes it."""
     folder = tmp_path / "default" / "checkpoints" / "epoch=0-step=9"
     (folder / "weights").mkdir(parents=True)
-    dist.save(folder / "weights", model.module)
+    save_with_megatron(folder / "weights", model.module)
     context.write_context(folder, model.config)
     return folder
 
@@ -55,11 +59,26 @@ def _refused(checkpoint: Path, model: Any, sentence: str) -> None:
 
 
 def test_what_megatron_writes_is_read(checkpoint: Path, model: Any) -> None:
-    metadata = guard.check_folder(checkpoint / "weights")
+    metadata = guard.read_metadata(checkpoint / "weights")
     assert "module.output_layer.weight" in metadata.state_dict_metadata
     source = open_source(checkpoint)
-    parameters = dict(plain.read_megatron(source))
+    parameters = dict(source.open_weights().all_megatron())
     assert torch.equal(parameters["output_layer.weight"], model.module.output_layer.weight)
+
+
+def test_an_index_of_megatron_core_0_15_is_read(checkpoint: Path, model: Any) -> None:
+    """With its own classes and their own field, as in every checkpoint of NeMo 2."""
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreMetadata, MCoreSavePlan
+
+    plan = MCoreSavePlan.__new__(MCoreSavePlan)
+    plan.__dict__.update(items=[], storage_data=None, planner_data={}, mcore_data={"a": {}})
+    index = MCoreMetadata.__new__(MCoreMetadata)
+    index.__dict__.update(vars(guard.read_metadata(checkpoint / "weights")))
+    index.__dict__.update(mcore_data={"a": {"shape": (1, 2)}}, all_local_plans=[plan])
+    (checkpoint / "weights" / ".metadata").write_bytes(pickle.dumps(index))
+    dist.load(checkpoint / "weights", model.module)
+    found = load_model(checkpoint).module.output_layer.weight
+    assert torch.equal(found, model.module.output_layer.weight)
 
 
 @pytest.mark.parametrize("where", ["whole", "inside", "attribute"])
@@ -75,7 +94,7 @@ def test_code_in_the_index(checkpoint: Path, model: Any, tmp_path: Path, where: 
     _refused(checkpoint, model, "holds more than tables.*not executed")
     assert not (tmp_path / "executed").exists()
     with pytest.raises(CheckpointError, match="not executed"):
-        convert(ConvertConfig(str(checkpoint), str(tmp_path / "target"), "pt"))
+        convert(CheckpointConversionConfig(str(checkpoint), str(tmp_path / "target"), "pt"))
     assert not (tmp_path / "target").exists()
 
 
@@ -112,15 +131,15 @@ def test_code_instead_of_a_tensor(model: Any, tmp_path: Path) -> None:
     context.write_context(folder, model.config)
     bomb = tmp_path / "bomb.pt"
     torch.save(_Call(Path.touch, tmp_path / "executed"), bomb)
-    writer = plain.TorchDistWriter(folder / "weights")
-    for name, tensor in plain.read_megatron(open_source(_saved(model, tmp_path))):
-        key, layer = plain.disk_key(name)
+    writer = TorchDistWriter(folder / "weights")
+    for name, tensor in open_source(_saved(model, tmp_path)).open_weights().all_megatron():
+        key, layer = disk_key(name)
         writer.add(key, tensor, layer, model.config.num_layers)
     writer.finish()
     with (folder / "weights" / "__0_0.distcp").open("r+b") as file:
         file.write(bomb.read_bytes())  # over the first tensor, the embedding
     with pytest.raises(CheckpointError, match=r"damaged|not executed"):
-        convert(ConvertConfig(str(folder), str(tmp_path / "target"), "pt"))
+        convert(CheckpointConversionConfig(str(folder), str(tmp_path / "target"), "pt"))
     assert not (tmp_path / "executed").exists() and not (tmp_path / "target").exists()
 
 
@@ -145,7 +164,7 @@ def test_an_object_where_a_tensor_belongs(checkpoint: Path, model: Any, tmp_path
     (weights / ".metadata").write_bytes(pickle.dumps(metadata))
     _refused(checkpoint, model, "pickled object instead of a tensor")
     with pytest.raises(CheckpointError, match="pickled object instead of a tensor"):
-        convert(ConvertConfig(str(checkpoint), str(tmp_path / "target"), "pt"))
+        convert(CheckpointConversionConfig(str(checkpoint), str(tmp_path / "target"), "pt"))
     assert not (tmp_path / "executed").exists()
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from cosmos_posttrain.checkpoint import dist, mapping, plain
+from cosmos_posttrain.checkpoint import dist, mapping
 from cosmos_posttrain.checkpoint.load import load_model
+from cosmos_posttrain.checkpoint.torch_dist_weights import write_torch_dist
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.naming import parameters_by_disk_name
@@ -64,7 +65,7 @@ def test_both_writers_give_the_same_keys_and_shapes(model: ARModel, tmp_path: Pa
         (tmp_path / name).mkdir()
     dist.save(tmp_path / "model", model.module)
     whole = {name: p.detach() for name, p in parameters_by_disk_name(model.module)}
-    plain.write_megatron(tmp_path / "plain", model.config, whole.items())
+    write_torch_dist(tmp_path / "plain", model.config, whole.items())
     written = _on_disk(tmp_path / "model")
     assert {key: shape for key, (shape, _) in written.items()} == _expected(model.config)
     assert written == _on_disk(tmp_path / "plain")

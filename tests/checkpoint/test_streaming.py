@@ -27,8 +27,9 @@ from cosmos_posttrain.models.reference_config import to_reference
 _MEASURED = """
 import json, sys, threading, time
 
-from cosmos_posttrain.checkpoint import plain, targets
-from cosmos_posttrain.checkpoint.convert import ConvertConfig, convert
+from cosmos_posttrain.checkpoint import pt_file, safetensors_file, torch_dist_weights
+from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
+from cosmos_posttrain.checkpoint.convert import convert
 
 def anonymous_bytes():
     for line in open("/proc/self/status"):
@@ -45,7 +46,7 @@ def measure(settings):
     start, thread = peak[0], threading.Thread(target=sample)
     thread.start()
     try:
-        convert(ConvertConfig(**settings))
+        convert(CheckpointConversionConfig(**settings))
     finally:
         done.set()
         thread.join()

@@ -11,8 +11,9 @@ import pytest
 import torch
 from helpers.distributed_run import REPOSITORY_DIR, run_script
 
-from cosmos_posttrain.checkpoint import mapping, nemo_context, plain
+from cosmos_posttrain.checkpoint import mapping, nemo_context
 from cosmos_posttrain.checkpoint.source import open_source
+from cosmos_posttrain.checkpoint.torch_dist_weights import disk_key
 from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.models.config import ModelConfig
@@ -50,7 +51,7 @@ def nemo(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     }
     stacked: dict[str, list[torch.Tensor]] = {}
     for name in mapping.megatron_names(CONFIG):
-        key, layer = plain.disk_key(name)
+        key, layer = disk_key(name)
         tensor = mapping.to_megatron(name, state.__getitem__, CONFIG)
         stacked.setdefault(key, []).append(tensor if layer is None else tensor[None])
     for key, parts in stacked.items():
@@ -78,8 +79,8 @@ def test_weights_and_context_arrive(
     finished = run_script(command, env=environment)
     assert finished.returncode == 0, finished.stderr
     source = open_source(target)
-    assert (source.kind, source.config) == ("nemo", CONFIG)
-    read = dict(plain.read_reference(source))
+    assert (source.format.name, source.config) == ("nemo", CONFIG)
+    read = dict(source.open_weights().reference())
     assert list(read) == list(state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in read.items())
     finished = run_script(command, env=environment)

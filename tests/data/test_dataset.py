@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import pickle
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.prepared import make_videos, prepare_small
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from cosmos_posttrain.data import Manifest, TokenDataset
 from cosmos_posttrain.data.indexed import ShardReader, ShardWriter, token_dtype
-from cosmos_posttrain.data.splits import split_sources
+from cosmos_posttrain.data.source_runs import SourceRuns
+from cosmos_posttrain.data.splits import SPLITS, split_digests
 from cosmos_posttrain.errors import ConfigError, DatasetError
 
 
@@ -52,6 +55,12 @@ def test_splits_share_no_source_and_miss_no_clip(prepared):
     assert torch.equal(again[3], parts["train"][3])
 
 
+def split_of(names, split_string="98,1,1", seed=1234):
+    """The split of each name, as names of splits."""
+    runs = SourceRuns.of((name, 1) for name in names)
+    return [SPLITS[number] for number in split_digests(runs.digests(seed), split_string)]
+
+
 def test_splits_hold_their_rules_for_many_sizes_shares_and_seeds():
     for seed in range(20):
         for number in (3, 4, 7, 50, 333):
@@ -59,27 +68,34 @@ def test_splits_hold_their_rules_for_many_sizes_shares_and_seeds():
             for text in ("98,1,1", "10,1,1", "1,1,1", "1,0,0", "5,0,1", "0.5,0.3,0.2"):
                 shares = np.array([float(part) for part in text.split(",")])
                 shares /= shares.sum()
-                split = split_sources(sources, text, seed)
-                parts = [set(split[name]) for name in ("train", "validation", "test")]
-                assert sum(len(part) for part in parts) == number == len(set().union(*parts))
-                for part, share in zip(parts, shares, strict=True):
-                    assert (len(part) > 0) == (share > 0)
-                    assert abs(len(part) - share * number) <= 2
-                assert split == split_sources(reversed(sources * 2), text, seed)
-    assert split_sources(sources, seed=1) != split_sources(sources, seed=2)
+                split = split_of(sources, text, seed)
+                for name, share in zip(SPLITS, shares, strict=True):
+                    assert (split.count(name) > 0) == (share > 0)
+                    assert abs(split.count(name) - share * number) <= 2
+                assert split_of(sources[::-1] * 2, text, seed) == split[::-1] * 2
+    assert split_of(sources, seed=1) != split_of(sources, seed=2)
+
+
+def test_splits_are_those_of_the_first_version():
+    """Runs that were started with it go on: sources in the order of a seeded sha256."""
+    names = [f"clip-{i} é.mp4" for i in range(97)]
+    ordered = sorted(names, key=lambda name: hashlib.sha256(f"7:{name}".encode()).digest())
+    expected = {name: "train" for name in ordered[:81]}
+    expected |= {name: "validation" for name in ordered[81:89]}
+    expected |= {name: "test" for name in ordered[89:]}
+    assert split_of(names, "10,1,1", 7) == [expected[name] for name in names]
 
 
 def test_too_few_sources_switch_validation_off_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
-        assert split_sources(["b", "a"])["validation"] == []
-        assert sorted(split_sources(["b", "a"])["train"]) == ["a", "b"]
+        assert split_of(["b", "a", "b"]) == ["train"] * 3
     assert "too few" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["1,1", "a,b,c", "0,1,1", "-1,1,1", "", "nan,1,1", "inf,1,1"])
 def test_malformed_split_strings_are_refused(text):
     with pytest.raises(ConfigError, match="98,1,1"):
-        split_sources(["a"], text)
+        split_of(["a"], text)
 
 
 def test_the_original_recipes_layouts_are_read(tmp_path):
@@ -149,7 +165,7 @@ def test_damage_is_named_in_one_sentence(prepared, tmp_path, words):
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_index_never_reaches_megatron(tmp_path):
+def test_a_damaged_index_is_refused(tmp_path):
     write_pair(tmp_path / "a", [[1, 2, 3], [4, 5, 6]])
     assert ShardReader(tmp_path / "a")[1].tolist() == [4, 5, 6]
     good = (tmp_path / "a.idx").read_bytes()
@@ -162,6 +178,23 @@ def test_a_damaged_index_never_reaches_megatron(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"1234")
     with pytest.raises(DatasetError, match="has 4 bytes, its index says 24"):
         ShardReader(tmp_path / "a")
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_what_megatron_reads_is_read(tmp_path, dtype):
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(0, 60000, length) for length in (7, 1, 300, 12)]
+    write_pair(tmp_path / "a", documents, dtype)
+    theirs = IndexedDataset(str(tmp_path / "a"))
+    ours = ShardReader(tmp_path / "a")
+    assert len(ours) == len(theirs) == 4
+    np.testing.assert_array_equal(ours.lengths, theirs.sequence_lengths)
+    for number, document in enumerate(documents):
+        assert ours[number].dtype == theirs[number].dtype == dtype
+        np.testing.assert_array_equal(ours[number], theirs[number])
+        np.testing.assert_array_equal(ours[number], document)
+    with pytest.raises(IndexError):
+        ours[4]
 
 
 def test_missing_and_empty_places_are_refused(tmp_path):

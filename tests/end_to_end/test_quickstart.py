@@ -13,25 +13,41 @@ from cosmos_posttrain.evaluation.figures import read_metrics
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+def quickstart(*arguments: object, quick: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "recipes/quickstart.sh", *map(str, arguments)],
+        cwd=REPOSITORY,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "QUICK": quick},
+        timeout=timeout,
+    )
+
+
 @pytest.mark.slow
-def test_quickstart_twice(tmp_path: Path) -> None:
-    command = ["bash", "recipes/quickstart.sh", "--output", str(tmp_path / "out")]
-    first = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, timeout=1800)
+@pytest.mark.parametrize(("quick", "lower"), [("1", 0.95), ("0", 2 / 3)])
+def test_quickstart_twice(tmp_path: Path, quick: str, lower: float) -> None:
+    output = tmp_path / "out"
+    first = quickstart("--output", output, quick=quick, timeout=1800)
     assert first.returncode == 0, first.stderr
     for name in ("generated.mp4", "side_by_side.png", "loss_curve.png"):
-        assert (tmp_path / "out" / name).stat().st_size > 1000
-    losses = [row["reduced_train_loss"] for row in read_metrics(tmp_path / "out" / "run_new")]
-    assert sum(losses[-20:]) / 20 < 2 / 3 * sum(losses[:5]) / 5
-    second = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, timeout=600)
+        assert (output / name).stat().st_size > 1000
+    losses = [row["reduced_train_loss"] for row in read_metrics(output / "run_new")]
+    last = losses[-min(20, len(losses) // 2) :]
+    assert sum(last) / len(last) < lower * sum(losses[:5]) / 5
+    second = quickstart("--output", output, quick=quick, timeout=600)
     assert second.returncode == 0, second.stderr
     assert second.stdout.count("is complete already") == 2  # both preparations
     assert second.stdout.count("nothing to do: ") == 3  # the three trainings
 
 
-def test_quickstart_refuses_unknown_arguments() -> None:
-    command = ["bash", "recipes/quickstart.sh", "--vidoes", "x"]
-    result = subprocess.run(
-        command, cwd=REPOSITORY, text=True, capture_output=True, env=os.environ, timeout=60
-    )
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: unknown argument --vidoes")
+@pytest.mark.parametrize(
+    ("arguments", "quick", "words"),
+    [(["--vidoes", "x"], "1", "unknown argument --vidoes"), ([], "yes", "QUICK is yes; use 1")],
+)
+def test_quickstart_refuses_what_it_does_not_know(
+    arguments: list[str], quick: str, words: str
+) -> None:
+    result = quickstart(*arguments, quick=quick, timeout=60)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith(f"error: {words}")

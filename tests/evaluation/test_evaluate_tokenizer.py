@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from cosmos_posttrain import files
 from cosmos_posttrain.errors import PartialFailureError, TokenizerError, UserError
 from cosmos_posttrain.evaluation import media, quality
 from cosmos_posttrain.evaluation import tokenizer as evaluation
-from cosmos_posttrain.evaluation.tokenizer_config import TokenizerEvalConfig
+from cosmos_posttrain.evaluation.config.tokenizer import TokenizerEvalConfig
 from cosmos_posttrain.geometry import Compression
 from cosmos_posttrain.tokenizer import load_tokenizer
 from cosmos_posttrain.video import read_clips, to_float, to_uint8, write_mp4
@@ -159,11 +160,31 @@ def test_a_killed_run_continues_where_it_was(
         return measured(clip, rebuilt)
 
     monkeypatch.setattr(evaluation, "_measure", counted)
+    # While another process measures the rest, nobody else may.
+    with files.locked(tmp_path / "killed"), pytest.raises(UserError, match="is being written"):
+        evaluation.run(config)
     capsys.readouterr()
     metrics = evaluation.run(config)
     assert len(seen) == 2
     assert "1 videos are done" in capsys.readouterr().out
     assert without_speed(metrics) == without_speed(whole)
+    assert sorted(p.name for p in config.output.iterdir()) == ["contact_sheet.png", "metrics.json"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 is how a zip begins", b"text"])
+def test_damaged_counts_are_counted_again(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes
+) -> None:
+    config = config_of(videos, tmp_path / "out", max_videos=2)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluation, "_draw_sheet", stop)
+        evaluation.run(config)
+    (tmp_path / "out" / "code_counts.npz").write_bytes(damage)
+    assert evaluation.run(config)["num_tokens"] == 144
 
 
 def test_a_complete_folder_is_left_alone_and_another_evaluation_is_refused(
@@ -215,20 +236,20 @@ def test_nothing_readable_is_a_failure(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer": ""}, "give --tokenizer"),
-        ({"videos": "", "batch_size": 0}, "give --videos.*batch_size is 0"),
+        ({"tokenizer": ""}, "--tokenizer is missing"),
+        ({"videos": "", "batch_size": 0}, "--batch_size 0 must be at least 1; --videos is missing"),
         ({"tokenizer": "no/such/folder"}, "no/such/folder"),
         ({"tokenizer": "tiny-dv9x9x9"}, "tiny-dv9x9x9 does not exist"),
         ({"decoder": "tiny-dv8x8x8"}, "4x8x8 and the decoder's 8x8x8"),
         ({"videos": "nowhere"}, "the video folder nowhere does not exist"),
         ({"videos": "empty"}, "holds no video and no image"),
-        ({"width": 64}, "both --width and --height"),
+        ({"width": 64}, "--width and --height go together"),
         ({"width": 60, "height": 64}, "width 60 cannot be encoded at 4x8x8.*use 56 or 64"),
         ({"num_frames": 16}, "16 frames cannot be encoded at 4x8x8.*use 13 or 17"),
-        ({"max_videos": 0}, "max_videos is 0"),
-        ({"max_failures": -1}, "max_failures is -1"),
-        ({"device": "tpu9"}, "'tpu9' is not a device"),
-        ({"dtype": "int32"}, "there is no dtype"),
+        ({"max_videos": 0}, "--max_videos 0 must be at least 1"),
+        ({"max_failures": -1}, "--max_failures -1 must be at least 0"),
+        ({"device": "tpu9"}, "--device tpu9 is not one of auto, cpu, cuda"),
+        ({"dtype": "int32"}, "--dtype int32 is not one of bfloat16, float16, float32"),
         ({"output_dir": "notes"}, "holds something else .todo.txt"),
         ({"output_dir": "notes/todo.txt"}, "is a file"),
     ],

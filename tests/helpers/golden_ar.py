@@ -1,4 +1,8 @@
-"""The autoregressive golden cases: weights, inputs, and what the reference made of them."""
+"""The autoregressive golden cases: weights, inputs, and what the reference made of them.
+
+Cases go by name: ``base_4b_like`` is the shipped one and, where the reference data is present,
+``full-base_4b_like`` the one that it was cut from.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,25 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from cosmos_posttrain import doctor
 from cosmos_posttrain.inference.engine import generate
 from cosmos_posttrain.models.ar_model import ARModel
-from helpers.reference import GOLDEN_DIR
+from helpers.reference import golden_folders
 
-VIDEO2WORLD_CASES = ("video2world_5b_like", "video2world_13b_like")
-CASES = ("base_4b_like", "base_12b_like", *VIDEO2WORLD_CASES)
+_FOLDERS = {"base_12b_like": doctor.AR_CASE} | golden_folders("ar")
+CASES = tuple(_FOLDERS)
 
 # The same float32 arithmetic in another order of sums: 2e-6 was measured, logits reach about 3.
 LOGIT_TOLERANCE = 1e-5
 
 
+def cases_of(*names: str) -> tuple[str, ...]:
+    """These cases, shipped and full."""
+    return tuple(case for case in CASES if case.removeprefix("full-") in names)
+
+
 def case_dir(name: str) -> Path:
-    return GOLDEN_DIR / "ar" / name
+    return _FOLDERS[name]
 
 
 def case_io(name: str) -> dict[str, torch.Tensor]:

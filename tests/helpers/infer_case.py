@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 
 from cosmos_posttrain import load_tokenizer
 from cosmos_posttrain.checkpoint import context
-from cosmos_posttrain.geometry import LatentShape
+from cosmos_posttrain.data.contract import Contract, TokenizerInfo, make_contract
+from cosmos_posttrain.geometry import ClipGeometry, LatentShape
 from cosmos_posttrain.inference.config import InferConfig
 from cosmos_posttrain.models.presets import preset
 from cosmos_posttrain.video import write_mp4
@@ -34,31 +36,20 @@ def write_input(path: Path, num_frames: int = 20, fps: float = 12.0) -> Path:
     return path
 
 
-def contract() -> dict[str, Any]:
+def contract() -> Contract:
     """What a data set's manifest says."""
     tokenizer = load_tokenizer(TOKENIZER)
-    return {
-        "format_version": 1,
-        "kind": "base",
-        "tokenizer": {
-            "id": TOKENIZER,
-            "sha256": tokenizer.sha256,
-            "compression": list(tokenizer.compression),
-            "levels": list(tokenizer.levels),
-            "vocab_size": tokenizer.vocab_size,
-        },
-        "clip": {"num_frames": FRAMES, "height": HEIGHT, "width": WIDTH},
-        "latent_shape": list(LATENT_SHAPE),
-        "seq_length": LATENT_SHAPE.num_tokens,
-        "dtype": "uint16",
-    }
+    levels = tuple(tokenizer.levels)
+    compression = tokenizer.compression
+    info = TokenizerInfo(TOKENIZER, tokenizer.sha256, compression, levels, tokenizer.vocab_size)
+    return make_contract(info, ClipGeometry(FRAMES, HEIGHT, WIDTH, compression), "uint16")
 
 
-def write_checkpoint(folder: Path, **changes: Any) -> Path:
+def write_checkpoint(folder: Path, size: str = "tiny", **changes: Any) -> Path:
     """A checkpoint without weights: enough for everything that comes before they are loaded."""
     (folder / "weights").mkdir(parents=True)
-    data = {"contract": {**contract(), **changes}}
-    context.write_context(folder, preset("tiny", 1000, LATENT_SHAPE), data=data)
+    data = context.TrainingData(dataclasses.replace(contract(), **changes))
+    context.write_context(folder, preset(size, 1000, LATENT_SHAPE), data=data)
     return folder
 
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from cosmos_posttrain.geometry import Compression
-from cosmos_posttrain.prepare.prepare import PrepareConfig, prepare
+from cosmos_posttrain.data.contract import TokenizerInfo, make_contract
+from cosmos_posttrain.data.layout import shard_name
+from cosmos_posttrain.data.manifest import DocumentRow
+from cosmos_posttrain.geometry import ClipGeometry, Compression
+from cosmos_posttrain.prepare.config import PrepareConfig
+from cosmos_posttrain.prepare.folder import OutputFolder, write_shard
+from cosmos_posttrain.prepare.prepare import prepare
 from helpers.video_files import grey_frames, write_video
 
 
@@ -56,6 +62,24 @@ def config(videos: Path, output: Path, **changes: object) -> PrepareConfig:
 
 def prepare_small(videos: Path, output: Path, **changes: object):
     return prepare(config(videos, output, **changes), BlockMean())
+
+
+def write_data_set(folder: Path, num_shards: int, num_documents: int = 2) -> Path:
+    """A complete folder of random tokens, one document a source, without any video."""
+    geometry = ClipGeometry(9, 16, 24, BlockMean.compression)
+    info = TokenizerInfo("block-mean", BlockMean.sha256, (4, 8, 8), (8, 8), 64)
+    contract = make_contract(info, geometry, "uint16")
+    output = OutputFolder(folder, contract, {"num_sources": num_shards * num_documents}, num_shards)
+    output.start(overwrite=False)
+    generator = np.random.default_rng(0)
+    for shard in range(num_shards):
+        tokens = generator.integers(0, 64, (num_documents, contract.seq_length))
+        rows = [DocumentRow(n, f"{shard}/{n}.mp4") for n in range(num_documents)]
+        write_shard(
+            folder, shard_name(shard), "uint16", list(zip(rows, tokens, strict=True)), [], []
+        )
+    output.finish()
+    return folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:

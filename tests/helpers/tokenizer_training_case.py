@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cosmos_posttrain.tokenizer_training.config import DataConfig, TokenizerTrainConfig
+from cosmos_posttrain.tokenizer_training.config import TokenizerDataConfig, TokenizerTrainConfig
 from cosmos_posttrain.video import write_mp4
 
 
@@ -54,7 +54,7 @@ def small_config(videos: Path, output: Path, **changes: Any) -> TokenizerTrainCo
             "embedding_dim": 3,
             "levels": [8, 5, 5],
         },
-        "data": DataConfig(
+        "data": TokenizerDataConfig(
             videos=str(videos),
             photographs=False,
             heights=[32, 40],

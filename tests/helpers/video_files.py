@@ -9,6 +9,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 BASE, STEP = 20, 3
 
@@ -55,6 +56,43 @@ def write_video(
                 frame.pts, frame.time_base = pts[number], Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    return path
+
+
+def write_streams(
+    path: Path,
+    streams: Sequence[tuple[list[np.ndarray], Disposition]],
+    codec: str = "libx264",
+    cover: np.ndarray | None = None,
+) -> Path:
+    """One file with several video streams, each with its images and flags, and a cover picture."""
+    with av.open(str(path), "w") as container:
+        added = []
+        if cover is not None:
+            added.append((container.add_stream("png", rate=1), [cover], Disposition.attached_pic))
+        for images, flags in streams:
+            added.append((container.add_stream(codec, rate=10), images, flags))
+        for stream, images, flags in added:
+            stream.height, stream.width = images[0].shape[:2]
+            stream.pix_fmt = "rgb24" if flags == Disposition.attached_pic else "yuv420p"
+            stream.disposition = flags.value
+        for stream, images, _ in added:
+            for number, image in enumerate(images):
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+                frame.pts = number
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    return path
+
+
+def disable_tracks(path: Path) -> Path:
+    """Clears the flag of an mp4's tracks that makes them count as default."""
+    data = bytearray(path.read_bytes())
+    offset = data.find(b"tkhd")
+    while offset >= 0:
+        data[offset + 7] &= 0xFE
+        offset = data.find(b"tkhd", offset + 4)
+    path.write_bytes(data)
     return path
 
 

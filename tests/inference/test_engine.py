@@ -8,17 +8,15 @@ from functools import cache
 import pytest
 import torch
 from helpers.distributed_run import run_distributed
-from helpers.reference import GOLDEN_DIR, needs_golden
-from safetensors.torch import load_file
+from helpers.golden_ar import CASES, case_dir, case_io
 
 from cosmos_posttrain import generate, load_model
 from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError, GeometryError
 from cosmos_posttrain.geometry import LatentShape
-from cosmos_posttrain.inference.progress import ProgressLine
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.builder import build_model
+from cosmos_posttrain.runlog import ProgressDisplay
 
-GOLDEN = ("base_4b_like", "base_12b_like", "video2world_5b_like", "video2world_13b_like")
 GRID = LatentShape(3, 3, 4)
 
 
@@ -54,8 +52,8 @@ def texts(batch_size: int = 2) -> torch.Tensor:
 
 def golden_case(name: str) -> tuple[torch.Tensor, torch.Tensor | None, list[int]]:
     """The prompt (1, P), the text (1, L, C) or None, and the greedy continuation."""
-    arrays = load_file(GOLDEN_DIR / "ar" / name / "io.safetensors")
-    config = json.loads((GOLDEN_DIR / "ar" / name / "config.json").read_text())
+    arrays = case_io(name)
+    config = json.loads((case_dir(name) / "config.json").read_text())
     prompt = arrays["tokens"][:1, : config["num_condition_tokens"]]
     text = arrays["context"][:1] if "context" in arrays else None
     return prompt.long(), text, arrays["greedy_tokens"].flatten().tolist()
@@ -63,9 +61,7 @@ def golden_case(name: str) -> tuple[torch.Tensor, torch.Tensor | None, list[int]
 
 def generate_golden(name: str, tensor_model_parallel_size: int) -> tuple[list[int], list[int]]:
     """Greedy and sampled continuations of the golden prompt."""
-    model = load_model(
-        GOLDEN_DIR / "ar" / name, tensor_model_parallel_size=tensor_model_parallel_size
-    )
+    model = load_model(case_dir(name), tensor_model_parallel_size=tensor_model_parallel_size)
     prompt, text, expected = golden_case(name)
     greedy = generate(model, prompt, len(expected), temperature=0.0, context=text)
     drawn = generate(model, prompt, len(expected), temperature=1.0, top_p=0.9, seed=7, context=text)
@@ -73,7 +69,7 @@ def generate_golden(name: str, tensor_model_parallel_size: int) -> tuple[list[in
 
 
 def generate_all_golden() -> list[tuple[list[int], list[int]]]:
-    return [generate_golden(name, 2) for name in GOLDEN]
+    return [generate_golden(name, 2) for name in CASES]
 
 
 def generate_with_sequence_parallel() -> list[bool]:
@@ -105,20 +101,18 @@ def switches(module: torch.nn.Module) -> dict[str, bool]:
     }
 
 
-@needs_golden
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", CASES)
 def test_greedy_tokens_are_the_reference_implementations(name: str) -> None:
     greedy, drawn = generate_golden(name, 1)
     assert greedy == golden_case(name)[2]
     assert drawn != greedy
 
 
-@needs_golden
 @pytest.mark.distributed
 def test_two_ranks_generate_what_one_does() -> None:
     first, second = run_distributed(generate_all_golden, 2)
     assert first == second
-    for name, (greedy, drawn) in zip(GOLDEN, first, strict=True):
+    for name, (greedy, drawn) in zip(CASES, first, strict=True):
         assert greedy == golden_case(name)[2]
         assert drawn == generate_golden(name, 1)[1]
 
@@ -187,9 +181,9 @@ def test_progress_counts_every_token(capsys: pytest.CaptureFixture[str]) -> None
     counts: list[int] = []
     generate(tiny(), prompts(1), 3, progress=counts.append)
     assert counts == [1, 2, 3]
-    line = ProgressLine(4, "clip")
+    line = ProgressDisplay(4, "tokens", "clip")
     for done in range(1, 5):
-        line(done)
+        line.show(done)
     output = capsys.readouterr().err
     assert output.startswith("clip: 4/4 tokens, ")
     assert output.endswith(" in all\n")

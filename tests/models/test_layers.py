@@ -5,17 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_posttrain.checkpoint.load import load_model
+from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import ConfigError, GeometryError
 from cosmos_posttrain.geometry import LatentShape
+from cosmos_posttrain.inference.engine import generate
+from cosmos_posttrain.models import specs
+from cosmos_posttrain.models.attention import RotatedSelfAttention
+from cosmos_posttrain.models.builder import build_model, transformer_config
 from cosmos_posttrain.models.config import ModelConfig, YarnConfig
 from cosmos_posttrain.models.norm import RMSNorm
 from cosmos_posttrain.models.presets import preset
-from cosmos_posttrain.models.rope import rotary_angles
+from cosmos_posttrain.models.rope import rotary_angles, rotary_table, rotate
 
 SHAPE = LatentShape(5, 4, 6)
 
@@ -80,6 +88,65 @@ def test_special_tokens_are_not_rotated() -> None:
     assert angles.shape[0] == 64 and not angles[0].any() and not angles[25:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_is_megatrons_bit_for_bit(dtype: torch.dtype) -> None:
+    groups.initialize(groups.Parallelism())
+    config = preset("tiny", latent_shape=SHAPE)
+    settings = transformer_config(config, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    shape = (SHAPE.num_tokens, 2, 8, config.kv_channels)
+    x, upstream = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    # Attention's gradients do not lie in the order of their axes.
+    upstream = upstream.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+    ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+    result = rotate(ours, rotary_table(config).to(dtype))
+    angles = rotary_angles(config)[:, None, None, :]
+    expected = apply_rotary_pos_emb(theirs, angles, settings)
+    for rotated in (result, expected):
+        rotated.backward(upstream)
+    assert torch.equal(result, expected) and result.dtype == dtype
+    assert ours.grad is not None and theirs.grad is not None
+    assert torch.equal(ours.grad, theirs.grad)
+
+
+class CountedFunctions(TorchDispatchMode):
+    """Counts the tensor functions that are called inside it, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_angles_are_computed_once() -> None:
+    model = load_model("random:tiny", latent_shape=SHAPE)
+    tokens = torch.arange(40)[None]
+    with CountedFunctions() as training:
+        model.module.train()(tokens, None, None, labels=tokens).sum().backward()
+    with CountedFunctions() as decoding:
+        generate(model, tokens, 5, temperature=0)
+    for functions in (training, decoding):
+        assert functions.counts["silu"] >= 4  # layers were seen at work
+        assert not {"cos", "sin"} & set(functions.counts)
+
+
+def test_megatrons_own_cache_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attention of the te spec, but for its kernels."""
+    model = load_model("random:tiny", latent_shape=SHAPE)
+    tokens = torch.randint(1000, (2, 40), generator=torch.Generator().manual_seed(0))
+    expected = generate(model, tokens, 30, temperature=0)
+    monkeypatch.setattr(specs, "CachedSelfAttention", RotatedSelfAttention)
+    other = load_model("random:tiny", latent_shape=SHAPE)
+    assert type(other.module.decoder.layers[0].self_attention) is RotatedSelfAttention
+    assert torch.equal(generate(other, tokens, 30, temperature=0), expected)
+
+
 def test_rms_norm() -> None:
     config = SimpleNamespace(params_dtype=torch.float32, sequence_parallel=True)
     norm = RMSNorm(config, 8, eps=1e-3)  # type: ignore[arg-type]
@@ -110,6 +177,48 @@ def test_rows_that_pad_the_vocabulary_take_no_part_in_the_loss() -> None:
     assert logits.shape == (2, 24, 1000)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     assert float(loss.mean()) == pytest.approx(float(expected), rel=1e-5)
+
+
+def _loss_gradient(fused: bool, dtype: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the loss with respect to its logits: the model's, and by float64 arithmetic."""
+    groups.initialize(groups.Parallelism())
+    config = preset("tiny", vocab_size=1024, latent_shape=LatentShape(2, 3, 4))
+    module = build_model(config, dtype=getattr(torch, dtype), cross_entropy_loss_fusion=fused)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(1024, (1, 24), generator=generator).to(device)
+    logits = torch.randn(24, 1, 1024, generator=generator).to(device, getattr(torch, dtype))
+    logits.requires_grad_()
+    with torch.compiler.set_stance("force_eager"):
+        module.compute_language_model_loss(labels, logits.clone()).sum().backward()
+    exact = logits.detach().double().requires_grad_()
+    torch.nn.functional.cross_entropy(exact[:, 0], labels[0], reduction="sum").backward()
+    assert logits.grad is not None and exact.grad is not None
+    return logits.grad.double(), exact.grad
+
+
+def test_gradients_of_a_float32_loss_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups.initialize(groups.Parallelism())
+    fused = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)  # the choice alone is a GPU's
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            config = transformer_config(preset("tiny"), dtype=dtype)
+            fused[dtype] = config.cross_entropy_loss_fusion
+    assert fused == {torch.float32: False, torch.float16: False, torch.bfloat16: True}
+    gradient, exact = _loss_gradient(fused[torch.float32], "float32", "cpu")
+    torch.testing.assert_close(gradient, exact, atol=1e-7, rtol=1e-5)
+    # Why: the fused loss rounds to bfloat16, with 8 bits.
+    gradient, exact = _loss_gradient(True, "float32", "cpu")
+    assert float(((gradient - exact) / exact).abs().max()) > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gradients_of_a_float32_loss_are_float32_on_a_gpu() -> None:
+    groups.initialize(groups.Parallelism())
+    fused = transformer_config(preset("tiny"), dtype=torch.float32).cross_entropy_loss_fusion
+    gradient, exact = _loss_gradient(fused, "float32", "cuda")
+    torch.testing.assert_close(gradient, exact, atol=1e-7, rtol=1e-5)
 
 
 def test_tokens_that_do_not_fit() -> None:

@@ -52,7 +52,7 @@ def test_documents_are_the_tokens_of_the_clips_that_their_rows_name(videos, tmp_
     assert (contract.kind, contract.dtype, contract.text_encoder) == ("base", "uint16", None)
     assert contract.tokenizer.sha256 == BlockMean.sha256
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        ["manifest.json"]
+        ["manifest.json", "sources.npz"]
         + [f"shard-0000{n}.{extension}" for n in range(3) for extension in ("bin", "idx", "jsonl")]
     )
     data = TokenDataset(tmp_path / "out", split="all")
@@ -211,7 +211,11 @@ def test_changed_videos_are_another_data_set(tmp_path):
         ({"input_videos_dir": "/nowhere"}, UserError, "does not exist"),
         ({"input_jsonl": "x.jsonl"}, ConfigError, "one of"),
         ({"output_prefix": ""}, ConfigError, "--output_prefix"),
-        ({"num_workers": 0, "batch_size": 0}, ConfigError, "num_workers is 0.*batch_size is 0"),
+        (
+            {"num_workers": 0, "batch_size": 0},
+            ConfigError,
+            "--num_workers 0 must.*--batch_size 0 must",
+        ),
         ({"clips_per_video": "some"}, ConfigError, "neither a number"),
         ({"max_failures": -1}, ConfigError, "at least 0"),
         ({"tokenizer_compression_factor": "8,8,8"}, TokenizerError, "make them agree"),

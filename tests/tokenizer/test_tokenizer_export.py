@@ -11,18 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.reference import GOLDEN_DIR, needs_golden
+from helpers.reference import golden_folders
 from safetensors.torch import load_file
 from test_tokenizer_network import RATES, random_video, small_network
 from torch import Tensor, nn
 
-from cosmos_posttrain.errors import OutputFolderError, TokenizerError
+from cosmos_posttrain.errors import OutputFolderError, TokenizerError, UserError
 from cosmos_posttrain.tokenizer import load_tokenizer, load_tokenizer_pair
-from cosmos_posttrain.tokenizer.convert import ConvertConfig, convert_tokenizer
+from cosmos_posttrain.tokenizer.config import TokenizerConversionConfig
+from cosmos_posttrain.tokenizer.convert import convert_tokenizer
 from cosmos_posttrain.tokenizer.export import export_torchscript, import_torchscript
 from cosmos_posttrain.tokenizer.native import load_native
 from cosmos_posttrain.tokenizer.network import DVNetwork
 from cosmos_posttrain.tokenizer.weights_io import write_native
+
+GOLDEN = golden_folders("tokenizer")
 
 # Runs where this package cannot be found: only torch reads the files.
 _ALONE = """
@@ -63,10 +66,9 @@ def run_alone(code: str, *arguments: object, cwd: Path) -> list[str]:
     return result.stdout.split()
 
 
-@needs_golden
-@pytest.mark.parametrize("rate", RATES)
-def test_golden_parity_of_the_export_and_of_its_import(rate: str, tmp_path: Path) -> None:
-    folder = GOLDEN_DIR / "tokenizer" / rate
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_parity_of_the_export_and_of_its_import(name: str, tmp_path: Path) -> None:
+    folder = GOLDEN[name]
     export_torchscript(load_native(folder, torch.device("cpu"), None).network, tmp_path)
     differences = run_alone(_ALONE, tmp_path, folder / "io.safetensors", cwd=tmp_path)
     # Sums of a few thousand float32 products in another order differ by about 1e-5.
@@ -201,7 +203,7 @@ def test_half_precision_file_keeps_its_dtype_through_conversion(tmp_path: Path) 
 def test_conversion_command_both_ways(tmp_path: Path) -> None:
     native, script, again = (tmp_path / name for name in ("native", "script", "again"))
     write_native(native, small_network())
-    convert_tokenizer(ConvertConfig(str(native), str(script), "torchscript"))
+    convert_tokenizer(TokenizerConversionConfig(str(native), str(script), "torchscript"))
     command = [sys.executable, "-m", "cosmos_posttrain.tokenizer", "--source", str(script)]
     command += ["--target", str(again), "--target_format", "native"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -213,4 +215,21 @@ def test_conversion_command_both_ways(tmp_path: Path) -> None:
     refused = subprocess.run(command, check=False, capture_output=True, timeout=120, text=True)
     assert refused.returncode == 2 and "exists; give another --target" in refused.stderr
     with pytest.raises(OutputFolderError):
-        convert_tokenizer(ConvertConfig(str(native), str(script), "torchscript"))
+        convert_tokenizer(TokenizerConversionConfig(str(native), str(script), "torchscript"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"source": "", "target": ""}, "--source is missing.*--target is missing"),
+        ({"target_format": "onnx"}, "--target_format onnx is not one of native, torchscript"),
+        ({"source": "no/such/folder"}, "no/such/folder"),
+    ],
+)
+def test_a_conversion_that_cannot_be_is_one_sentence_and_writes_nothing(
+    tmp_path: Path, changes: dict[str, str], words: str
+) -> None:
+    values = {"source": "tiny-dv4x8x8", "target": str(tmp_path / "new")} | changes
+    with pytest.raises(UserError, match=words) as caught:
+        convert_tokenizer(TokenizerConversionConfig(**values))
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []

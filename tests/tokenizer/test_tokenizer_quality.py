@@ -11,7 +11,7 @@ from helpers.reference import SAMPLES_DIR, needs_samples
 
 from cosmos_posttrain.evaluation.palette import fit_palette
 from cosmos_posttrain.tokenizer import SHIPPED, load_tokenizer
-from cosmos_posttrain.tokenizer_training.config import DataConfig
+from cosmos_posttrain.tokenizer_training.config import TokenizerDataConfig
 from cosmos_posttrain.tokenizer_training.data import ClipSource
 from cosmos_posttrain.tokenizer_training.losses import psnr
 from cosmos_posttrain.video import read_clips, to_float
@@ -27,7 +27,7 @@ def training_clips() -> torch.Tensor:
 
     Without the still photographs, with which the palette comes out 0.05 to 0.1 dB worse.
     """
-    source = ClipSource(DataConfig(photographs=False))
+    source = ClipSource(TokenizerDataConfig(photographs=False))
     generator = torch.Generator().manual_seed(0)
     return source.batch(128, NUM_FRAMES, (HEIGHT, WIDTH), generator)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.reference import GOLDEN_DIR, needs_golden
+from helpers.reference import golden_folders
 from safetensors.torch import load_file
 from test_tokenizer_network import RATES, random_video, small_network
 from torch import Tensor
@@ -20,17 +20,18 @@ from cosmos_posttrain.tokenizer.folding import fold
 from cosmos_posttrain.tokenizer.layers import StreamCache
 from cosmos_posttrain.tokenizer.native import NativeBackend, load_native
 
+GOLDEN = golden_folders("tokenizer")
 WEIGHTS = [
-    *(pytest.param(f"golden-{rate}", marks=needs_golden) for rate in RATES),
+    *(f"golden-{name}" for name in GOLDEN),
     *(f"tiny-{rate}" for rate in RATES),
 ]
 
 
 def load_backend(name: str) -> NativeBackend:
     """The golden case's network, or a shipped one."""
-    kind, rate = name.split("-")
-    shipped = Path(native.__file__).parent / "weights" / name
-    folder = shipped if kind == "tiny" else GOLDEN_DIR / "tokenizer" / rate
+    kind, _, case = name.partition("-")
+    tiny = Path(native.__file__).parent / "weights" / name
+    folder = tiny if kind == "tiny" else GOLDEN[case]
     return load_native(folder, torch.device("cpu"), None)
 
 
@@ -41,11 +42,10 @@ def border_distance(backend: NativeBackend, video: Tensor) -> Tensor:
     return (bounded - bounded.floor() - 0.5).abs().amin(dim=-1)
 
 
-@needs_golden
-@pytest.mark.parametrize("rate", RATES)
-def test_folded_network_reproduces_the_reference(rate: str) -> None:
-    golden = load_file(GOLDEN_DIR / "tokenizer" / rate / "io.safetensors")
-    backend = load_backend(f"golden-{rate}")
+@pytest.mark.parametrize("name", GOLDEN)
+def test_folded_network_reproduces_the_reference(name: str) -> None:
+    golden = load_file(GOLDEN[name] / "io.safetensors")
+    backend = load_backend(f"golden-{name}")
     with torch.no_grad():
         latents = fold(backend.network).latents(golden["video"])
     torch.testing.assert_close(

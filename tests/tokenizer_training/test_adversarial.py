@@ -13,14 +13,14 @@ from cosmos_posttrain.errors import NonFiniteLossError
 from cosmos_posttrain.tokenizer_training import trainer
 from cosmos_posttrain.tokenizer_training.adversarial import Adversary, Discriminator, hinge_loss
 from cosmos_posttrain.tokenizer_training.config import AdversarialConfig
-from cosmos_posttrain.tokenizer_training.parallel import Ranks
+from cosmos_posttrain.tokenizer_training.parallel import DataParallelRanks
 from cosmos_posttrain.tokenizer_training.trainer import train
 
 ON = AdversarialConfig(weight=0.5, start_step=2, lr=1e-3, channels=8)
 
 
 def make_adversary(config: AdversarialConfig = ON) -> Adversary:
-    return Adversary(config, 0, torch.device("cpu"), "float32", Ranks())
+    return Adversary(config, 0, torch.device("cpu"), "float32", DataParallelRanks())
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,8 @@ def test_discriminator_learns_to_tell_real_from_reconstructed() -> None:
     for _ in range(30):
         video = torch.rand(2, 3, 5, 16, 16) * 2 - 1
         loss = adversary.loss(0.3 * video, video)
-        adversary.step(loss)
+        adversary.backward(loss)
+        adversary.step()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
 
@@ -114,7 +115,7 @@ def test_nothing_changes_before_it_starts_or_while_it_is_off(videos: Path, tmp_p
     files = [load_file(tmp_path / n / "model.safetensors") for n in ("off", "late")]
     assert all(torch.equal(files[0][n], files[1][n]) for n in files[0])
     keys = torch.load(tmp_path / "off" / "checkpoint.pt", weights_only=True).keys()
-    assert set(keys) == {"completed_steps", "network", "ema", "optimizer"}
+    assert set(keys) == {"completed_steps", "row", "network", "ema", "optimizer"}
 
 
 def test_non_finite_discriminator_loss_stops_before_any_weight_changes(

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from helpers.distributed_run import run_distributed
+from helpers.distributed_run import free_port, run_distributed
 from helpers.tokenizer_training_case import read_rows, small_config
 from safetensors.torch import load_file
 
-from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain import launch
+from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError
+from cosmos_posttrain.tokenizer_training import trainer
 from cosmos_posttrain.tokenizer_training.config import (
     AdversarialConfig,
     LossConfig,
     TokenizerTrainConfig,
     validate,
 )
-from cosmos_posttrain.tokenizer_training.parallel import Ranks
+from cosmos_posttrain.tokenizer_training.objective import Losses, Objective
+from cosmos_posttrain.tokenizer_training.parallel import DataParallelRanks
 from cosmos_posttrain.tokenizer_training.trainer import train
 
 
@@ -39,10 +49,10 @@ def parallel_config(videos: Path, output: Path) -> TokenizerTrainConfig:
 
 
 def train_and_say_what_was_printed(config: TokenizerTrainConfig) -> tuple[dict[str, float], str]:
-    import contextlib
-    import io
-
-    with contextlib.redirect_stdout(io.StringIO()) as text:
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as text,
+        contextlib.redirect_stderr(text),
+    ):
         metrics = train(config)
     return metrics, text.getvalue()
 
@@ -55,7 +65,7 @@ def test_two_processes_train_as_one_does(videos: Path, tmp_path: Path) -> None:
         train_and_say_what_was_printed, 2, config, timeout_seconds=300
     )
     assert not nothing and not silence
-    assert "step 6/6" in said and metrics["validation_psnr"] > 0
+    assert "6/6 steps" in said and metrics["validation_psnr"] > 0
 
     one, two = read_rows(tmp_path / "one"), read_rows(tmp_path / "two")
     assert len(one) == len(two) == 6
@@ -85,26 +95,64 @@ def test_batches_that_cannot_be_split_are_refused_before_process_groups_exist(
         r"a batch of 5 images of 32x32 does not divide among 2 processes; change batch_size or "
         r"image_batch_size\.$"
     )
+    monkeypatch.setattr(launch, "_group", lambda: None)  # which an earlier test may have made
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(Ranks, "start", lambda *_: pytest.fail("a process group was made"))
+    monkeypatch.setattr(
+        DataParallelRanks, "start", lambda *_: pytest.fail("a process group was made")
+    )
     with pytest.raises(ConfigError, match=expected):
         train(config)
     assert not (tmp_path / "run").exists()
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert Ranks(1, 3).device("cuda") == torch.device("cuda", 1)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ConfigError, match="has 2 CUDA devices, too few for process 3"):
-        Ranks(2, 3).device("cuda")
-    assert Ranks(2, 3).device("cpu") == torch.device("cpu")
+class BadGradient(Objective):
+    """A loss as it should be, whose gradient is not a number on rank 1."""
+
+    def __call__(self, latents: torch.Tensor, *args: Any) -> Losses:
+        losses = super().__call__(latents, *args)
+        if self.ranks.rank == 0:
+            return losses
+        return replace(losses, total=losses.total + (0 * latents.sum()).sqrt())
+
+
+def train_until_it_ends(config: TokenizerTrainConfig, ports: list[int]) -> list[str]:
+    """What ends a run: first a signal to rank 1 in its second step, then a gradient of rank 1."""
+    said = []
+    step = trainer._Trainer.step
+
+    def step_and_signal(self: trainer._Trainer) -> dict[str, Any]:
+        if self.completed_steps == 1 and self.ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    for name, value in (("_Trainer.step", step_and_signal), ("Objective", BadGradient)):
+        os.environ["MASTER_PORT"] = str(ports.pop())
+        with mock.patch(f"{trainer.__name__}.{name}", value):
+            try:
+                train(config)
+            except CosmosPosttrainError as error:
+                said.append(str(error))
+    return said
+
+
+@pytest.mark.distributed
+def test_a_signal_or_a_bad_gradient_in_one_process_ends_all(videos: Path, tmp_path: Path) -> None:
+    config = parallel_config(videos, tmp_path / "run")
+    ports = [free_port(), free_port()]
+    first, second = run_distributed(train_until_it_ends, 2, config, ports, timeout_seconds=300)
+    assert "stopped by a signal to another process after 2 of 6 steps" in first[0]
+    assert "stopped by SIGTERM after 2 of 6 steps" in second[0]
+    assert first[1:] == second[1:]
+    assert "the norm of the gradient is nan at step 2; nothing was updated or saved" in first[1]
+    # Two steps were saved and logged; one process goes on from them.
+    assert [row["step"] for row in read_rows(tmp_path / "run")] == [0, 1]
+    train(config)
+    assert [row["step"] for row in read_rows(tmp_path / "run")] == list(range(6))
 
 
 def test_one_process_needs_no_group() -> None:
-    ranks, rows = Ranks(), torch.rand(4, 2, requires_grad=True)
+    ranks, rows = DataParallelRanks(), torch.rand(4, 2, requires_grad=True)
     assert ranks.is_first and torch.equal(ranks.share(rows), rows)
     assert ranks.gather_with_gradients(rows) is rows
     assert not ranks.gather(rows).requires_grad
@@ -114,7 +162,7 @@ def test_one_process_needs_no_group() -> None:
 def entropy_gradient(rows: torch.Tensor) -> torch.Tensor:
     """The gradient that this process's rows get, averaged over processes as DDP does."""
     torch.distributed.init_process_group("gloo")
-    ranks = Ranks.from_environment()
+    ranks = DataParallelRanks.from_environment()
     scale = torch.ones(3, requires_grad=True)
     own = ranks.share(rows) * scale
     everything = ranks.gather_with_gradients(own)

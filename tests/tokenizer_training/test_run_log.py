@@ -13,6 +13,7 @@ import torch
 from helpers.tokenizer_training_case import read_rows, small_config
 from PIL import Image
 
+from cosmos_posttrain import runlog
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.tokenizer_training.run_log import reconstruction_picture
 from cosmos_posttrain.tokenizer_training.trainer import train
@@ -57,13 +58,11 @@ def test_wandb_gets_the_same_when_the_environment_asks(
         log=lambda values, step: logged.append((step, values)),
         finish=lambda: finished.append(True),
     )
-    metrics = ModuleType("cosmos_posttrain.training.metrics")
-    metrics.wants_wandb = lambda: True  # type: ignore[attr-defined]
-    metrics.start_wandb = lambda config, folder: run  # type: ignore[attr-defined]
     wandb = ModuleType("wandb")
+    wandb.init = lambda **_: run  # type: ignore[attr-defined]
     wandb.Image = lambda pixels: pixels.shape  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, metrics.__name__, metrics)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(runlog, "find_spec", lambda name: object())
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(small_config(videos, tmp_path, max_steps=2))
     rows = read_rows(tmp_path)
@@ -76,13 +75,23 @@ def test_wandb_gets_the_same_when_the_environment_asks(
 def test_wandb_that_is_asked_for_but_absent_stops_before_anything_is_written(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse() -> bool:
-        raise ConfigError("wandb is not installed.")
-
-    metrics = ModuleType("cosmos_posttrain.training.metrics")
-    metrics.wants_wandb = refuse  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, metrics.__name__, metrics)
+    monkeypatch.setattr(runlog, "find_spec", lambda name: None)
     monkeypatch.setenv("WANDB_API_KEY", "key")
     with pytest.raises(ConfigError, match="not installed"):
         train(small_config(videos, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    train(small_config(videos, tmp_path / "run", max_steps=1))
+    assert len(read_rows(tmp_path / "run")) == 1
+
+
+def test_a_log_says_how_it_stands_at_validations_and_when_asked(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(small_config(videos, tmp_path / "quiet"))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in lines] == ["3/6", "6/6"]
+    assert all(" validation psnr " in line for line in lines)
+    train(small_config(videos, tmp_path / "often", log_every=2))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in lines] == ["2/6", "3/6", "4/6", "6/6"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +12,25 @@ import pytest
 import torch
 from helpers.tokenizer_training_case import read_rows, small_config
 from safetensors.torch import load_file
+from torch import Tensor
 
 from cosmos_posttrain import config as config_module
+from cosmos_posttrain import files
 from cosmos_posttrain.errors import (
     CheckpointError,
     ConfigError,
     NonFiniteLossError,
     OutputFolderError,
+    SaveError,
+    StoppedError,
     UserError,
 )
 from cosmos_posttrain.tokenizer import load_tokenizer
 from cosmos_posttrain.tokenizer_training import trainer
 from cosmos_posttrain.tokenizer_training.config import (
-    DataConfig,
     LossConfig,
-    OptimizerConfig,
+    TokenizerDataConfig,
+    TokenizerOptimizerConfig,
     TokenizerTrainConfig,
     validate,
 )
@@ -35,6 +42,7 @@ from cosmos_posttrain.tokenizer_training.losses import (
     ssim,
     ssim_loss,
 )
+from cosmos_posttrain.tokenizer_training.objective import Losses, Objective
 from cosmos_posttrain.tokenizer_training.trainer import train
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -82,9 +90,9 @@ def test_training_learns_and_writes_a_loadable_tokenizer(videos: Path, tmp_path:
     assert tokenizer.vocab_size == 200
     assert tokenizer.encode(torch.zeros(1, 3, 5, 32, 32)).shape == (1, 2, 4, 4)
     # Finished: the same command again changes nothing.
-    before = (output / "model.safetensors").read_bytes()
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     train(config)
-    assert (output / "model.safetensors").read_bytes() == before
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
 def test_noise_phase_and_start_from_weights(videos: Path, tmp_path: Path) -> None:
@@ -109,6 +117,9 @@ def test_other_contents_and_another_run_are_not_overwritten(videos: Path, tmp_pa
     train(small_config(videos, output, max_steps=1))
     with pytest.raises(OutputFolderError, match="another seed"):
         train(small_config(videos, output, max_steps=1, seed=5))
+    (output / "train.yaml").write_text("colour: blue")
+    with pytest.raises(OutputFolderError, match=r"train\.yaml does not hold the settings"):
+        train(small_config(videos, output, max_steps=1))
 
 
 def test_a_complete_run_says_so_and_a_damaged_checkpoint_is_refused(
@@ -133,9 +144,13 @@ def test_a_complete_run_says_so_and_a_damaged_checkpoint_is_refused(
         *({name: 0} for name in ("num_threads", "log_every", "validate_every", "save_every")),
         {"num_validation_clips": 0},
         {"loss": LossConfig(gradient_scales=6)},
-        {"optimizer": OptimizerConfig(beta2=1.0)},
-        {"data": DataConfig(heights=[0])},
-        {"data": DataConfig(pan_probability=1.5)},
+        {"optimizer": TokenizerOptimizerConfig(beta2=1.0)},
+        {"data": TokenizerDataConfig(heights=[0])},
+        {"data": TokenizerDataConfig(pan_probability=1.5)},
+        {"data": TokenizerDataConfig(crop_sizes=[])},
+        {"optimizer": TokenizerOptimizerConfig(lr=float("nan"))},
+        {"optimizer": TokenizerOptimizerConfig(warmup_steps=-1)},
+        {"seed": -1},
     ],
 )
 def test_settings_that_would_fail_later_are_refused_first(
@@ -145,20 +160,147 @@ def test_settings_that_would_fail_later_are_refused_first(
         validate(small_config(videos, tmp_path, **changes))
 
 
-def test_non_finite_loss_stops_before_the_weights_change(videos: Path, tmp_path: Path) -> None:
-    config = small_config(videos, tmp_path / "run", loss=LossConfig(l1=float("nan")))
-    with pytest.raises(NonFiniteLossError):
+def test_a_non_finite_loss_stops_before_anything_is_saved(videos: Path, tmp_path: Path) -> None:
+    config = small_config(videos, tmp_path / "run", loss=LossConfig(l2=1e38))
+    with pytest.raises(NonFiniteLossError, match="the loss is inf at step 0; nothing was updated"):
         train(config)
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+class BadGradient(Objective):
+    """From the sixth call on the loss is as it was, but its gradient is not a number."""
+
+    calls = 0
+
+    def __call__(self, latents: Tensor, *args: Any) -> Losses:
+        losses = super().__call__(latents, *args)
+        BadGradient.calls += 1
+        if BadGradient.calls < 6:
+            return losses
+        return replace(losses, total=losses.total + (0 * latents.sum()).sqrt())
+
+
+def is_finite(folder: Path) -> bool:
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    weights = load_file(folder / "model.safetensors")
+    return all(bool(t.isfinite().all()) for t in (weights | state["network"]).values())
+
+
+def test_a_non_finite_gradient_stops_the_run_which_goes_on_with_a_lower_lr(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(videos, tmp_path, save_every=2, max_steps=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "Objective", BadGradient)
+        with pytest.raises(NonFiniteLossError, match="gradient is nan at step 5; nothing was"):
+            train(config)
+    assert is_finite(tmp_path) and len(read_rows(tmp_path)) == 5
+    before = [row["lr"] for row in read_rows(tmp_path)]
+    config.optimizer.lr /= 10
+    train(config)
+    rows = read_rows(tmp_path)
+    assert [row["step"] for row in rows] == list(range(8))
+    assert [row["lr"] for row in rows][:4] == before[:4]
+    assert rows[4]["lr"] == pytest.approx(before[4] / 10)
+
+
+def test_a_weight_that_is_not_finite_is_never_saved(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle = trainer._Trainer._settle
+
+    def spoil(self: trainer._Trainer, latents: Tensor, step: int) -> int:
+        if step == 3:
+            self.ema.quant_conv.conv3d.bias.data[0] = float("inf")
+        return settle(self, latents, step)
+
+    monkeypatch.setattr(trainer._Trainer, "_settle", spoil)
+    with pytest.raises(NonFiniteLossError, match="a weight is not finite after step 5"):
+        train(small_config(videos, tmp_path))
+    assert is_finite(tmp_path)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["completed_steps"] == 3
+
+
+def test_a_signal_saves_and_ends_the_run_which_goes_on_with_nothing_lost(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(small_config(videos, tmp_path / "whole"))
+    step = trainer._Trainer.step
+
+    def step_and_signal(self: trainer._Trainer) -> dict[str, Any]:
+        if self.completed_steps == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Trainer, "step", step_and_signal)
+        with pytest.raises(StoppedError, match="stopped by SIGUSR1 after 4 of 6 steps") as caught:
+            train(small_config(videos, tmp_path / "stopped"))
+    assert caught.value.exit_code == 1
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    train(small_config(videos, tmp_path / "stopped"))
+    assert read_rows(tmp_path / "stopped") == read_rows(tmp_path / "whole")
+    whole, stopped = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+@pytest.mark.parametrize("last", [3, 6])
+def test_a_run_killed_between_saving_and_logging_loses_no_row(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    train(small_config(videos, tmp_path / "whole"))
+    report = trainer._Trainer._report
+
+    def report_unless_killed(self: trainer._Trainer, log: Any) -> dict[str, float]:
+        if self.completed_steps == last:
+            raise KeyboardInterrupt
+        return report(self, log)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer._Trainer, "_report", report_unless_killed)
+        train(small_config(videos, tmp_path / "killed"))
+    assert len(read_rows(tmp_path / "killed")) == last - 1
+    train(small_config(videos, tmp_path / "killed"))
+    assert read_rows(tmp_path / "killed") == read_rows(tmp_path / "whole")
+
+
+def test_a_folder_is_trained_into_by_one_process(videos: Path, tmp_path: Path) -> None:
+    with (
+        files.locked(tmp_path / "run"),
+        pytest.raises(OutputFolderError, match="being written"),
+    ):
+        train(small_config(videos, tmp_path / "run"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputFolderError, match="is a file"):
+        train(small_config(videos, tmp_path / "file"))
+
+
+def test_a_full_disk_leaves_the_save_before_it(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, calls = torch.save, iter(range(10))
+
+    def save_until_full(state: dict[str, Any], path: Path) -> None:
+        save(state, path)
+        if next(calls) == 1:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1")
+
+    monkeypatch.setattr(torch, "save", save_until_full)
+    with pytest.raises(SaveError, match=r"step 6 could not be saved in .*make room"):
+        train(small_config(videos, tmp_path))
+    assert not [path for path in tmp_path.iterdir() if files.is_leftover(path.name)]
+    monkeypatch.undo()
+    train(small_config(videos, tmp_path))
+    assert [row["step"] for row in read_rows(tmp_path)] == list(range(6))
+
+
 def test_bad_settings_are_listed_at_once(videos: Path, tmp_path: Path) -> None:
     config = small_config(videos, tmp_path / "run", max_steps=0, dtype="int8")
-    with pytest.raises(ConfigError, match=r"max_steps 0.*int8"):
+    with pytest.raises(ConfigError, match=r"--max_steps 0 .*; dtype int8 is not one of"):
         train(config)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no video"):
-        ClipSource(DataConfig(videos=str(tmp_path / "empty"), photographs=False))
+        ClipSource(TokenizerDataConfig(videos=str(tmp_path / "empty"), photographs=False))
 
 
 def test_held_out_frames_are_never_trained_on(videos: Path) -> None:

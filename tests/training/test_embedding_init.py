@@ -79,13 +79,12 @@ def test_rows_do_not_depend_on_the_layout(start: Path, tmp_path: Path, init: str
 
 
 def test_everything_else_stays(start: Path, tmp_path: Path) -> None:
-    from cosmos_posttrain.checkpoint.plain import read_megatron
     from cosmos_posttrain.models.naming import parameters_by_disk_name
     from cosmos_posttrain.training.trainer import Trainer
 
     trainer = Trainer(swap(start, tmp_path / "run", "aligned"))
     trainer.close()
-    before = dict(read_megatron(open_source(start / "model")))
+    before = dict(open_source(start / "model").open_weights().all_megatron())
     for name, parameter in parameters_by_disk_name(trainer.model):
         if "embedding" not in name and "output" not in name:
             assert torch.equal(parameter, before[name]), name
@@ -111,6 +110,21 @@ def test_resuming_needs_and_changes_no_rows(start: Path, tmp_path: Path) -> None
         assert transfer["cooccurrence"]["num_clips"] > 0
         assert context.read_model_config(checkpoint).vocab_size == 40
         assert "embedding_init: aligned" in (checkpoint / "context" / "config.yaml").read_text()
+
+
+def test_a_run_says_how_its_rows_start(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = swap(start, tmp_path / "run", "mean", max_steps=1)
+    run(config)
+    assert capsys.readouterr().out.count("embedding_init mean: all 40 tokens get") == 1
+    config.max_steps = 2
+    run(config)
+    assert "embedding_init" not in capsys.readouterr().out
+    run(
+        make_config(start / "old", tmp_path / "same", model__path=str(start / "model"), max_steps=1)
+    )
+    assert "embedding_init" not in capsys.readouterr().out
 
 
 def test_refusals(start: Path, tmp_path: Path) -> None:

@@ -12,13 +12,29 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.distributed_run import run_distributed
+from helpers.prepared import make_videos, prepare_small
 from helpers.run_case import losses, make_config, run
 
 from cosmos_posttrain.checkpoint.torch_dist import TorchDistReader
 from cosmos_posttrain.training.config import TrainConfig
 
-# (TP, PP); two processes, so DP is what is left.
-LAYOUTS = {"TP1xPP2xDP1": (1, 2), "TP1xPP1xDP2": (1, 1), "TP2xPP1xDP1": (2, 1)}
+# (processes, TP, PP, CP); DP is what is left. Each starts from what the one before saved.
+LAYOUTS = {
+    "PP2": (2, 1, 2, 1),
+    "DP2": (2, 1, 1, 1),
+    "CP2": (2, 1, 1, 2),
+    "one process": (1, 1, 1, 1),
+    "TP2": (2, 2, 1, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def even_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips of 3x2x4 tokens, which two context-parallel ranks can share."""
+    folder = tmp_path_factory.mktemp("even_tokens")
+    (folder / "videos").mkdir()
+    prepare_small(make_videos(folder / "videos"), folder / "tokens", width=32)
+    return folder / "tokens"
 
 
 def save_again_and_go_on(config: TrainConfig) -> str:
@@ -34,10 +50,13 @@ def save_again_and_go_on(config: TrainConfig) -> str:
         trainer.close()
 
 
-def _configure(tokens: Path, log_dir: Path, tensor: int, pipeline: int) -> TrainConfig:
+def _configure(
+    tokens: Path, log_dir: Path, tensor: int, pipeline: int, context: int
+) -> TrainConfig:
     config = make_config(tokens, log_dir, max_steps=15, global_batch_size=2)
     config.parallel.tensor_model_parallel_size = tensor
     config.parallel.pipeline_model_parallel_size = pipeline
+    config.parallel.context_parallel_size = context
     return config
 
 
@@ -46,18 +65,18 @@ def _checkpoint(log_dir: Path, step: int) -> Path:
 
 
 @pytest.mark.distributed
-def test_the_next_losses_are_those_of_the_unmoved_run(tokens: Path, tmp_path: Path) -> None:
+def test_the_next_losses_are_those_of_the_unmoved_run(even_tokens: Path, tmp_path: Path) -> None:
     unmoved, moved = tmp_path / "unmoved", tmp_path / "moved"
-    run_distributed(run, 2, _configure(tokens, unmoved, 2, 1), timeout_seconds=300)
+    run_distributed(run, 2, _configure(even_tokens, unmoved, 2, 1, 1), timeout_seconds=300)
     expected = losses(unmoved)
     shutil.copytree(unmoved, moved)
     first = TorchDistReader(_checkpoint(unmoved, 9) / "weights")
     moments = [key for key in first.shapes if "exp_avg" in key]
     assert moments and all(first.read(key).any() for key in moments)
-    for layout, sizes in LAYOUTS.items():
+    for layout, (num_processes, *sizes) in LAYOUTS.items():
         shutil.rmtree(_checkpoint(moved, 14))
-        config = _configure(tokens, moved, *sizes)
-        run_distributed(save_again_and_go_on, 2, config, timeout_seconds=300)
+        config = _configure(even_tokens, moved, *sizes)
+        run_distributed(save_again_and_go_on, num_processes, config, timeout_seconds=300)
         for step in range(10, 15):
             # Sums in another order in float32; measured: below 1e-6.
             assert abs(losses(moved)[step] - expected[step]) <= 1e-5, (layout, step)

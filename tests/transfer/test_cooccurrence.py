@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.full_disk import no_file_beyond
 from helpers.two_tokenizers import Coarse, Shuffled, prepare_pair
 from safetensors.numpy import save_file
 
@@ -13,7 +15,9 @@ from cosmos_posttrain.data.contract import Contract, TokenizerInfo, make_contrac
 from cosmos_posttrain.data.dataset import TokenDataset
 from cosmos_posttrain.data.manifest import DocumentRow, Manifest
 from cosmos_posttrain.data.serial import to_plain
+from cosmos_posttrain.data.shard_table import ShardTable
 from cosmos_posttrain.errors import ConfigError, DatasetError, OutputFolderError
+from cosmos_posttrain.files import sha256_of_file
 from cosmos_posttrain.geometry import ClipGeometry, Compression
 from cosmos_posttrain.transfer import counting
 from cosmos_posttrain.transfer.align import align
@@ -194,9 +198,23 @@ def test_a_finished_file_is_left_alone(
     assert [path.name for path in output.parent.iterdir()] == ["c.safetensors"]
 
 
+def test_a_file_that_cannot_be_written(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    align(config(pair, tmp_path / "c"))
+    before = (tmp_path / "c").read_bytes()
+    with (
+        pytest.raises(OutputFolderError, match=r"c cannot be written \(.*\); make room"),
+        no_file_beyond(200),
+    ):
+        align(config(pair, tmp_path / "c", max_clips=2, overwrite=True))
+    assert (tmp_path / "c").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    with pytest.raises(OutputFolderError, match=r"the folder of --output .* is a file"):
+        align(config(pair, tmp_path / "c" / "d"))
+
+
 def test_data_that_cannot_be_compared_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
     output = tmp_path / "c"
-    with pytest.raises(ConfigError, match=r"--old_data_path is missing.*--max_pairs 0 must be"):
+    with pytest.raises(ConfigError, match=r"--max_pairs 0 must be at least 1; --old_data_path is"):
         align(AlignConfig(max_pairs=0))
     (tmp_path / "other").mkdir()
     for path in pair[1].iterdir():
@@ -204,7 +222,7 @@ def test_data_that_cannot_be_compared_is_refused(pair: tuple[Path, Path], tmp_pa
         if path.suffix == ".jsonl":
             text = text.replace(b'.mp4"', b'.mkv"')
         (tmp_path / "other" / path.name).write_bytes(text)
-    rename_sizes(tmp_path / "other")
+    record_anew(tmp_path / "other")
     with pytest.raises(DatasetError, match="shows the same frames of the same video"):
         align(config((pair[0], tmp_path / "other"), output))
     with pytest.raises(DatasetError, match="has no manifest"):
@@ -214,13 +232,16 @@ def test_data_that_cannot_be_compared_is_refused(pair: tuple[Path, Path], tmp_pa
     assert not output.exists()
 
 
-def rename_sizes(folder: Path) -> None:
-    """Makes a copied manifest agree with its files' sizes."""
+def record_anew(folder: Path) -> None:
+    """Makes a copied manifest agree with its files."""
     manifest = Manifest.load(folder)
+    shards = []
     for shard in manifest.shards:
         for extension, entry in shard.files.items():
-            entry["num_bytes"] = (folder / f"{shard.name}.{extension}").stat().st_size
-    manifest.save(folder)
+            path = folder / f"{shard.name}.{extension}"
+            entry.update(num_bytes=path.stat().st_size, sha256=sha256_of_file(path))
+        shards.append(shard)
+    dataclasses.replace(manifest, shards=ShardTable(shards)).save(folder)
 
 
 def test_damaged_files_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:

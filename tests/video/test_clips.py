@@ -28,7 +28,6 @@ from cosmos_posttrain.video import (
     VideoError,
     decode,
     iter_clips,
-    list_videos,
     probe,
     read_clips,
     read_image,
@@ -309,19 +308,6 @@ def test_clips_past_the_end_and_impossible_sizes_are_refused(tmp_path):
     with pytest.raises(VideoError, match="at least 1"):
         read_clips(path, [0], 0, 24, 32)
     assert read_clips(path, [], 2, 24, 32) == []
-
-
-def test_list_videos_is_sorted_recursive_and_skips_hidden_files(tmp_path):
-    for name in ["b/2.MP4", "b.mp4", "a/1.webm", ".hidden.mp4", ".git/3.mp4", "a/notes.txt"]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    found = [path.relative_to(tmp_path).as_posix() for path in list_videos(tmp_path)]
-    assert found == ["a/1.webm", "b.mp4", "b/2.MP4"]
-    with pytest.raises(UserError, match="does not exist"):
-        list_videos(tmp_path / "nowhere")
-    (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match="holds no video"):
-        list_videos(tmp_path / "none")
 
 
 @needs_samples

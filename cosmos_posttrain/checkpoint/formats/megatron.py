@@ -1,0 +1,74 @@
+"""``megatron``: ``weights/`` (torch_dist) and ``context/``, as training writes them.
+
+A run folder means its newest checkpoint, and a path that differs only in its epoch is accepted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cosmos_posttrain.checkpoint import context
+from cosmos_posttrain.checkpoint.formats.base import Contents, WritableFormat
+from cosmos_posttrain.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from cosmos_posttrain.checkpoint.torch_dist_weights import TorchDistWeights
+    from cosmos_posttrain.models.builder import CosmosGPTModel
+
+WEIGHTS, CONTEXT = "weights", "context"
+# Everything that a context says about the model, whoever wrote it.
+_CONTEXT_FILES = ("model.json", "data.json", "io.json", "model.yaml")
+
+
+class MegatronFormat(WritableFormat):
+    """A checkpoint of this package."""
+
+    name = "megatron"
+    title = "a checkpoint or a run folder of this package"
+    parts = (WEIGHTS, CONTEXT)
+
+    def detect(self, folder: Path) -> Path | None:
+        return context.find_checkpoint(folder.parent if folder.name == WEIGHTS else folder)
+
+    def config(self, checkpoint: Path, named: ModelConfig | None) -> ModelConfig:
+        return named or context.read_model_config(checkpoint)
+
+    def data(self, checkpoint: Path) -> context.TrainingData | None:
+        return context.read_data(checkpoint)
+
+    def files(self, checkpoint: Path) -> list[Path]:
+        return folder_files(checkpoint)
+
+    def open(self, checkpoint: Path, config: ModelConfig) -> TorchDistWeights:
+        from cosmos_posttrain.checkpoint.torch_dist_weights import TorchDistWeights
+
+        return TorchDistWeights(checkpoint / WEIGHTS, config)
+
+    def load(self, checkpoint: Path, config: ModelConfig, model: CosmosGPTModel) -> None:
+        from cosmos_posttrain.checkpoint import dist
+
+        self.open(checkpoint, config)  # names everything that does not fit; Megatron does not
+        dist.load(checkpoint / WEIGHTS, model)
+
+    def write(self, folder: Path, contents: Contents) -> None:
+        write_folder(folder, contents)
+
+
+def folder_files(checkpoint: Path) -> list[Path]:
+    """The files of a folder with ``weights`` and ``context``."""
+    weights = sorted(path for path in (checkpoint / WEIGHTS).iterdir() if path.is_file())
+    return weights + [
+        path for name in _CONTEXT_FILES if (path := checkpoint / CONTEXT / name).is_file()
+    ]
+
+
+def write_folder(folder: Path, contents: Contents) -> None:
+    """Writes ``weights`` and ``context``."""
+    from cosmos_posttrain.checkpoint import torch_dist_weights
+
+    weights = contents.weights
+    torch_dist_weights.check_stackable(weights.tensors(), contents.config)
+    (folder / WEIGHTS).mkdir()
+    torch_dist_weights.write_torch_dist(folder / WEIGHTS, contents.config, weights.all_megatron())
+    context.write_context(folder, contents.config, contents.data)

@@ -1,0 +1,49 @@
+"""Settings and flags of ``python -m cosmos_posttrain.data``. No torch.
+
+Flows in: the command line. Flows out: an ``InfoConfig`` or a ``VerifyConfig``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cosmos_posttrain.cli import Flag, flag_names
+from cosmos_posttrain.config import check, setting
+
+
+@dataclass
+class InfoConfig:
+    """Settings of ``info``.
+
+    Attributes:
+        data_path: a folder that prepare_dataset.py wrote, or data of the original recipe.
+    """
+
+    data_path: str = ""
+
+
+@dataclass
+class VerifyConfig:
+    """Settings of ``verify``.
+
+    Attributes:
+        data_path: a folder that prepare_dataset.py wrote.
+        num_workers: files that are read at the same time.
+    """
+
+    data_path: str = ""
+    num_workers: int = setting(4, at_least=1)
+
+
+INFO_FLAGS = (Flag("--data_path"),)
+VERIFY_FLAGS = (Flag("--data_path"), Flag("--num_workers"))
+
+
+def validate(config: InfoConfig | VerifyConfig) -> None:
+    """Lists every problem at once; changes nothing.
+
+    Raises:
+        ConfigError: one sentence with all of them.
+    """
+    missing = "--data_path is missing: name the folder that prepare_dataset.py wrote"
+    check(config, flag_names(VERIFY_FLAGS), [] if config.data_path else [missing])

@@ -1,0 +1,203 @@
+"""One clip to generate, and what came of it.
+
+Flows in: an image, a video, frames or tokens, with the settings of the sampling: a ``Request``.
+Flows out of a ``Session``: a ``GeneratedClip``, its tokens, its frames where they are asked for,
+and a record of how it was made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosmos_posttrain.errors import ConfigError, GeometryError
+from cosmos_posttrain.geometry import ClipGeometry, num_pixel_frames
+from cosmos_posttrain.inference.sampling import check_sampling
+from cosmos_posttrain.video import is_image
+
+DEFAULT_INPUT_FRAMES = 9
+IMAGE_FPS = 25.0
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One clip to generate: what is given of it, and how the rest is drawn.
+
+    One of ``path``, ``frames`` and ``tokens`` is given.
+
+    Attributes:
+        path: an image or a video of any size; its first frames are given.
+        frames: (3, T, H, W) uint8, the given frames in the size of the session's clips.
+        tokens: (T, H, W) integers, the given latent frames on the session's grid.
+        num_input_frames: how many frames of ``path`` are given; None means 9, and 1 of an image.
+        temperature: 0 takes the most likely token each time, 1.0 is the model's own distribution.
+        top_p: draws among the most likely tokens before which at most this mass lies.
+        top_k: draws among this many most likely tokens.
+        seed: the same seed gives the same tokens.
+        fps: frames a second of the clip; None means the input's, and 25 where it has none.
+
+    Raises:
+        ConfigError: no input or several, or settings out of range.
+    """
+
+    path: str | Path | None = None
+    frames: Tensor | None = None
+    tokens: Tensor | None = None
+    num_input_frames: int | None = None
+    temperature: float = 1.0
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int = 0
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        if sum(given is not None for given in (self.path, self.frames, self.tokens)) != 1:
+            raise ConfigError("a request has one input: give path, frames or tokens.")
+        if self.path is None and self.num_input_frames is not None:
+            raise ConfigError(
+                f"num_input_frames {self.num_input_frames} is for a path; frames and tokens are "
+                "given as many as they are."
+            )
+        check_sampling(self.temperature, self.top_p, self.top_k)
+
+    def num_given(self, geometry: ClipGeometry) -> int:
+        """Frames of the clip that are given.
+
+        Raises:
+            GeometryError: frames or tokens of another size than the session's clips, frames that
+                do not fill whole latent frames, or nothing left to generate.
+        """
+        if self.frames is not None:
+            size = (3, None, geometry.height, geometry.width)
+            _check_tensor(self.frames, "frames", size, (torch.uint8,))
+            count = self.frames.shape[1]
+        elif self.tokens is not None:
+            grid = (None, *geometry.latent_shape[1:])
+            _check_tensor(self.tokens, "tokens", grid, (torch.int64, torch.int32))
+            count = num_pixel_frames(self.tokens.shape[0], geometry.compression)
+        elif self.num_input_frames is not None:
+            count = self.num_input_frames
+        else:
+            assert self.path is not None
+            count = 1 if is_image(self.path) else DEFAULT_INPUT_FRAMES
+        geometry.num_condition_tokens(count)
+        return count
+
+    def settings(self, geometry: ClipGeometry) -> dict[str, Any]:
+        """What determines the clip, apart from the session."""
+        return {
+            "input": self._input(),
+            "num_input_frames": self.num_given(geometry),
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "seed": self.seed,
+            "fps": self.fps,
+        }
+
+    def _input(self) -> str:
+        if self.path is not None:
+            return str(Path(self.path).resolve())
+        name, tensor = (
+            ("frames", self.frames) if self.frames is not None else ("tokens", self.tokens)
+        )
+        assert tensor is not None
+        return f"{name} with sha256 {_sha256(tensor)}"
+
+
+def _check_tensor(
+    tensor: Tensor, name: str, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Refuses another shape, of which None may be any size, and another dtype."""
+    fits = tensor.ndim == len(shape) and all(
+        size > 0 and wanted in (None, size)
+        for wanted, size in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits or tensor.dtype not in dtypes:
+        wanted = ", ".join("T" if size is None else str(size) for size in shape)
+        raise GeometryError(
+            f"the given {name} are {tuple(tensor.shape)} {tensor.dtype}; this session takes "
+            f"({wanted}) {dtypes[0]}."
+        )
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is given of a clip, as tokens.
+
+    Attributes:
+        tokens: (1, P) int64 on the CPU.
+        fps: of the input; 0.0 where unknown.
+        num_repeated: frames that repeat the last one, because the input was too short.
+    """
+
+    tokens: Tensor
+    fps: float = 0.0
+    num_repeated: int = 0
+
+
+@dataclass(eq=False)
+class GeneratedClip:
+    """A generated clip.
+
+    Attributes:
+        tokens: (T, H, W) int64 on the CPU, the given ones and those that follow; the same on every
+            rank of a tensor-parallel group.
+        num_condition_tokens: how many of them were given.
+        num_repeated: frames of the input that repeat its last one, because it was too short.
+        fps: frames a second.
+        settings: what determines the clip.
+        tensor_model_parallel_size: processes that shared the model.
+        seconds: that each part took so far.
+        decode: makes frames of tokens.
+    """
+
+    tokens: Tensor
+    num_condition_tokens: int
+    num_repeated: int
+    fps: float
+    settings: dict[str, Any]
+    tensor_model_parallel_size: int
+    seconds: dict[str, float]
+    decode: Callable[[Tensor], Tensor] = field(repr=False)
+
+    @cached_property
+    def frames(self) -> Tensor:
+        """(3, T, H, W) uint8 on the CPU, decoded when they are first asked for."""
+        start = time.perf_counter()
+        frames = self.decode(self.tokens)
+        self.seconds["decode"] = time.perf_counter() - start
+        return frames
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens that were not given."""
+        return self.tokens.numel() - self.num_condition_tokens
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """How the clip was made, for a json beside it."""
+        return {
+            "settings": self.settings,
+            "num_condition_tokens": self.num_condition_tokens,
+            "num_generated_tokens": self.num_generated_tokens,
+            # The video encoder may round differently from run to run; the tokens do not.
+            "tokens_sha256": _sha256(self.tokens),
+            "num_repeated": self.num_repeated,
+            "fps": self.fps,
+            "tensor_model_parallel_size": self.tensor_model_parallel_size,
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "tokens_per_second": round(self.num_generated_tokens / self.seconds["generate"], 2),
+        }

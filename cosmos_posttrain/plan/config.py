@@ -1,0 +1,98 @@
+"""What is planned: the model, the GPUs and the batch; flags and checks. No torch.
+
+Flows in: the command line. Flows out: a ``PlanConfig``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cosmos_posttrain.cli import Flag, flag_names
+from cosmos_posttrain.config import check, setting
+from cosmos_posttrain.models.presets import PRESETS
+
+# Larger numbers are slips of the pen, and would take long to divide.
+MAX_GPUS, MAX_GPUS_PER_NODE = 100_000, 1_000
+DTYPE_NAMES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
+# GPUs' memory in GiB, rounded as their names are.
+GPU_MEMORY_GB = {"A100": 80.0, "H100": 80.0, "H200": 140.0, "B200": 178.0}
+
+
+@dataclass
+class PlanConfig:
+    """What to plan.
+
+    Attributes:
+        model: a preset, a folder with a checkpoint or ``config.json``, a ``config.json`` or
+            ``model.json``, or a Hugging Face id.
+        gpus: GPUs in all.
+        gpu_memory_gb: memory of one GPU in GiB; None means the usual one of ``gpu``.
+        gpus_per_node: GPUs of one machine.
+        gpu: kind of GPU, which gives peak and link speed: A100, H100, H200, B200, or any with
+            ``peak_tflops``.
+        peak_tflops: dense bfloat16 peak of one GPU in TFLOP/s; None means that of ``gpu``.
+        link_gb_per_second: bandwidth between GPUs of a node and direction, in GB/s; None means
+            that of ``gpu``.
+        mfu: share of the peak before recomputation, bubble and transfers.
+        latent_shape: grid T,H,W of a clip; None means the model's own.
+        vocab_size: codes of the tokenizer; None means the model's own.
+        micro_batch_size: clips per forward pass and data-parallel rank.
+        global_batch_size: clips per optimizer step.
+        dtype: of weights and activations.
+        distributed_optimizer: divide optimizer state over data-parallel ranks.
+        max_layouts: rows of the table.
+        json: print JSON and nothing else.
+    """
+
+    model: str = "4B"
+    gpus: int = setting(8, at_least=1, at_most=MAX_GPUS)
+    gpu_memory_gb: float | None = setting(None, above=0)
+    gpus_per_node: int = setting(8, at_least=1, at_most=MAX_GPUS_PER_NODE)
+    gpu: str = "H100"
+    peak_tflops: float | None = setting(None, above=0)
+    link_gb_per_second: float | None = setting(None, above=0)
+    mfu: float = setting(0.4, above=0, at_most=1)
+    latent_shape: str | None = None
+    vocab_size: int | None = setting(None, at_least=1)
+    micro_batch_size: int = setting(1, at_least=1)
+    global_batch_size: int = setting(32, at_least=1)
+    dtype: str = setting("bf16", choices=tuple(DTYPE_NAMES))
+    distributed_optimizer: bool = True
+    max_layouts: int = setting(10, at_least=1)
+    json: bool = False
+
+
+FLAGS = (
+    Flag("--model", help=f"{', '.join(PRESETS)}, or a checkpoint, config.json or hub id"),
+    Flag("--gpus"),
+    Flag("--gpu_memory_gb"),
+    Flag("--gpus_per_node"),
+    Flag("--gpu"),
+    Flag("--peak_tflops"),
+    Flag("--link_gb_per_second"),
+    Flag("--mfu"),
+    Flag("--latent_shape"),
+    Flag("--vocab_size"),
+    Flag("--micro_batch_size"),
+    Flag("--global_batch_size"),
+    Flag("--dtype"),
+    Flag("--distributed_optimizer"),
+    Flag("--max_layouts"),
+    Flag("--json"),
+)
+
+
+def validate(config: PlanConfig) -> None:
+    """Lists every problem of a config at once; changes nothing.
+
+    Raises:
+        ConfigError: one sentence with all of them.
+    """
+    problems = []
+    if config.gpus > config.gpus_per_node and config.gpus % max(config.gpus_per_node, 1):
+        problems.append(
+            f"--gpus {config.gpus} must be a multiple of --gpus_per_node {config.gpus_per_node}"
+        )
+    if config.gpu_memory_gb is None and config.gpu not in GPU_MEMORY_GB:
+        problems.append(f"the memory of --gpu {config.gpu} is not known: give --gpu_memory_gb")
+    check(config, flag_names(FLAGS), problems)
