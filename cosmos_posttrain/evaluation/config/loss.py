@@ -1,7 +1,7 @@
 """What ``evaluate.py loss`` measures: its settings, flags and checks. No torch.
 
-Flows in: the command line. Flows out: a ``LossEvalConfig``; fields that are left out follow from the
-checkpoint, in ``loss_inputs.py``.
+Flows in: the command line. Flows out: a ``LossEvalConfig``; fields that are left out follow from
+the checkpoint, in ``loss_inputs.py``.
 """
 
 from __future__ import annotations
