@@ -1,4 +1,4 @@
-"""Measures a tokenizer; see docs/evaluation.md."""
+"""Measures a tokenizer or a model; see docs/evaluation.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cosmos_posttrain.cli import Flag, parse
 from cosmos_posttrain.errors import ConfigError
-from cosmos_posttrain.evaluation.config import tokenizer
+from cosmos_posttrain.evaluation.config import loss, tokenizer
 from cosmos_posttrain.launch import run_cli
 
 
@@ -31,6 +31,12 @@ class Command:
 
 
 COMMANDS = {
+    "loss": Command(
+        "How well a model foresees the tokens of held-out clips, beside baselines.",
+        loss.LossEvalConfig,
+        loss.FLAGS,
+        "cosmos_posttrain.evaluation.loss",
+    ),
     "tokenizer": Command(
         "PSNR, SSIM, codebook use and speed of a video tokenizer, with a contact sheet.",
         tokenizer.TokenizerEvalConfig,
