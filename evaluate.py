@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cosmos_posttrain.cli import Flag, parse
 from cosmos_posttrain.errors import ConfigError
-from cosmos_posttrain.evaluation.config import loss, tokenizer
+from cosmos_posttrain.evaluation.config import loss, onex, tokenizer
 from cosmos_posttrain.launch import run_cli
 
 
@@ -42,6 +42,12 @@ COMMANDS = {
         tokenizer.TokenizerEvalConfig,
         tokenizer.FLAGS,
         "cosmos_posttrain.evaluation.tokenizer",
+    ),
+    "onex": Command(
+        "Loss of a model on windows of the 1X World Model Challenge, and a submission.",
+        onex.OnexEvalConfig,
+        onex.FLAGS,
+        "cosmos_posttrain.evaluation.onex.command",
     ),
 }
 
