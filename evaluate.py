@@ -33,7 +33,7 @@ class Command:
 COMMANDS = {
     "loss": Command(
         "How well a model foresees the tokens of held-out clips, beside baselines.",
-        loss.LossConfig,
+        loss.LossEvalConfig,
         loss.FLAGS,
         "cosmos_posttrain.evaluation.loss",
     ),

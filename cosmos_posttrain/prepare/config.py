@@ -23,8 +23,10 @@ class PrepareConfig:
     """Settings of ``prepare_dataset.py``.
 
     Attributes:
-        input_videos_dir: folder of videos, searched recursively; this or one of the next two.
+        input_videos_dir: folder of videos, searched recursively; or give one of the next three.
         input_jsonl: file with ``{"visual_input": path, "prompt": text}`` a line.
+        input_pt_dir: folder of ``.pt`` files that the original recipe wrote for Video2World models;
+            ``encoder_path`` and ``text_encoder_path`` name what made them.
         input_tokens_dir: folder of the 1X World Model Challenge (v2.0 or v1.1), whose tokens are
             imported as they are.
         output_prefix: folder for the shards and the manifest.
@@ -58,6 +60,7 @@ class PrepareConfig:
 
     input_videos_dir: str | None = None
     input_jsonl: str | None = None
+    input_pt_dir: str | None = None
     input_tokens_dir: str | None = None
     output_prefix: str = ""
     width: int = setting(1024, at_least=1)
@@ -86,6 +89,7 @@ class PrepareConfig:
 FLAGS = (
     Flag("--input_videos_dir"),
     Flag("--input_jsonl"),
+    Flag("--input_pt_dir"),
     Flag("--input_tokens_dir"),
     Flag("--output_prefix", aliases=("--output_dir",)),
     Flag("--width"),
@@ -120,15 +124,24 @@ def validate(config: PrepareConfig) -> None:
         GeometryError: the tokenizer cannot represent the clip.
     """
     problems = []
-    inputs = (config.input_videos_dir, config.input_jsonl, config.input_tokens_dir)
-    if sum(value is not None for value in inputs) != 1:
-        problems.append("give one of --input_videos_dir, --input_jsonl and --input_tokens_dir")
+    inputs = {
+        "--input_videos_dir": config.input_videos_dir,
+        "--input_jsonl": config.input_jsonl,
+        "--input_pt_dir": config.input_pt_dir,
+        "--input_tokens_dir": config.input_tokens_dir,
+    }
+    if sum(value is not None for value in inputs.values()) != 1:
+        problems.append(f"give one of {', '.join(inputs)}")
     if config.input_tokens_dir is not None:
         problems += _without_effect(config)
     if not config.output_prefix:
         problems.append("give --output_prefix, the folder for the tokens")
-    if config.text_encoder_path is not None and config.input_jsonl is None:
+    if config.text_encoder_path is not None and config.input_videos_dir is not None:
         problems.append("--text_encoder_path needs --input_jsonl, whose lines have the prompts")
+    if config.text_encoder_path is None and config.input_pt_dir is not None:
+        problems.append(
+            "--input_pt_dir needs --text_encoder_path: name the text encoder that made its prompts"
+        )
     for parse, value in (
         (parse_clips_per_video, config.clips_per_video),
         (parse_compression, config.tokenizer_compression_factor),
