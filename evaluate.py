@@ -1,4 +1,4 @@
-"""Measures a tokenizer; see docs/evaluation.md."""
+"""Measures a tokenizer, and shows what training made; see docs/evaluation.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cosmos_posttrain.cli import Flag, parse
 from cosmos_posttrain.errors import ConfigError
-from cosmos_posttrain.evaluation.config import tokenizer
+from cosmos_posttrain.evaluation.config import report, tokenizer
 from cosmos_posttrain.launch import run_cli
 
 
@@ -36,6 +36,12 @@ COMMANDS = {
         tokenizer.TokenizerEvalConfig,
         tokenizer.FLAGS,
         "cosmos_posttrain.evaluation.tokenizer",
+    ),
+    "report": Command(
+        "One page about training runs and their evaluations, for any browser.",
+        report.ReportConfig,
+        report.FLAGS,
+        "cosmos_posttrain.evaluation.report.command",
     ),
 }
 

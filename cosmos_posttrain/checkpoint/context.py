@@ -40,12 +40,15 @@ class TrainingData:
         split: which of its clips.
         embedding_transfer: how the rows of its tokens began (``transfer/``); None where they were
             kept or drawn with the rest of the model.
+        started_from: the model that the run began with: its path, the tokenizer that it knew, and
+            what was said of the rows of its tokens.
     """
 
     contract: Contract | None = None
     dataset: str | None = None
     split: SplitInfo | None = None
     embedding_transfer: dict[str, Any] | None = None
+    started_from: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``context/data.json``; what is not known is left out."""
