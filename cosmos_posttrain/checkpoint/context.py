@@ -19,6 +19,9 @@ from cosmos_posttrain.data.serial import from_plain, to_plain
 from cosmos_posttrain.errors import CheckpointError, DatasetError
 from cosmos_posttrain.models.config import ModelConfig
 
+# In LOG_DIR/default: how the run was started, each time.
+LAUNCHES_FILE = "launches.jsonl"
+
 _NAME = re.compile(r"epoch=(\d+)-step=(\d+)")
 
 

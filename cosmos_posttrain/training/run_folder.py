@@ -32,7 +32,6 @@ from cosmos_posttrain.training.optimizer import CheckpointableOptimizer
 from cosmos_posttrain.training.retention import to_remove
 
 METRICS_FILE = "metrics.json"  # the row of the checkpoint's last step, in its context
-LAUNCHES_FILE = "launches.jsonl"
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ class RunFolder:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "environment": environment.describe(),
         }
-        with (self.run / LAUNCHES_FILE).open("a", encoding="utf-8") as file:
+        with (self.run / context.LAUNCHES_FILE).open("a", encoding="utf-8") as file:
             file.write(files.json_text(row) + "\n")
 
     def _size(self, estimate: int) -> int:

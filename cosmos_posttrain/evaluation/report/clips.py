@@ -16,7 +16,6 @@ from typing import Any
 from cosmos_posttrain.errors import VideoError
 from cosmos_posttrain.evaluation.report.curves import is_number
 from cosmos_posttrain.evaluation.report.evaluations import Evaluation
-from cosmos_posttrain.video import probe, read_clips
 
 CLIPS_FOLDER = "clips"
 # Shown in this order; a film of another name comes after them.
@@ -200,6 +199,8 @@ def _load(clip: Clip) -> Clip:
     Raises:
         VideoError: one of them cannot be read.
     """
+    from cosmos_posttrain.video import probe, read_clips  # with them comes torch
+
     infos = [probe(film.path) for film in clip.films]
     first = infos[0]
     films = []

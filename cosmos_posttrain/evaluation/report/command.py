@@ -1,6 +1,6 @@
 """``evaluate.py report``: from run folders and evaluations to one page.
 
-Flows in: a ``ReportConfig``. Flows out: ``report.html``, and the same in W&B where that is asked for.
+Flows in: a ``ReportConfig``. Flows out: ``report.html``, and the same in W&B where asked for.
 
     run folders --runs--> curves, settings, data --+
     metrics.json --evaluations--> figures, rows ---+--sections--> Page --page--> report.html

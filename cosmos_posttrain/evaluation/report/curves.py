@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,10 +104,11 @@ def read_curves(path: Path) -> Curves:
     return Curves(curves, num_steps, samples)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """True for finite numbers; a file may hold anything."""
-    is_kind = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_kind and math.isfinite(value)  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value)
 
 
 def shown_steps(curves: Curves, max_rows: int) -> Sequence[int]:

@@ -1,6 +1,6 @@
 """What the other commands of evaluate.py have measured, found and read.
 
-Flows in: their ``metrics.json``. Flows out: ``Evaluation``s of one shape. The values may be anything
+Flows in: their ``metrics.json``. Flows out: ``Evaluation``s of one shape. Values may be anything
 that JSON can hold: whoever shows them looks at their kind first.
 """
 

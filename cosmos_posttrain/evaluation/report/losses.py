@@ -1,7 +1,7 @@
 """The section on held-out loss beside the baselines.
 
-Flows in: ``Evaluation``s of ``evaluate.py loss``. Flows out: a ``Section``: a table, the loss of each
-latent frame, and of each place of the grid.
+Flows in: ``Evaluation``s of ``evaluate.py loss``. Flows out: a ``Section``: a table, the loss of
+each latent frame, and of each place of the grid.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The page itself: one HTML file that needs nothing else.
 
-Flows in: a ``Page``. Flows out: HTML in which all text from files is escaped, and whose policy lets a
-browser run its own script only and fetch nothing from anywhere.
+Flows in: a ``Page``. Flows out: HTML in which all text from files is escaped, and whose policy lets
+a browser run its own script only and fetch nothing from anywhere.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from cosmos_posttrain.evaluation.report.curves import Curves, read_curves
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.runlog import METRICS_FILE
 from cosmos_posttrain.training.config import TrainConfig
-from cosmos_posttrain.training.run_folder import LAUNCHES_FILE
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def _open(folder: Path, name: str) -> Run:
         checkpoints=checkpoints,
         data=context.read_data(newest) or TrainingData(),
         model=context.read_model_config(newest),
-        launches=_objects(inner / LAUNCHES_FILE),
+        launches=_objects(inner / context.LAUNCHES_FILE),
     )
 
 

@@ -205,7 +205,8 @@ def _settings_tables(runs: list[Run]) -> list[Table]:
     """What was asked for, and all the rest."""
     usual = default_settings()
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
-    asked, others = [], []
+    asked: list[list[Cell]] = []
+    others: list[list[Cell]] = []
     for key in keys:
         values = [run.settings.get(key) for run in runs]
         changed = any(value != usual.get(key) for value in values)

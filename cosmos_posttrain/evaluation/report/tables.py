@@ -1,4 +1,4 @@
-"""Tables as the page shows them: text that a person reads, and the value that a column is sorted by.
+"""Tables as the page shows them: text that a person reads, and the value that it is sorted by.
 
 Flows in: values of any kind, from files. Flows out: ``Table``s, of bounded length.
 """
@@ -132,6 +132,6 @@ def mark_best(rows: list[list[Cell]], column: int, lowest: bool) -> None:
         (row[column].value, place) for place, row in enumerate(rows) if is_number(row[column].value)
     ]
     if len(values) > 1:
-        _, place = (min if lowest else max)(values)  # type: ignore[type-var]
+        _, place = (min if lowest else max)(values)
         best = rows[place][column]
         rows[place][column] = Cell(best.text, best.value, "best")

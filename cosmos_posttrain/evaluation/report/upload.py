@@ -1,7 +1,7 @@
 """The page's figures and videos in W&B, beside the first run's own curves.
 
-Flows in: a ``Page`` that was written. Flows out: one row of pictures, videos and the page in the W&B
-run of the training.
+Flows in: a ``Page`` that was written. Flows out: one row of pictures, videos and the page in the
+W&B run of the training.
 """
 
 from __future__ import annotations

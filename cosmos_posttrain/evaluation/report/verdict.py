@@ -80,8 +80,8 @@ def _training(run: Run, several: bool) -> Finding:
         return Finding(
             BAD,
             heading,
-            f"The validation loss was lowest, {lowest[1]:.3f}, at step {lowest[0]:,.0f} and rose to "
-            f"{last[1]:.3f} at step {last[0]:,.0f}: the model has begun to memorise; an earlier "
+            f"The validation loss was lowest, {lowest[1]:.3f}, at step {lowest[0]:,.0f} and rose "
+            f"to {last[1]:.3f} at step {last[0]:,.0f}: the model has begun to memorise; an earlier "
             "checkpoint, or more clips, will be better.",
         )
     return Finding(
