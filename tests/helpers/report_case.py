@@ -110,23 +110,26 @@ def write_generation(
     for number, name in enumerate(names):
         defects = [{"kind": "solid_color", "frame": 11, "measure": 2.0}]
         defects = defects if name == "broken" else []
-        row = {"clip": name, "seed": 0, "psnr": 22.0 - number, "ssim": 0.7, "defects": defects}
+        row = {"name": name, "clip": number, "video": f"{name}.mp4", "psnr": 22.0 - number}
+        row |= {"defects": defects, "num_failed_samples": len(defects)}
         rows.append(row)
         for film in ("truth", "reconstruction", "generated"):
             frames = moving_square(number, bool(defects) and film == "generated")
             write_mp4(folder / "clips" / name / f"{film}.mp4", frames, 8.0)
 
     def of(psnr: float) -> dict[str, Any]:
-        curve = [psnr + 4 - 0.6 * frame for frame in range(NUM_FRAMES - NUM_GIVEN)]
-        return {"psnr": psnr, "ssim": psnr / 30, "per_frame": {"psnr": curve}}
+        curve = [26.0] * NUM_GIVEN
+        curve += [psnr + 4 - frame for frame in range(NUM_FRAMES - NUM_GIVEN)]
+        return {"psnr": psnr, "ssim": psnr / 30, "by_frame": {"psnr": curve}}
 
     figures = {
         "generated": of(21.0),
-        "repeat_last": of(19.0),
-        "optical_flow": of(19.5),
+        "repeat_last_frame": of(19.0),
+        "constant_motion": of(19.5),
         "reconstruction": of(25.0),
-        "diversity": 3.2,
         "failure_rate": 1 / 3,
+        "failure_rate_interval": [0.06, 0.79],
+        "failures_by_kind": {"solid_color": 1},
     }
     settings = {"model": str(model.resolve()), "num_input_frames": NUM_GIVEN}
     return _write(folder, "generate", settings, figures, rows)

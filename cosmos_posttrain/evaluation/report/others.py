@@ -10,6 +10,7 @@ import numpy as np
 
 from cosmos_posttrain.evaluation.report import shapes
 from cosmos_posttrain.evaluation.report.charts import NEUTRAL, NUM_COLOURS, Line, LineChart
+from cosmos_posttrain.evaluation.report.curves import is_number
 from cosmos_posttrain.evaluation.report.evaluations import Evaluation
 from cosmos_posttrain.evaluation.report.section import Section
 from cosmos_posttrain.evaluation.report.tables import (
@@ -32,10 +33,13 @@ _TITLES = {
 }
 _LEADS = {
     GENERATE: "Between two floors, which know no model (the last given frame repeated, its motion "
-    "carried on), and the ceiling, the tokenizer's own reconstruction.",
+    "carried on), and the ceiling, the tokenizer's own reconstruction. Frames left of the dotted "
+    "line were given.",
 }
 _WIDTH = 8  # columns of scalars at most; the rest is a list
 _ITSELF = "generated"
+_CEILINGS = ("reconstruction",)
+_MARKS = "num_input_frames"  # where the model's own frames begin
 
 
 def other_section(command: str, evaluations: list[Evaluation]) -> Section:
@@ -77,7 +81,7 @@ def _scalar_tables(evaluation: Evaluation, suffix: str) -> list[Table]:
         rest = {k: v for k, v in values.items() if k not in columns}
         alone |= {f"{name} {key}": value for key, value in rest.items()}
     for column, key in enumerate(columns, start=1):
-        mark_best(rows, column, lowest=key in shapes.LOWER)
+        mark_best(rows, column, lowest=key in shapes.LOWER, but=_CEILINGS)
     tables = [Table(f"Scores{suffix}", ["", *map(words, columns)], rows)] if rows else []
     if alone:
         shown = list(alone.items())[:MAX_ROWS]
@@ -93,6 +97,8 @@ def _series_charts(evaluation: Evaluation, name: str, suffix: str) -> list[LineC
         of, quantity = shapes.split(path)
         if shapes.is_known(quantity):
             found.setdefault(quantity, []).append((of, values))
+    given = evaluation.settings.get(_MARKS)
+    marks = [given + 0.5] if is_number(given) else []
     charts = []
     for quantity, items in found.items():
         items.sort(key=lambda item: _ITSELF not in item[0])
@@ -103,10 +109,13 @@ def _series_charts(evaluation: Evaluation, name: str, suffix: str) -> list[LineC
             style = "line" if is_itself else "dashed"
             lines.append(Line(words(of), frames, values, min(place + 1, NEUTRAL), style))
         heading = f"{words(quantity)} by frame{suffix}"
-        said = " ".join(
+        said = f"The model's own frames begin after frame {given}. " if marks else ""
+        said += " ".join(
             f"{words(of) or words(quantity)}: {number(values[0])} to {number(values[-1])}."
             for of, values in items
         )
         anchor = f"{name}-{quantity.replace('_', '-')}"
-        charts.append(LineChart(anchor, heading, "frame", words(quantity), lines, said))
+        charts.append(
+            LineChart(anchor, heading, "frame", words(quantity), lines, said, marks=marks)
+        )
     return charts

@@ -6,7 +6,7 @@ Flows in: values of any kind, from files. Flows out: ``Table``s, of bounded leng
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,10 +126,12 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, (str, bool)) or is_number(value)
 
 
-def mark_best(rows: list[list[Cell]], column: int, lowest: bool) -> None:
-    """Marks the best number of a column, in place."""
+def mark_best(rows: list[list[Cell]], column: int, lowest: bool, but: Collection[str] = ()) -> None:
+    """Marks the best number of a column, in place; rows whose first cell is in ``but`` are none."""
     values = [
-        (row[column].value, place) for place, row in enumerate(rows) if is_number(row[column].value)
+        (row[column].value, place)
+        for place, row in enumerate(rows)
+        if is_number(row[column].value) and row[0].value not in but
     ]
     if len(values) > 1:
         _, place = (min if lowest else max)(values)
