@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_posttrain.errors import VideoError
+from cosmos_posttrain.evaluation.report import shapes
 from cosmos_posttrain.evaluation.report.curves import is_number
 from cosmos_posttrain.evaluation.report.evaluations import Evaluation
 
@@ -134,7 +135,7 @@ def _listed(evaluation: Evaluation) -> list[Clip]:
             continue
         row = rows.get(inner.name) or _by_stem(rows, inner.name)
         flags = flagged.get(inner.name) or flags_of(row)
-        figures = {key: float(value) for key, value in row.items() if is_number(value)}
+        figures = {k: v for k, v in row.items() if is_number(v) and shapes.is_known(k)}
         clips.append(Clip(inner.name, evaluation.name, films, flags, figures, num_given=int(given)))
     return sorted(clips, key=lambda clip: (not clip.flags, clip.figures.get("psnr", float("inf"))))
 

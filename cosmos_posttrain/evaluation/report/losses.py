@@ -44,7 +44,9 @@ def loss_section(evaluations: list[Evaluation]) -> Section:
             tables.append(_frames_table(parts, suffix))
         if maps := _maps(parts, f"places-{place}", suffix):
             charts.append(maps)
-            tables += [_map_table(h + suffix, v) for h, v in maps.maps if v.size <= _MAX_GRID]
+            values = maps.maps[0][1]
+            if values.size <= _MAX_GRID:
+                tables.append(_map_table(maps.maps[0][0] + suffix, values))
         if rows := table_of_objects(f"Every clip{suffix}", evaluation.rows):
             tables.append(rows)
     return Section(

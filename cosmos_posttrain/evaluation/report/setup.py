@@ -168,12 +168,13 @@ def _machine(run: Run) -> str:
     found = _last_environment(run)
     if not found:
         return _UNKNOWN
-    processes = found.get("num_processes")
-    on = f"{found['num_gpus']} x {found['gpu']}" if "gpu" in found else found.get("processor")
-    versions = ", ".join(
-        f"{name} {found[name]}" for name in ("torch", "megatron-core") if name in found
-    )
-    return f"{on}; {text_of(processes)} process{'es' if processes != 1 else ''}; {versions}"
+    on = found.get("processor")
+    if "gpu" in found:
+        on = f"{found['gpu']}, {text_of(found.get('num_gpus'))} a machine"
+    processes = found.get("num_processes", 1)
+    parts = [on, f"{text_of(processes)} process{'es' if processes != 1 else ''}"]
+    parts += [f"{name} {found[name]}" for name in ("torch", "megatron-core") if name in found]
+    return ", ".join(str(part) for part in parts if part)
 
 
 def _compared(caption: str, runs: list[Run], rows: list[list[Cell]], **more: Any) -> Table:
@@ -229,7 +230,8 @@ def _command_lines(runs: list[Run], evaluations: list[Evaluation]) -> str:
                 num = environment.get("num_processes", 1)
                 parts.append((f"{head}, {num} process(es)", environment.get("command_line")))
     for evaluation in evaluations:
-        parts.append((evaluation.name, evaluation.environment.get("command_line")))
+        head = f"{evaluation.name}, evaluate.py {evaluation.command}"
+        parts.append((head, evaluation.environment.get("command_line")))
     return "\n\n".join(
         f"# {head}\npython {_joined(line)}" for head, line in parts if isinstance(line, list)
     )

@@ -37,7 +37,7 @@ def walk(figures: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 def scalars(figures: Any) -> dict[Path, float]:
     """The finite numbers."""
-    return {path: float(value) for path, value in walk(figures) if is_number(value)}
+    return {path: value for path, value in walk(figures) if is_number(value)}
 
 
 def series(figures: Any) -> dict[Path, list[float]]:

@@ -63,7 +63,7 @@ def cell(value: Any, mark: str = "") -> Cell:
     if value is None or value == "":
         return Cell("\N{EM DASH}", None, mark)
     if is_number(value):
-        return Cell(number(value), float(value), mark)
+        return Cell(number(value), value, mark)
     return Cell(shortened(text_of(value)), text_of(value)[:_MAX_TEXT], mark)
 
 
@@ -71,7 +71,7 @@ def number(value: float) -> str:
     """1,234 or 0.1234: four digits that count."""
     if not math.isfinite(value):
         return "\N{EM DASH}"
-    if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15):
+    if isinstance(value, int) or value == 0:
         return f"{int(value):,}".replace("-", "\N{MINUS SIGN}")
     if abs(value) < 1e-3:
         return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
@@ -129,11 +129,13 @@ def _is_scalar(value: Any) -> bool:
 def mark_best(rows: list[list[Cell]], column: int, lowest: bool, but: Collection[str] = ()) -> None:
     """Marks the best number of a column, in place; rows whose first cell is in ``but`` are none."""
     values = [
-        (row[column].value, place)
+        (value, place)
         for place, row in enumerate(rows)
-        if is_number(row[column].value) and row[0].value not in but
+        if is_number(value := row[column].value) and row[0].value not in but
     ]
-    if len(values) > 1:
-        _, place = (min if lowest else max)(values)
-        best = rows[place][column]
-        rows[place][column] = Cell(best.text, best.value, "best")
+    if len({value for value, _ in values}) < 2:
+        return
+    best = (min if lowest else max)(value for value, _ in values)
+    for value, place in values:
+        if value == best:
+            rows[place][column] = Cell(rows[place][column].text, value, "best")

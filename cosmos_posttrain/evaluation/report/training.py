@@ -112,8 +112,8 @@ def _described(runs: list[Run], quantity: str, what: str) -> str:
         start, end = curve.mean(0, few), curve.mean(len(curve) - few, len(curve))
         who = f" of {run.name}" if len(runs) > 1 else ""
         sentences.append(
-            f"{what}{who} goes from {number(start)} at step {number(curve.steps[0])} to "
-            f"{number(end)} at step {number(curve.steps[-1])}. "
+            f"{what}{who} goes from {number(start)} at step {curve.steps[0]:,.0f} to "
+            f"{number(end)} at step {curve.steps[-1]:,.0f}. "
         )
     return "".join(sentences)
 

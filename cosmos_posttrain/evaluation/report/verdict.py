@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections import Counter
 from dataclasses import dataclass
 
 from cosmos_posttrain.evaluation.report import losses, shapes, training
@@ -47,7 +48,8 @@ def findings(runs: list[Run], evaluations: list[Evaluation]) -> list[Finding]:
     generated = [item for item in evaluations if item.command == GENERATE]
     found += [_loss(item, len(loss) > 1) for item in loss]
     found += [_generation(item, len(generated) > 1) for item in generated]
-    found += [item for e in evaluations if (item := _failures(e, len(evaluations) > 1))]
+    commands = Counter(item.command for item in evaluations)
+    found += [item for e in evaluations if (item := _failures(e, commands[e.command] > 1))]
     if not loss:
         text = "Not measured: whether it foresees held-out clips better than simple baselines."
         found.append(Finding(OPEN, "Loss", text, _command(losses.COMMAND, runs[0])))
