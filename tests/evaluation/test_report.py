@@ -414,3 +414,16 @@ def test_figures_are_found_by_their_paths() -> None:
     assert split(path) == ("a", "psnr") and values[0] == 1 and np.isnan(values[1])
     assert split(("psnr", "c")) == ("c", "psnr") and split(("x", "y")) == ("x", "y")
     assert grid([[1, None], [2, 3]]) is not None and grid([[1], [1, 2]]) is None
+
+
+def test_the_same_goes_to_wandb(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    write_generation(run / "generate", run, names=["only"])
+    report(run, wandb=True)
+    (session,) = (run / "default" / "wandb").glob("offline-run-*")
+    names = [path.name for path in (session / "files" / "media").rglob("*") if path.is_file()]
+    assert sum(name.endswith(".mp4") for name in names) == 3
+    assert sum(name.endswith(".png") for name in names) == 5  # four of the training, PSNR by frame
+    assert sum(name.endswith(".html") for name in names) == 1
