@@ -1,4 +1,4 @@
-"""Measures a tokenizer or a model; see docs/evaluation.md."""
+"""Measures tokenizers and models, and shows what training made; see docs/evaluation.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cosmos_posttrain.cli import Flag, parse
 from cosmos_posttrain.errors import ConfigError
-from cosmos_posttrain.evaluation.config import loss, onex, tokenizer
+from cosmos_posttrain.evaluation.config import loss, onex, report, tokenizer
 from cosmos_posttrain.launch import run_cli
 
 
@@ -48,6 +48,12 @@ COMMANDS = {
         onex.OnexEvalConfig,
         onex.FLAGS,
         "cosmos_posttrain.evaluation.onex.command",
+    ),
+    "report": Command(
+        "One page about training runs and their evaluations, for any browser.",
+        report.ReportConfig,
+        report.FLAGS,
+        "cosmos_posttrain.evaluation.report.command",
     ),
 }
 

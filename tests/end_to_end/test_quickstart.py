@@ -33,7 +33,7 @@ def test_quickstart_twice(tmp_path: Path, quick: str, lower: float) -> None:
     output = tmp_path / "out"
     first = quickstart("--output", output, quick=quick, timeout=1800)
     assert first.returncode == 0, first.stderr
-    for name in ("generated.mp4", "side_by_side.png", "loss_curve.png"):
+    for name in ("generated.mp4", "side_by_side.png", "loss_curve.png", "report.html"):
         assert (output / name).stat().st_size > 1000
     losses = [row["reduced_train_loss"] for row in read_metrics(output / "run_new")]
     last = losses[-min(20, len(losses) // 2) :]
