@@ -1,4 +1,4 @@
-"""Measures a tokenizer; see docs/evaluation.md."""
+"""Measures models, tokenizers and clips; see docs/evaluation.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cosmos_posttrain.cli import Flag, parse
 from cosmos_posttrain.errors import ConfigError
-from cosmos_posttrain.evaluation.config import tokenizer
+from cosmos_posttrain.evaluation.config import tokenbench, tokenizer
 from cosmos_posttrain.launch import run_cli
 
 
@@ -31,6 +31,12 @@ class Command:
 
 
 COMMANDS = {
+    "tokenbench": Command(
+        "PSNR, SSIM, LPIPS and rFVD of a folder of videos against references of the same names.",
+        tokenbench.TokenBenchConfig,
+        tokenbench.FLAGS,
+        "cosmos_posttrain.evaluation.tokenbench",
+    ),
     "tokenizer": Command(
         "PSNR, SSIM, codebook use and speed of a video tokenizer, with a contact sheet.",
         tokenizer.TokenizerEvalConfig,
