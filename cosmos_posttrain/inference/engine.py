@@ -2,7 +2,8 @@
 
 Flows in: an ``ARModel`` and the tokens of the first latent frames (B, P). Flows out: the next N
 tokens (B, N), the same on every rank. The prompt goes through the model at once, then one token at
-a time.
+a time. With guidance each clip has two rows, (2 B, ...): one with its text and one with another;
+both are fed the same tokens, and one is drawn from their scores together.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
 from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError, GeometryError
-from cosmos_posttrain.inference.sampling import check_sampling, draw_uniform, sample
+from cosmos_posttrain.inference.sampling import (
+    check_guidance,
+    check_sampling,
+    draw_uniform,
+    guide,
+    sample,
+)
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.builder import CosmosGPTModel
 
@@ -43,6 +50,28 @@ def _check_prompt(model: ARModel, tokens: Tensor, num_tokens: int) -> None:
             f"{tuple(model.latent_shape)}; together they can be at most "
             f"{model.config.num_clip_tokens}."
         )
+
+
+def _contexts(
+    context: Tensor | None, guidance_scale: float, negative_context: Tensor | None
+) -> Tensor | None:
+    """What the rows of the batch attend to: (B, L, C), or (2 B, L, C) with guidance."""
+    check_guidance(guidance_scale, negative_context is not None)
+    if guidance_scale == 1:
+        return context
+    if context is None:
+        raise ConfigError(
+            f"guidance_scale {guidance_scale} needs a text, and this is a base model, which takes "
+            "none; leave it out."
+        )
+    if negative_context is None:
+        return torch.cat([context, torch.zeros_like(context)])
+    if negative_context.shape != context.shape:
+        raise GeometryError(
+            f"negative_context has shape {tuple(negative_context.shape)} and context "
+            f"{tuple(context.shape)}; give the same number of clips and rows."
+        )
+    return torch.cat([context, negative_context.to(context)])
 
 
 def _check_layout() -> None:
@@ -111,6 +140,8 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
     context: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    negative_context: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Continues clips of tokens. Every tensor-parallel rank calls it with the same arguments.
@@ -125,6 +156,10 @@ def generate(
         top_k: draws among this many most likely tokens.
         seed: the same seed gives the same tokens, at any tensor parallel size up to rounding.
         context: (B, L, context_dim) text embeddings of a Video2World model.
+        guidance_scale: tokens are drawn from ``other + guidance_scale * (given - other)``, the
+            logits with ``context`` and those with ``negative_context``; 1 draws from the former,
+            without computing the latter.
+        negative_context: as ``context``; None is the null context, all zeros.
         progress: called with the number of tokens generated so far, after each.
 
     Returns:
@@ -133,20 +168,22 @@ def generate(
     Raises:
         GeometryError: a prompt that does not fit the model's grid or vocabulary, or lacks
             ``<bov>``; a text of another shape.
-        ConfigError: sampling settings out of range, a text too many or too few, or a layout that
-            cannot generate.
+        ConfigError: sampling settings out of range, a text too many or too few, guidance without
+            a text, or a layout that cannot generate.
         CosmosPosttrainError: logits that are not finite.
     """
     check_sampling(temperature, top_p, top_k)
     _check_prompt(model, prompt_tokens, num_tokens)
     model.check_context(context, prompt_tokens.shape[0])
+    contexts = _contexts(context, guidance_scale, negative_context)
     _check_layout()
     model.module.eval()
     with torch.inference_mode(), _whole_sequences(model.module):
         generated = _decode(
             model,
             prompt_tokens.long().to(model.device),
-            context,
+            contexts,
+            guidance_scale,
             draw_uniform(prompt_tokens.shape[0], num_tokens, seed).to(model.device),
             lambda logits, u: sample(logits, u, temperature=temperature, top_p=top_p, top_k=top_k),
             progress,
@@ -158,17 +195,24 @@ def generate(
 def _decode(
     model: ARModel,
     prompt: Tensor,
-    context: Tensor | None,
+    contexts: Tensor | None,
+    guidance_scale: float,
     uniform: Tensor,
     draw: Callable[[Tensor, Tensor], Tensor],
     progress: Callable[[int], None] | None,
 ) -> Tensor:
     """The loop: feeds the prompt (B, P), then each drawn token; returns (B, N)."""
     batch_size, num_tokens = uniform.shape
+    copies = 1 if guidance_scale == 1 else 2
     # The last token is never fed, so the cache needs no room for it.
-    cache = StaticInferenceContext(batch_size, prompt.shape[1] + num_tokens - 1)
+    cache = StaticInferenceContext(copies * batch_size, prompt.shape[1] + num_tokens - 1)
+
+    def score(tokens: Tensor, contexts: Tensor | None = None) -> Tensor:
+        logits = model.next_token_logits(tokens.repeat(copies, 1), cache, contexts)
+        return logits if copies == 1 else guide(logits, guidance_scale)
+
     generated = prompt.new_empty(batch_size, num_tokens)
-    logits = model.next_token_logits(prompt, cache, context)
+    logits = score(prompt, contexts)
     _check_finite(logits)
     for position in range(num_tokens):
         token = _agree(draw(logits, uniform[:, position]))
@@ -176,7 +220,7 @@ def _decode(
         if progress is not None:
             progress(position + 1)
         if position + 1 < num_tokens:
-            logits = model.next_token_logits(token[:, None], cache)
+            logits = score(token[:, None])
     # What is not finite stays so through the cache: the last logits speak for all.
     _check_finite(logits)
     return generated

@@ -34,6 +34,38 @@ def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -
         raise ConfigError(f"top_k {top_k} must be at least 1; leave it out to keep all tokens.")
 
 
+def check_guidance(guidance_scale: float, has_negative: bool) -> None:
+    """Refuses a guidance that means nothing.
+
+    Raises:
+        ConfigError: names the value and the rule.
+    """
+    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+        raise ConfigError(
+            f"guidance_scale {guidance_scale} must be a number of at least 0; 1.0 is the model as "
+            "it is, above it the text counts for more."
+        )
+    if has_negative and guidance_scale == 1:
+        raise ConfigError(
+            "a negative prompt has no effect at guidance_scale 1; leave it out, or give a scale "
+            "above 1."
+        )
+
+
+def guide(logits: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans, 2022, arXiv:2207.12598, equation 6).
+
+    Args:
+        logits: (2 B, V) float32: of the text, then of the null or negative text.
+        guidance_scale: the paper's w + 1: 0 is the other text alone, 1 the text alone.
+
+    Returns:
+        (B, V).
+    """
+    given, other = logits.chunk(2)
+    return other + guidance_scale * (given - other)
+
+
 def draw_uniform(batch_size: int, num_tokens: int, seed: int) -> Tensor:
     """The random numbers of a whole call, on the CPU.
 
