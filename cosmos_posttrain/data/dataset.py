@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from cosmos_posttrain.data.splits import SPLITS
 from cosmos_posttrain.errors import DatasetError
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.text.rows import pad_rows
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _FOREIGN_VOCAB_SIZE = 64000  # of the published tokenizers, which made every foreign data set
 
@@ -146,6 +150,11 @@ class TokenDataset(Dataset[torch.Tensor]):
     def row(self, index: int) -> DocumentRow:
         """Where clip ``index`` of the split came from."""
         return self._documents.row(self._document(index))
+
+    def source_numbers(self) -> NDArray[np.int64]:
+        """(len(self),) a number for each clip's source video, equal for clips of the same."""
+        numbers: NDArray[np.int64] = self._documents.source_numbers()[self.indices]
+        return numbers
 
     def source(self, index: int) -> str:
         """The source video of clip ``index`` of the split."""

@@ -19,7 +19,7 @@ from cosmos_posttrain.data.layout import MANIFEST_FILE, PLAN_FILE
 from cosmos_posttrain.data.manifest import DocumentRow, Manifest
 from cosmos_posttrain.data.prepared import PreparedShards
 from cosmos_posttrain.data.shards import ShardSet
-from cosmos_posttrain.data.splits import SPLITS, parse_split_string, split_digests
+from cosmos_posttrain.data.splits import SPLITS, number_sources, parse_split_string, split_digests
 from cosmos_posttrain.errors import DatasetError
 from cosmos_posttrain.files import sha256_of_json
 
@@ -130,16 +130,25 @@ class Documents:
             self._splits[split_string, seed] = self._split(split_string, seed)
         return np.flatnonzero(self._splits[split_string, seed] == SPLITS.index(split))
 
+    def source_numbers(self) -> NDArray[np.int64]:
+        """(len(self),) a number for the source of every document, equal for equal sources."""
+        digests, num_documents = self._digests(seed=0)
+        return np.repeat(number_sources(digests), num_documents)
+
     def _split(self, split_string: str, seed: int) -> NDArray[np.uint8]:
         """The split of every document, as its number in ``SPLITS``."""
+        digests, num_documents = self._digests(seed)
+        return np.repeat(split_digests(digests, split_string), num_documents)
+
+    def _digests(self, seed: int) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+        """Of the source of each run of documents, (runs, 2), and how many there are in it."""
         digests, num_documents = [], []
         for shards in self._sets:
             runs = shards.source_runs()
             digests.append(runs.digests(seed))
             num_documents.append(runs.num_documents)
             del runs  # the names are the largest part
-        of_runs = split_digests(np.concatenate(digests), split_string)
-        return np.repeat(of_runs, np.concatenate(num_documents))
+        return np.concatenate(digests), np.concatenate(num_documents)
 
     def _locate(self, document: int) -> tuple[ShardSet, int]:
         number = int(np.searchsorted(self._ends, document, side="right"))

@@ -91,6 +91,14 @@ def split_digests(digests: NDArray[np.uint64], split_string: str = "98,1,1") -> 
     return splits
 
 
+def number_sources(digests: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """(num_runs,) a number for each distinct source, from (num_runs, 2) digests."""
+    order, ranks = _ranks(digests)
+    numbers = np.empty(len(digests), np.int64)
+    numbers[order] = ranks
+    return numbers
+
+
 def _ranks(digests: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The order of runs by digest, and the place of each one's source in it; the same for equals.
 

@@ -124,6 +124,14 @@ def set_seed(seed: int) -> None:
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
+def data_parallel_place() -> tuple[int, int]:
+    """Number of this rank's copy of the model, and how many copies there are."""
+    return (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+
+
 def shutdown() -> None:
     """Tears the process groups down; safe to call twice."""
     if parallel_state.model_parallel_is_initialized():

@@ -116,7 +116,7 @@ def open_inputs(
             "codes, give --embedding_init aligned, mean or reset, or start from random:<size>."
         )
     inputs = Inputs(train_data, val_data, folder, resume_from, source, transfer, sizes)
-    _check_division(inputs, config.parallel.sequence_parallel)
+    check_division(inputs.model_config, sizes, config.parallel.sequence_parallel)
     return inputs
 
 
@@ -185,9 +185,12 @@ def _plan_transfer(
     return transfer
 
 
-def _check_division(inputs: Inputs, sequence_parallel: bool) -> None:
-    """Refuses sizes that do not divide the model or a clip, before Megatron's groups exist."""
-    sizes, model = inputs.parallelism, inputs.model_config
+def check_division(model: ModelConfig, sizes: groups.Parallelism, sequence_parallel: bool) -> None:
+    """Refuses sizes that do not divide the model or a clip, before Megatron's groups exist.
+
+    Raises:
+        ConfigError: names the sizes.
+    """
     model.check_tensor_parallel(sizes.tensor)
     model.check_pipeline_parallel(sizes.pipeline)
     groups.check_world(sizes)
