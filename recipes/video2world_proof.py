@@ -144,9 +144,7 @@ def draw(session: Session, case: Case, settings: dict[str, Any], path: Path) -> 
     """The same first frames with four captions that differ in one word."""
     item = case.truth.objects[0]
     prompts = {name: f"The {item.color} {item.shape} moves {name}." for name in DIRECTIONS}
-    columns = {
-        prompt: generate(session, case, prompt, 0, settings) for prompt in prompts.values()
-    }
+    columns = {prompt: generate(session, case, prompt, 0, settings) for prompt in prompts.values()}
     given, total = case.truth.still_frames, len(case.truth.positions)
     frames = [0, given - 1, *np.linspace(given + 1, total - 1, 3).round().astype(int).tolist()]
     captions = {frame: "given" if frame < given else "generated" for frame in frames}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cosmos_posttrain.cli import Flag
-from cosmos_posttrain.evaluation.config import loss, tokenbench, tokenizer
+from cosmos_posttrain.evaluation.config import generate, loss, tokenbench, tokenizer
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,12 @@ COMMANDS = {
         loss.LossConfig,
         loss.FLAGS,
         "cosmos_posttrain.evaluation.loss",
+    ),
+    "generate": Command(
+        "Generated clips of a split against the truth, floors, a ceiling, and the failure rate.",
+        generate.GenerateEvalConfig,
+        generate.FLAGS,
+        "cosmos_posttrain.evaluation.generation.command",
     ),
     "tokenizer": Command(
         "PSNR, SSIM, codebook use and speed of a video tokenizer, with a contact sheet.",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.tokenizer_training.perceptual import read_weights
+from cosmos_posttrain.video import to_float
 
 LINEAR_FILE = "alex.pth"
 BACKBONE_FILES = "alexnet*.pth"
@@ -76,6 +77,17 @@ class LPIPS(nn.Module):
             for a, b, weights in pairs
         ]
         return torch.stack(parts).sum(0)
+
+    def by_frame(self, clip: Tensor, other: Tensor) -> list[float]:
+        """The distance of each frame of two clips (3, T, H, W) uint8."""
+        with torch.inference_mode():
+            return [
+                float(self(self._frame(clip, t), self._frame(other, t)))
+                for t in range(clip.shape[1])
+            ]
+
+    def _frame(self, clip: Tensor, number: int) -> Tensor:
+        return to_float(clip[:, number].to(self.shift.device))[None]
 
 
 def load_lpips(folder: Path, device: torch.device) -> LPIPS:

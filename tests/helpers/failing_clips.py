@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from helpers.reference import SAMPLES_DIR
-from helpers.small_world import clips as world_clips
 from torch import Tensor
 
 from cosmos_posttrain.toy_world.config import LEVELS
 from cosmos_posttrain.video import read_clips
+from helpers.reference import SAMPLES_DIR
+from helpers.small_world import clips as world_clips
 
 NUM_FRAMES, HEIGHT, WIDTH = 17, 96, 160
 # Frames of the wheel's videos between which there is no cut.
