@@ -112,8 +112,8 @@ def test_failures_are_counted_by_sample(whole: tuple[Path, dict[str, Any]]) -> N
     assert figures["failure_rate"] == len(failed) / 4
     low, high = figures["failure_rate_interval"]
     assert 0 <= low <= figures["failure_rate"] <= high <= 1
-    # Random tokens are new pictures in every latent frame.
-    assert figures["failure_rate"] > 0.5
+    # Random tokens are another picture in every latent frame.
+    assert figures["failure_rate"] > 0
     assert figures["truth_flagged_rate"] == 0
 
 

@@ -55,7 +55,7 @@ def test_sampson_distances_are_pixels_from_the_epipolar_line() -> None:
     # A camera that moves sideways: every point stays in its row, and F is that of a shift in x.
     matrix = np.array([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]])
     points = np.array([[10.0, 20], [30, 5], [7, 7]])
-    others = points + [[4, 0], [9, 2], [1, -1]]
+    others = points + np.array([[4, 0], [9, 2], [1, -1]])
     # Off by d rows, and both points share the blame: d / sqrt(2).
     assert distances(points, others, matrix) == pytest.approx(np.array([0, 2, 1]) / np.sqrt(2))
 

@@ -1,7 +1,6 @@
 """What ``evaluate.py generate`` generates and scores: its settings, flags and checks. No torch.
 
-Flows in: the command line. Flows out: a ``GenerateEvalConfig``. Tokenizer and clip size are the
-data set's.
+Flows in: the command line. Flows out: a ``GenerateEvalConfig``. The clips' size is the data set's.
 """
 
 from __future__ import annotations
@@ -16,13 +15,7 @@ from cosmos_posttrain.evaluation.config.loss import model_name
 from cosmos_posttrain.inference.config import SESSION_FLAGS, SessionConfig
 
 # What the data set says.
-_OF_THE_DATA = (
-    "--width",
-    "--height",
-    "--num_context_frames",
-    "--tokenizer_compression_factor",
-    "--encoder_path",
-)
+_OF_THE_DATA = ("--width", "--height", "--num_context_frames", "--tokenizer_compression_factor")
 
 
 @dataclass

@@ -215,7 +215,8 @@ def _session_config(
         "width": clip.width,
         "tokenizer_compression_factor": ",".join(map(str, tokenizer.compression)),
     }
-    if opened.source.contract is None:  # the model does not say which tokenizer it was trained on
+    # Of a model that does not say which tokenizer it was trained on.
+    if config.encoder_path is None and opened.source.contract is None:
         check_recorded(tokenizer.id)
         values["encoder_path"] = tokenizer.id
     return SessionConfig(**values)
