@@ -148,12 +148,15 @@ class Manifest:
             if name in value:
                 value[name] = ShardTable.read(value[name], str(path))
         manifest = from_plain(cls, value, str(path))
-        manifest.contract.check(str(path))
+        contract = manifest.contract
+        contract.check(str(path))
         if manifest.shards.num_documents.sum() != manifest.num_documents:
             raise DatasetError(
                 f"{path} is damaged: its shards do not add up to num_documents; prepare it again."
             )
-        if bool(len(manifest.prompts)) != (manifest.contract.text_encoder is not None):
+        has_prompts, has_text = bool(len(manifest.prompts)), contract.text_encoder is not None
+        # Where every line failed, there may be clips or prompts without the others.
+        if has_prompts != has_text and (has_prompts or manifest.num_documents):
             raise DatasetError(
                 f"{path} is damaged: its prompts do not go with its text_encoder; prepare it again."
             )

@@ -22,8 +22,10 @@ class PrepareConfig:
     """Settings of ``prepare_dataset.py``.
 
     Attributes:
-        input_videos_dir: folder of videos, searched recursively; this or ``input_jsonl``.
+        input_videos_dir: folder of videos, searched recursively; or give one of the next two.
         input_jsonl: file with ``{"visual_input": path, "prompt": text}`` a line.
+        input_pt_dir: folder of ``.pt`` files that the original recipe wrote for Video2World models;
+            ``encoder_path`` and ``text_encoder_path`` name what made them.
         output_prefix: folder for the shards and the manifest.
         width: pixels of a clip, a multiple of the tokenizer's.
         height: pixels of a clip, a multiple of the tokenizer's.
@@ -54,6 +56,7 @@ class PrepareConfig:
 
     input_videos_dir: str | None = None
     input_jsonl: str | None = None
+    input_pt_dir: str | None = None
     output_prefix: str = ""
     width: int = setting(1024, at_least=1)
     height: int = setting(640, at_least=1)
@@ -81,6 +84,7 @@ class PrepareConfig:
 FLAGS = (
     Flag("--input_videos_dir"),
     Flag("--input_jsonl"),
+    Flag("--input_pt_dir"),
     Flag("--output_prefix", aliases=("--output_dir",)),
     Flag("--width"),
     Flag("--height"),
@@ -114,12 +118,17 @@ def validate(config: PrepareConfig) -> None:
         GeometryError: the tokenizer cannot represent the clip.
     """
     problems = []
-    if (config.input_videos_dir is None) == (config.input_jsonl is None):
-        problems.append("give one of --input_videos_dir and --input_jsonl")
+    inputs = (config.input_videos_dir, config.input_jsonl, config.input_pt_dir)
+    if sum(value is not None for value in inputs) != 1:
+        problems.append("give one of --input_videos_dir, --input_jsonl and --input_pt_dir")
     if not config.output_prefix:
         problems.append("give --output_prefix, the folder for the tokens")
-    if config.text_encoder_path is not None and config.input_jsonl is None:
+    if config.text_encoder_path is not None and config.input_videos_dir is not None:
         problems.append("--text_encoder_path needs --input_jsonl, whose lines have the prompts")
+    if config.text_encoder_path is None and config.input_pt_dir is not None:
+        problems.append(
+            "--input_pt_dir needs --text_encoder_path: name the text encoder that made its prompts"
+        )
     for parse, value in (
         (parse_clips_per_video, config.clips_per_video),
         (parse_compression, config.tokenizer_compression_factor),

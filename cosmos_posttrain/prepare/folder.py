@@ -164,6 +164,28 @@ def _record_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.json"
 
 
+def _read_job(folder: Path) -> tuple[Contract, dict[str, Any]] | None:
+    """Contract and plan of what a folder holds, complete or not; None if it says nothing."""
+    for name in (MANIFEST_FILE, PLAN_FILE):
+        path = folder / name
+        if path.is_file():
+            value = files.read_json(path, DatasetError, "start anew with --overwrite")
+            plan = value.get("plan")
+            contract = from_plain(Contract, value.get("contract"), str(path))
+            return contract, plan if isinstance(plan, dict) else {}
+    return None
+
+
+def recorded_contract(folder: Path) -> Contract | None:
+    """The contract of the data set that a folder holds, complete or not; None if it holds none.
+
+    Raises:
+        DatasetError: it is damaged.
+    """
+    recorded = _read_job(folder)
+    return None if recorded is None else recorded[0]
+
+
 class OutputFolder:
     """One preparation's folder, in the hands of the one process that starts and finishes it.
 
@@ -230,23 +252,19 @@ class OutputFolder:
                     (self.folder / name).unlink()
 
     def _check_same_job(self) -> None:
-        for name in (MANIFEST_FILE, PLAN_FILE):
-            path = self.folder / name
-            if path.is_file():
-                value = files.read_json(path, DatasetError, "start anew with --overwrite")
-                contract = from_plain(Contract, value.get("contract"), str(path))
-                difference = self.contract.difference(contract)
-                theirs = value.get("plan")
-                theirs = theirs if isinstance(theirs, dict) else {}
-                for key, ours in self.plan.items():
-                    if difference is None and theirs.get(key) != ours:
-                        difference = f"{key} {ours} here, {theirs.get(key)} there"
-                if difference:
-                    raise OutputFolderError(
-                        f"the output folder {self.folder} holds another data set ({difference}); "
-                        "name another folder, or start anew with --overwrite."
-                    )
-                return
+        recorded = _read_job(self.folder)
+        if recorded is not None:
+            contract, theirs = recorded
+            difference = self.contract.difference(contract)
+            for key, ours in self.plan.items():
+                if difference is None and theirs.get(key) != ours:
+                    difference = f"{key} {ours} here, {theirs.get(key)} there"
+            if difference:
+                raise OutputFolderError(
+                    f"the output folder {self.folder} holds another data set ({difference}); "
+                    "name another folder, or start anew with --overwrite."
+                )
+            return
         names = os.listdir(self.folder) if self.folder.is_dir() else []
         if any(is_ours(name) for name in names):
             raise OutputFolderError(

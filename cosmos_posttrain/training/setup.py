@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,8 @@ def open_inputs(
         config.parallel.pipeline_model_parallel_size,
         config.parallel.context_parallel_size,
     )
-    train_data, val_data = open_split(config.data, "train"), _open_validation(config)
+    train_data = open_split(config.data, "train")
+    val_data = _open_validation(config, train_data)
     texts.check_data(config, train_data, takes_text)
     groups.start()
     folder = RunFolder(config.log_dir, describe(train_data, config.data))
@@ -137,7 +137,7 @@ def open_split(config: DataConfig, split: str) -> TokenDataset:
     )
 
 
-def _open_validation(config: TrainConfig) -> TokenDataset | None:
+def _open_validation(config: TrainConfig, train_data: TokenDataset) -> TokenDataset | None:
     """The validation split; None where validation is off or no clip falls in it.
 
     Raises:
@@ -145,9 +145,7 @@ def _open_validation(config: TrainConfig) -> TokenDataset | None:
     """
     split = None
     if parse_split_string(config.data.split_string)[1] > 0 and config.limit_val_batches > 0:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said once, for the training split
-            split = open_split(config.data, "validation")
+        split = train_data.other_split("validation")
     if split is not None and len(split):
         return split
     if config.save_top_k is not None and config.save_top_k > 0:
