@@ -65,10 +65,9 @@ def choose_cases(world: Path, split: str, count: int) -> list[Case]:
     return cases
 
 
-def generate(session: Session, case: Case, prompt: str, seed: int, settings: dict[str, Any]) -> Any:
-    """(3, T, H, W) uint8: the case's first frames, then what the prompt makes of them."""
-    request = Request(frames=case.given, prompt=prompt, seed=seed, **settings)
-    return session.generate(request).frames
+def ask(case: Case, prompt: str, seed: int, settings: dict[str, Any]) -> Request:
+    """The case's first frames, and a text that says what follows them."""
+    return Request(frames=case.given, prompt=prompt, seed=seed, **settings)
 
 
 def run_cases(
@@ -83,7 +82,7 @@ def run_cases(
     rows = []
     for number, (case, other) in enumerate(zip(cases, order, strict=True)):
         source, given = cases[other], case.truth.still_frames
-        frames = generate(session, case, source.truth.caption, number, settings)
+        frames = session.generate(ask(case, source.truth.caption, number, settings)).frames
         found = locate(frames.permute(1, 2, 3, 0).numpy(), case.truth)
         rows.append(
             {
@@ -144,7 +143,10 @@ def draw(session: Session, case: Case, settings: dict[str, Any], path: Path) -> 
     """The same first frames with four captions that differ in one word."""
     item = case.truth.objects[0]
     prompts = {name: f"The {item.color} {item.shape} moves {name}." for name in DIRECTIONS}
-    columns = {prompt: generate(session, case, prompt, 0, settings) for prompt in prompts.values()}
+    columns = {
+        prompt: session.generate(ask(case, prompt, 0, settings)).frames
+        for prompt in prompts.values()
+    }
     given, total = case.truth.still_frames, len(case.truth.positions)
     frames = [0, given - 1, *np.linspace(given + 1, total - 1, 3).round().astype(int).tolist()]
     captions = {frame: "given" if frame < given else "generated" for frame in frames}
@@ -178,12 +180,17 @@ def main() -> None:
         results[scale] = {}
         for name, order in orders.items():
             path = args.output / f"guidance_{scale:g}_{name}.json"
-            if not path.is_file():
+            first = ask(cases[0], cases[order[0]].truth.caption, 0, settings)
+            made_by = {"first": session.settings_of(first), "num_cases": len(cases)}
+            done = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            if done.get("made_by") != json.loads(files.json_text(made_by)):
                 label = f"guidance {scale:g}, {name} captions"
-                files.write_json(path, run_cases(session, cases, order, settings, label))
-            results[scale][name] = json.loads(path.read_text(encoding="utf-8"))
-    first = next(iter(results.values()))
-    lines = main_table(results) + [""] + direction_table(first["own"] + first["permuted"])
+                rows = run_cases(session, cases, order, settings, label)
+                done = {"made_by": made_by, "cases": rows}
+                files.write_json(path, done)
+            results[scale][name] = done["cases"]
+    plain = next(iter(results.values()))
+    lines = [*main_table(results), "", *direction_table(plain["own"] + plain["permuted"])]
     summary = {
         "world": json.loads((args.world / "world.json").read_text(encoding="utf-8")),
         "split": args.split,
