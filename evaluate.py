@@ -1,4 +1,4 @@
-"""Measures models, tokenizers and clips; see docs/evaluation.md."""
+"""Measures tokenizers, models and clips, and shows what training made; see docs/evaluation.md."""
 
 from __future__ import annotations
 

@@ -25,31 +25,49 @@ NUM_GIVEN = 9
 NUM_PICTURED = 3
 
 
-def measure(run: Path, videos: list[Path], sampling: dict[str, Any], label: str) -> dict[str, Any]:
+def ask(frames: torch.Tensor, seed: int, sampling: dict[str, Any]) -> Request:
+    """The first frames of a clip."""
+    return Request(frames=frames[:, :NUM_GIVEN], seed=seed, **sampling)
+
+
+def measure(
+    session: Session, videos: list[Path], sampling: dict[str, Any], label: str
+) -> dict[str, Any]:
     """Continues every clip and finds its object; also what the tokenizer alone makes of the clip.
 
     Returns:
-        ``generated`` and ``reconstructed``: errors in pixels, ``not_found``: of the generated
-        ones, and ``frames`` of the first clips, (3, T, H, W) uint8.
+        ``generated`` and ``reconstructed``: errors in pixels, and ``not_found``: of the generated
+        ones.
     """
-    session = Session(SessionConfig(ar_model_dir=str(run)))
     progress = ProgressDisplay(len(videos), "clips", label)
-    result: dict[str, Any] = {"generated": [], "reconstructed": [], "not_found": 0, "frames": []}
+    result: dict[str, Any] = {"generated": [], "reconstructed": [], "not_found": 0}
     for number, video in enumerate(videos):
         truth = WorldTruth.load(truth_path(video))
         true_frames = read_frames(video, truth)
         reconstructed = session.decode(session.encode(true_frames))
-        request = Request(frames=true_frames[:, :NUM_GIVEN], seed=number, **sampling)
-        frames = session.generate(request).frames
+        frames = session.generate(ask(true_frames, number, sampling)).frames
         for name, clip in (("generated", frames), ("reconstructed", reconstructed)):
             found = locate(clip.permute(1, 2, 3, 0).numpy(), truth)
             result[name] += last_errors(found, truth).tolist()
             if name == "generated":
                 result["not_found"] += int(np.isnan(found[-1]).any(axis=-1).sum())
-        if number < NUM_PICTURED:
-            result["frames"].append(frames)
         progress.advance()
     return result
+
+
+def measured(
+    session: Session, videos: list[Path], sampling: dict[str, Any], label: str, folder: Path
+) -> dict[str, Any]:
+    """``measure``, or what an earlier run of this script wrote of the same clips."""
+    path = folder / f"motion_{label}.json"
+    truth = WorldTruth.load(truth_path(videos[0]))
+    first = ask(read_frames(videos[0], truth), 0, sampling)
+    made_by = {"first": session.settings_of(first), "num_videos": len(videos)}
+    done = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if done.get("made_by") != json.loads(files.json_text(made_by)):
+        done = {"made_by": made_by, **measure(session, videos, sampling, label)}
+        files.write_json(path, done)
+    return done
 
 
 def read_frames(video: Path, truth: WorldTruth) -> torch.Tensor:
@@ -64,13 +82,17 @@ def row(label: str, errors: list[float], not_found: int | None = None) -> str:
     return f"| {label} | {quantiles[0]:.2f} | {quantiles[1]:.2f} | {missing} |"
 
 
-def draw(videos: list[Path], results: dict[str, dict[str, Any]], path: Path) -> None:
+def draw(
+    videos: list[Path], sessions: dict[str, Session], sampling: dict[str, Any], path: Path
+) -> None:
     """The first clips as they are and as they were generated, from the last given frame on."""
     columns = {}
     for number, video in enumerate(videos[:NUM_PICTURED]):
-        columns[f"clip {number + 1}"] = read_frames(video, WorldTruth.load(truth_path(video)))
-        for label, result in results.items():
-            columns[f"{number + 1}: {label}"] = result["frames"][number]
+        frames = read_frames(video, WorldTruth.load(truth_path(video)))
+        columns[f"clip {number + 1}"] = frames
+        for label, session in sessions.items():
+            clip = session.generate(ask(frames, number, sampling))
+            columns[f"{number + 1}: {label}"] = clip.frames
     last = next(iter(columns.values())).shape[1] - 1
     frames = [NUM_GIVEN - 1, *np.linspace(NUM_GIVEN, last, 4).round().astype(int).tolist()]
     captions = {frame: "given" if frame < NUM_GIVEN else "generated" for frame in frames}
@@ -93,9 +115,14 @@ def main() -> None:
     if len(videos) < max(args.num_videos, NUM_PICTURED):
         raise UserError(f"{args.world} has {len(videos)} {args.split} clips; render more.")
     sampling = {"temperature": args.temperature, "top_p": args.top_p}
-    results = {
-        label: measure(Path(run), videos, sampling, label)
+    args.output.mkdir(parents=True, exist_ok=True)
+    sessions = {
+        label: Session(SessionConfig(ar_model_dir=run))
         for label, _, run in (pair.partition("=") for pair in args.runs)
+    }
+    results = {
+        label: measured(session, videos, sampling, label, args.output)
+        for label, session in sessions.items()
     }
     guesses: dict[str, list[float]] = {"repeat": [], "extrapolate": []}
     for video in videos:
@@ -110,26 +137,21 @@ def main() -> None:
     for label, result in results.items():
         lines.append(row(f"{label}: generated", result["generated"], result["not_found"]))
         lines.append(row(f"{label}: the true clip, reconstructed", result["reconstructed"]))
-    plain = {
-        label: {key: value for key, value in result.items() if key != "frames"}
-        for label, result in results.items()
-    }
     summary = {
         "world": json.loads((args.world / "world.json").read_text(encoding="utf-8")),
         "split": args.split,
         "num_given": NUM_GIVEN,
         "sampling": sampling,
         "yardsticks": guesses,
-        "runs": plain,
+        "runs": results,
         "medians": {
             **{name: median(errors) for name, errors in guesses.items()},
             **{label: median(result["generated"]) for label, result in results.items()},
         },
     }
-    args.output.mkdir(parents=True, exist_ok=True)
     files.write_json(args.output / "motion.json", summary)
     files.write_text(args.output / "motion.md", "\n".join(lines) + "\n")
-    draw(videos, results, args.output / "motion.jpg")
+    draw(videos, sessions, sampling, args.output / "motion.jpg")
     print("\n".join(lines))
 
 

@@ -17,9 +17,9 @@ while [ $# -gt 0 ]; do
         *) echo "error: unknown argument $1; use --output DIR." >&2; exit 2 ;;
     esac
 done
-NUM_VIDEOS="${NUM_VIDEOS:-4000}"
-STEPS_OLD="${STEPS_OLD:-3000}"
-STEPS_NEW="${STEPS_NEW:-2000}"
+NUM_VIDEOS="${NUM_VIDEOS:-6200}"
+STEPS_OLD="${STEPS_OLD:-2500}"
+STEPS_NEW="${STEPS_NEW:-1500}"
 
 export OMP_NUM_THREADS=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 SECONDS=0

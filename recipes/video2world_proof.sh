@@ -18,7 +18,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 NUM_VIDEOS="${NUM_VIDEOS:-4000}"
-STEPS="${STEPS:-3000}"
+STEPS="${STEPS:-1200}"
 
 export OMP_NUM_THREADS=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 SECONDS=0
@@ -41,10 +41,11 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 train_video2worl
     --data_path "$OUTPUT/tokens" --model_path random:tiny-video2world --log_dir "$OUTPUT/run" \
     --tensor_model_parallel_size 1 --split_string 99,1,0 --num_condition_latents 2 \
     --prompt_dropout 0.1 --global_batch_size 8 --micro_batch_size 4 --lr 0.002 \
-    --lr_warmup_steps 100 --max_steps "$STEPS" --max_epochs 1000 --save_every_n_steps 500 \
+    --lr_warmup_steps 60 --max_steps "$STEPS" --max_epochs 1000 --save_every_n_steps 300 \
     --keep_last_n 1 --limit_val_batches 5 --num_threads 1
 
 step "4/4 generate 60 held-out clips, with their own and with other captions, at guidance 1, 2 and 4"
-python recipes/video2world_proof.py --world "$OUTPUT/world" --run "$OUTPUT/run" --output "$OUTPUT"
+python recipes/video2world_proof.py --world "$OUTPUT/world" --run "$OUTPUT/run" \
+    --temperature 0 --output "$OUTPUT"
 
 echo "Done in $SECONDS s: $OUTPUT/video2world.md, video2world.json and video2world.jpg"

@@ -147,6 +147,15 @@ class TokenDataset(Dataset[torch.Tensor]):
         assert self.manifest is not None and self.manifest.contract.context_len is not None
         return pad_rows([rows.float()], self.manifest.contract.context_len)[0]
 
+    def states(self, index: int) -> torch.Tensor | None:
+        """What belongs to each frame of clip ``index``, such as a robot's state.
+
+        Returns:
+            (num_frames, width) float32; None for data without.
+        """
+        states = self._documents.states(self._document(index))
+        return None if states is None else torch.from_numpy(states)
+
     def row(self, index: int) -> DocumentRow:
         """Where clip ``index`` of the split came from."""
         return self._documents.row(self._document(index))

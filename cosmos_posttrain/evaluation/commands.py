@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cosmos_posttrain.cli import Flag
-from cosmos_posttrain.evaluation.config import generate, loss, tokenbench, tokenizer
+from cosmos_posttrain.evaluation.config import (
+    generate,
+    loss,
+    onex,
+    report,
+    tokenbench,
+    tokenizer,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ COMMANDS = {
     ),
     "loss": Command(
         "How well a model foresees the tokens of held-out clips, beside baselines.",
-        loss.LossConfig,
+        loss.LossEvalConfig,
         loss.FLAGS,
         "cosmos_posttrain.evaluation.loss",
     ),
@@ -54,5 +61,17 @@ COMMANDS = {
         tokenizer.TokenizerEvalConfig,
         tokenizer.FLAGS,
         "cosmos_posttrain.evaluation.tokenizer",
+    ),
+    "onex": Command(
+        "Loss of a model on windows of the 1X World Model Challenge, and a submission.",
+        onex.OnexEvalConfig,
+        onex.FLAGS,
+        "cosmos_posttrain.evaluation.onex.command",
+    ),
+    "report": Command(
+        "One page about training runs and their evaluations, for any browser.",
+        report.ReportConfig,
+        report.FLAGS,
+        "cosmos_posttrain.evaluation.report.command",
     ),
 }

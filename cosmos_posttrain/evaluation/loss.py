@@ -20,7 +20,7 @@ from cosmos_posttrain.checkpoint.dist import quiet_megatron_logging
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import CosmosPosttrainError, PartialFailureError
 from cosmos_posttrain.evaluation import baselines, tally, training_counts
-from cosmos_posttrain.evaluation.config.loss import LossConfig, validate
+from cosmos_posttrain.evaluation.config.loss import LossEvalConfig, validate
 from cosmos_posttrain.evaluation.environment import environment
 from cosmos_posttrain.evaluation.intervals import LEVEL, NUM_RESAMPLES, interval, resampled_means
 from cosmos_posttrain.evaluation.loss_inputs import LossInputs, open_inputs, read_clips
@@ -38,7 +38,7 @@ _BASELINES = ("uniform", "unigram", "previous_frame", "bigram")
 _MAX_ROWS = 1000  # clips and failures that are listed one by one
 
 
-def run(config: LossConfig) -> dict[str, Any]:
+def run(config: LossEvalConfig) -> dict[str, Any]:
     """Evaluates a model, or continues an evaluation, or finds it complete; all ranks together.
 
     Returns:
@@ -78,7 +78,7 @@ def run(config: LossConfig) -> dict[str, Any]:
         return _report(metrics, config) if metrics is not None else {}
 
 
-def _file(config: LossConfig, inputs: LossInputs) -> ScoreFile:
+def _file(config: LossEvalConfig, inputs: LossInputs) -> ScoreFile:
     return ScoreFile(
         config.metrics_file,
         inputs.settings(config),
@@ -89,7 +89,7 @@ def _file(config: LossConfig, inputs: LossInputs) -> ScoreFile:
 
 
 def _start(
-    config: LossConfig, file: ScoreFile, closing: contextlib.ExitStack
+    config: LossEvalConfig, file: ScoreFile, closing: contextlib.ExitStack
 ) -> dict[str, Any] | None:
     """Holds the file against other writers and takes up what is done."""
     folder, names = file.path.parent, [file.path.name, partial_file(file.path).name]
@@ -98,7 +98,7 @@ def _start(
     return file.start(config.overwrite)
 
 
-def _announce(config: LossConfig, inputs: LossInputs) -> None:
+def _announce(config: LossEvalConfig, inputs: LossInputs) -> None:
     clips, sizes = inputs.clips, inputs.parallelism
     count = f"{len(inputs.numbers)} of {len(clips)}" if config.max_clips else f"{len(clips)}"
     launch.say(
@@ -114,7 +114,7 @@ def _announce(config: LossConfig, inputs: LossInputs) -> None:
 
 
 def _score_model(
-    config: LossConfig, inputs: LossInputs, file: ScoreFile | None, num_done: int
+    config: LossEvalConfig, inputs: LossInputs, file: ScoreFile | None, num_done: int
 ) -> None:
     """Scores all clips that are not done, in order; ``file`` is rank 0's."""
     scorer = Scorer(inputs.build(config))
@@ -161,7 +161,7 @@ def _score_clips(
 # The baselines, on rank 0 alone, and the results.
 
 
-def _score_baselines(config: LossConfig, inputs: LossInputs, file: ScoreFile) -> dict[str, Any]:
+def _score_baselines(config: LossEvalConfig, inputs: LossInputs, file: ScoreFile) -> dict[str, Any]:
     """Fits the baselines and scores the clips that are not done; what was fitted on what."""
     first, second, num_failures = training_counts.count_split(
         inputs.clips.other_split("train"), config.max_train_clips, config.max_pairs
@@ -190,7 +190,7 @@ def _score_baselines(config: LossConfig, inputs: LossInputs, file: ScoreFile) ->
     }
 
 
-def _finish(config: LossConfig, inputs: LossInputs, file: ScoreFile) -> dict[str, Any]:
+def _finish(config: LossEvalConfig, inputs: LossInputs, file: ScoreFile) -> dict[str, Any]:
     """Scores the baselines and writes the metrics."""
     is_read = file.tallies[_MODEL].is_read
     failed = [inputs.numbers[i] for i in np.flatnonzero(~is_read)]
@@ -267,7 +267,7 @@ def _rows(inputs: LossInputs, scored: tally.Tally) -> list[dict[str, Any]]:
     return rows
 
 
-def _report(metrics: dict[str, Any], config: LossConfig) -> dict[str, Any]:
+def _report(metrics: dict[str, Any], config: LossEvalConfig) -> dict[str, Any]:
     """Says what came out, and raises if too many clips failed."""
     found = metrics["figures"]
     lines = [f"{'':<15}{'nats/token':>10}  {'95% interval':<17}{'bits':>7}{'top-1':>8}{'top-5':>8}"]

@@ -1,6 +1,6 @@
 """What ``evaluate.py loss`` scores: data and model, opened and held against one another.
 
-Flows in: a ``LossConfig``. Flows out: ``LossInputs``; everything that can be refused is refused
+Flows in: a ``LossEvalConfig``. Flows out: ``LossInputs``; everything that can be refused is refused
 before weights are read or anything is written.
 """
 
@@ -22,7 +22,7 @@ from cosmos_posttrain.data.dataset import TokenDataset
 from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import ConfigError, DatasetError, GeometryError, TokenizerError
-from cosmos_posttrain.evaluation.config.loss import LossConfig
+from cosmos_posttrain.evaluation.config.loss import LossEvalConfig
 from cosmos_posttrain.geometry import parse_latent_shape
 from cosmos_posttrain.inference.opening import look_up
 from cosmos_posttrain.models.builder import CosmosGPTModel, build_model
@@ -61,7 +61,7 @@ class LossInputs:
         """First tokens of a clip that are not predicted."""
         return max(self.layout.num_given, 1 - len(self.layout.prefix))
 
-    def build(self, config: LossConfig) -> CosmosGPTModel:
+    def build(self, config: LossEvalConfig) -> CosmosGPTModel:
         """This rank's part of the model, with its weights.
 
         Raises:
@@ -78,7 +78,7 @@ class LossInputs:
         self.source.load_weights(module)
         return module
 
-    def settings(self, config: LossConfig) -> dict[str, Any]:
+    def settings(self, config: LossEvalConfig) -> dict[str, Any]:
         """All that decides the figures; another number of processes only rounds otherwise."""
         manifest, path = self.clips.manifest, self.source.path
         model = str(path.resolve()) if path else config.ar_model_dir
@@ -107,7 +107,7 @@ class LossInputs:
         }
 
 
-def open_inputs(config: LossConfig) -> LossInputs:
+def open_inputs(config: LossEvalConfig) -> LossInputs:
     """Opens everything and checks that it fits together.
 
     Raises:
@@ -148,7 +148,7 @@ def open_inputs(config: LossConfig) -> LossInputs:
     return LossInputs(clips, numbers, source, layout, sizes, split, tuple(notes))
 
 
-def _choose_split(config: LossConfig, source: CheckpointSource) -> tuple[SplitInfo, list[str]]:
+def _choose_split(config: LossEvalConfig, source: CheckpointSource) -> tuple[SplitInfo, list[str]]:
     """As given, else that of the checkpoint's own run, under which held-out means held-out."""
     recorded = None if source.data is None else source.data.split
     usual = recorded or _DEFAULT_SPLIT
@@ -164,7 +164,7 @@ def _choose_split(config: LossConfig, source: CheckpointSource) -> tuple[SplitIn
     return split, []
 
 
-def _open_split(config: LossConfig, split: SplitInfo) -> TokenDataset:
+def _open_split(config: LossEvalConfig, split: SplitInfo) -> TokenDataset:
     shape = None if config.latent_shape is None else parse_latent_shape(config.latent_shape)
     clips = TokenDataset(
         config.data_path,
@@ -208,7 +208,9 @@ def _check_contract(model: Contract | None, data: Contract | None) -> None:
         )
 
 
-def _at_data(config: LossConfig, source: CheckpointSource, clips: TokenDataset) -> CheckpointSource:
+def _at_data(
+    config: LossEvalConfig, source: CheckpointSource, clips: TokenDataset
+) -> CheckpointSource:
     """The model at the data's grid, for its vocabulary and its texts."""
     source = source.at_grid(
         clips.latent_shape, config.rope_scaling, config.rope_scale, clips.vocab_size
@@ -229,7 +231,7 @@ def _at_data(config: LossConfig, source: CheckpointSource, clips: TokenDataset) 
     return texts.checked_source(source, clips)
 
 
-def _num_given_latents(config: LossConfig, source: CheckpointSource) -> int:
+def _num_given_latents(config: LossEvalConfig, source: CheckpointSource) -> int:
     """As given, else as the checkpoint's run had it, whose validation loss this is then."""
     if config.num_condition_latents is not None:
         return config.num_condition_latents

@@ -9,10 +9,11 @@ evaluation leaves one file beside it, which the same command takes up:
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -20,7 +21,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from cosmos_posttrain import files
-from cosmos_posttrain.errors import DatasetError, OutputFolderError
+from cosmos_posttrain.errors import DatasetError, OutputFolderError, SaveError
 from cosmos_posttrain.evaluation.tally import Tally
 
 _SAVE_SECONDS = 30.0
@@ -113,7 +114,11 @@ class ScoreFile:
         self.tallies, self._seconds = tallies, seconds
 
     def save(self, force: bool = False) -> None:
-        """Writes what is done, unless it did so a short while ago."""
+        """Writes what is done, unless it did so a short while ago.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
         now = time.monotonic()
         if not force and now - self._last < self._pause:
             return
@@ -124,12 +129,31 @@ class ScoreFile:
         for name, tally in self.tallies.items():
             arrays[f"{name}.clips"], arrays[f"{name}.places"] = tally.clips, tally.places
             arrays[f"{name}.done"] = np.int64(tally.num_done)
-        with files.replacing(self._partial) as temporary, temporary.open("wb") as file:
+        with (
+            self._naming_full_disks(),
+            files.replacing(self._partial) as temporary,
+            temporary.open("wb") as file,
+        ):
             np.savez(file, **arrays)
         self._last = time.monotonic()
         self._pause = max(_SAVE_SECONDS, (self._last - now) / _MAX_SHARE)
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
-        """Writes the metrics, which makes the evaluation complete."""
-        files.write_json(self.path, dict(metrics))
+        """Writes the metrics, which makes the evaluation complete.
+
+        Raises:
+            SaveError: they cannot be written.
+        """
+        with self._naming_full_disks():
+            files.write_json(self.path, dict(metrics))
         self._partial.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _naming_full_disks(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SaveError(
+                f"{self.path} could not be written ({error.strerror or error}); make room, and the "
+                "same command goes on."
+            ) from error

@@ -93,7 +93,7 @@ def figures(
     found: dict[str, Any] = {
         **average,
         "bits_per_token": nats / math.log(2),
-        "perplexity": math.exp(nats),
+        "perplexity": _exp(nats),
     }
     if means is None:
         found["ci95"] = None
@@ -102,7 +102,7 @@ def figures(
         found["ci95"] = dict(zip(COLUMNS, ends, strict=True))
         low, high = found["ci95"]["nats_per_token"]
         found["ci95"]["bits_per_token"] = [low / math.log(2), high / math.log(2)]
-        found["ci95"]["perplexity"] = [math.exp(low), math.exp(high)]
+        found["ci95"]["perplexity"] = [_exp(low), _exp(high)]
     nats_of_places, hits_of_places = (tally.places / len(read)).reshape(2, *shape)
     is_predicted = (np.arange(shape.num_tokens) >= num_given).reshape(shape)
     found["per_latent_frame"] = _means(nats_of_places, is_predicted, (1, 2))
@@ -125,3 +125,7 @@ def _without_nan(values: Any) -> Any:
     if isinstance(values, list):
         return [_without_nan(value) for value in values]
     return None if math.isnan(values) else values
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,6 +1,7 @@
 """Preparation: videos to clips to tokens to shards.
 
-Flows in: a folder of videos (or a jsonl file) and a tokenizer. Flows out: a prepared folder.
+Flows in: a folder of videos (or a jsonl file) and a tokenizer, or tokens that others made
+(``onex/``). Flows out: a prepared folder.
 
     list the sources -> plan shards of them -> schedule those that are not done: prompts, then clips
     -> finish: manifest
@@ -25,6 +26,7 @@ from cosmos_posttrain.prepare.config import PrepareConfig, geometry, validate
 from cosmos_posttrain.prepare.decoding import ClipSpec
 from cosmos_posttrain.prepare.encoders import PreparationEncoders
 from cosmos_posttrain.prepare.folder import OutputFolder, check_writable, recorded_contract
+from cosmos_posttrain.prepare.onex.importing import import_onex
 from cosmos_posttrain.prepare.prompt_job import PromptJob, in_shards, run_prompt_jobs
 from cosmos_posttrain.prepare.pt_files import import_pt_files
 from cosmos_posttrain.prepare.runners import PreparationRanks, run_jobs
@@ -66,6 +68,8 @@ def prepare(
         CosmosPosttrainError: the machine cannot read now, or another rank ended; likewise.
     """
     validate(config)
+    if config.input_tokens_dir is not None:
+        return import_onex(config)
     folder = Path(config.output_prefix)
     check_writable(folder, config.overwrite)
     encoders = PreparationEncoders(config, tokenizer, text_encoder)

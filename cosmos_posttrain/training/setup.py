@@ -21,6 +21,7 @@ from cosmos_posttrain.checkpoint.context import SplitInfo, TrainingData
 from cosmos_posttrain.checkpoint.dist import quiet_megatron_logging
 from cosmos_posttrain.checkpoint.source import CheckpointSource, open_source
 from cosmos_posttrain.data.dataset import TokenDataset
+from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.data.splits import parse_split_string
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.cpu_device import cpu_device
@@ -115,6 +116,8 @@ def open_inputs(
             f"vocabulary of {train_data.vocab_size}; use a tokenizer with the same number of "
             "codes, give --embedding_init aligned, mean or reset, or start from random:<size>."
         )
+    if resume_from is None:
+        folder.record_start(_describe_start(config, source, folder, transfer))
     inputs = Inputs(train_data, val_data, folder, resume_from, source, transfer, sizes)
     check_division(inputs.model_config, sizes, config.parallel.sequence_parallel)
     return inputs
@@ -181,6 +184,22 @@ def _plan_transfer(
     )
     folder.record_transfer(transfer.describe())
     return transfer
+
+
+def _describe_start(
+    config: TrainConfig, source: CheckpointSource, folder: RunFolder, transfer: Transfer | None
+) -> dict[str, Any]:
+    """What the run's checkpoints record of the model that it begins with."""
+    described: dict[str, Any] = {"model_path": config.model.path}
+    if source.path is not None:
+        described["checkpoint"] = str(source.path)
+    if source.contract is not None:
+        described["tokenizer"] = to_plain(source.contract.tokenizer)
+    contract = folder.data.contract
+    tokenizer = None if contract is None else contract.tokenizer
+    if advised := advice.sentence(source, tokenizer, transfer):
+        described["embedding_start"] = advised
+    return described
 
 
 def check_division(model: ModelConfig, sizes: groups.Parallelism, sequence_parallel: bool) -> None:

@@ -33,7 +33,7 @@ def test_quickstart_twice(tmp_path: Path, quick: str, lower: float) -> None:
     output = tmp_path / "out"
     first = quickstart("--output", output, quick=quick, timeout=1800)
     assert first.returncode == 0, first.stderr
-    for name in ("generated.mp4", "side_by_side.png", "loss_curve.png"):
+    for name in ("generated.mp4", "side_by_side.png", "loss_curve.png", "report.html"):
         assert (output / name).stat().st_size > 1000
     losses = [row["reduced_train_loss"] for row in read_metrics(output / "run_new")]
     last = losses[-min(20, len(losses) // 2) :]
@@ -56,6 +56,7 @@ def test_quickstart_video2world_twice(tmp_path: Path, quick: str, least: float) 
     assert (output / "side_by_side.png").stat().st_size > 1000
     hits, total = re.search(r"(\d+) of (\d+) held-out clips follow", first.stdout).groups()
     assert int(hits) >= least * int(total)
+    assert quick == "1" or "the two videos differ by" in first.stdout
     second = quickstart(*arguments, timeout=900, **settings)
     assert second.returncode == 0, second.stderr
     assert f"{hits} of {total} held-out clips follow" in second.stdout

@@ -1,7 +1,7 @@
 """What ``evaluate.py loss`` measures: its settings, flags and checks. No torch.
 
-Flows in: the command line. Flows out: a ``LossConfig``; fields that are left out follow from the
-checkpoint, in ``loss_inputs.py``.
+Flows in: the command line. Flows out: a ``LossEvalConfig``; fields that are left out follow from
+the checkpoint, in ``loss_inputs.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cosmos_posttrain.models.config import LAYER_SPECS, ROPE_SCALINGS
 
 
 @dataclass
-class LossConfig:
+class LossEvalConfig:
     """Settings of ``evaluate.py loss``.
 
     Attributes:
@@ -129,7 +129,7 @@ FLAGS = (
 )
 
 
-def validate(config: LossConfig) -> None:
+def validate(config: LossEvalConfig) -> None:
     """Lists every problem of a config at once; changes nothing.
 
     Raises:

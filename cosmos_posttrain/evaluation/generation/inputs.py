@@ -22,7 +22,7 @@ from cosmos_posttrain.data.dataset import TokenDataset
 from cosmos_posttrain.data.manifest import DocumentRow
 from cosmos_posttrain.errors import ConfigError, DatasetError, TokenizerError
 from cosmos_posttrain.evaluation.config.generate import GenerateEvalConfig
-from cosmos_posttrain.evaluation.config.loss import LossConfig
+from cosmos_posttrain.evaluation.config.loss import LossEvalConfig
 from cosmos_posttrain.evaluation.loss_inputs import LossInputs, open_inputs
 from cosmos_posttrain.evaluation.quality import SSIM_WINDOW
 from cosmos_posttrain.evaluation.world_truth import WorldTruth, truth_path
@@ -109,7 +109,7 @@ class GenerateInputs:
     def settings(self) -> dict[str, Any]:
         """All that decides the figures, but LPIPS' weights."""
         config, session = self._config, self.session
-        opened, model = self._opened.settings(LossConfig(dtype=config.dtype)), {}
+        opened, model = self._opened.settings(LossEvalConfig(dtype=config.dtype)), {}
         for key in ("model", "num_parameters", "is_video2world", "dataset", "dtype", "device"):
             model[key] = opened[key]
         clip = session.geometry
@@ -174,7 +174,7 @@ class GenerateInputs:
 def _open_data(config: GenerateEvalConfig) -> LossInputs:
     """Split, model and contract as ``evaluate.py loss`` opens and checks them."""
     return open_inputs(
-        LossConfig(
+        LossEvalConfig(
             data_path=config.data_path,
             ar_model_dir=config.ar_model_dir,
             checkpoint_dir=config.checkpoint_dir,
