@@ -132,6 +132,16 @@ def data_parallel_place() -> tuple[int, int]:
     )
 
 
+def gather(value: T) -> list[T]:
+    """What each copy of the model has, in order, on all ranks; values must be picklable."""
+    size = parallel_state.get_data_parallel_world_size()
+    values = [value] * size
+    if size > 1:
+        group = parallel_state.get_data_parallel_group()
+        torch.distributed.all_gather_object(values, value, group=group)
+    return values
+
+
 def shutdown() -> None:
     """Tears the process groups down; safe to call twice."""
     if parallel_state.model_parallel_is_initialized():

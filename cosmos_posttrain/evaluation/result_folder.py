@@ -192,7 +192,8 @@ class ResultFolder:
             file.write(files.json_text(line) + "\n")
         if self.sums:
             with files.replacing(self.folder / _SUMS_FILE) as temporary:
-                np.savez(temporary, num_rows=np.int64(len(self.rows)), **self.sums)
+                arrays: dict[str, Any] = {"num_rows": np.int64(len(self.rows)), **self.sums}
+                np.savez(temporary, **arrays)
 
     def abandon(self) -> None:
         """Removes what :meth:`start` wrote, unless an input is finished: nothing was evaluated."""

@@ -304,7 +304,7 @@ def test_help_is_there_without_torch(script: list[str], arguments: list[str]) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "error: a command is missing; use evaluate.py tokenizer"),
+        ([], "error: a command is missing; use evaluate.py tokenbench or loss or"),
         (["picture"], "error: there is no command 'picture'"),
         (["tokenizer", "--colour", "1"], "error: unrecognized arguments: --colour"),
     ],

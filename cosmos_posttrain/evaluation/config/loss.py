@@ -86,12 +86,12 @@ class LossEvalConfig:
     def metrics_file(self) -> Path:
         """The file to write."""
         if self.output is None:
-            return Path("evaluation") / "loss" / _name(self.ar_model_dir) / "metrics.json"
+            return Path("evaluation") / "loss" / model_name(self.ar_model_dir) / "metrics.json"
         path = Path(self.output)
         return path if path.suffix == ".json" else path / "metrics.json"
 
 
-def _name(model: str) -> str:
+def model_name(model: str) -> str:
     """``runs/a`` -> ``a``; ``runs/a/default/checkpoints/epoch=0-step=9`` -> ``a-step=9``."""
     path = Path(model).resolve()
     if path.parent.name == "checkpoints" and "-step=" in path.name:
