@@ -75,7 +75,7 @@ def run(config: OnexEvalConfig) -> dict[str, Any]:
     tensor_size = config.tensor_model_parallel_size or launch.world_size()
     source.config.check_tensor_parallel(tensor_size)
     groups.initialize(groups.Parallelism(tensor=tensor_size))
-    evaluation = Evaluation(config, windows, jobs, source, tensor_size)
+    evaluation = OnexEvaluation(config, windows, jobs, source, tensor_size)
     with ExitStack() as stack:
         return evaluation.run(stack)
 
@@ -144,7 +144,7 @@ def _open_model(config: OnexEvalConfig, windows: OnexWindows) -> CheckpointSourc
     return source
 
 
-class Evaluation:
+class OnexEvaluation:
     """One evaluation on all ranks.
 
     Args:

@@ -1,7 +1,7 @@
 """The sample clips of an evaluation: which are shown, and their bytes for the page.
 
 Flows in: a folder ``clips/NAME/*.mp4`` beside a ``metrics.json``, its rows and failures. Flows out:
-``Clip``s, failures first, then those that came out worst; as many as fit a number of bytes.
+``SampleClip``s, failures first, then those that came out worst; as many as fit a number of bytes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Film:
 
 
 @dataclass(frozen=True)
-class Clip:
+class SampleClip:
     """Videos of one clip, which play together.
 
     Attributes:
@@ -87,7 +87,7 @@ class Selection:
         unreadable: what is wrong with a clip that could not be shown, a sentence each.
     """
 
-    clips: list[Clip]
+    clips: list[SampleClip]
     num_left_out: int
     unreadable: list[str]
 
@@ -96,7 +96,7 @@ def choose_clips(evaluations: Sequence[Evaluation], max_clips: int, max_bytes: i
     """Clips for the page: failures first, then the worst of each evaluation in turn."""
     found = _interleaved([_listed(evaluation) for evaluation in evaluations])
     found.sort(key=lambda clip: not clip.flags)
-    chosen: list[Clip] = []
+    chosen: list[SampleClip] = []
     left_out, num_bytes, unreadable = 0, 0, list[str]()
     for clip in found:
         if len(chosen) == max_clips or num_bytes + _estimate(clip) > max_bytes:
@@ -115,12 +115,12 @@ def choose_clips(evaluations: Sequence[Evaluation], max_clips: int, max_bytes: i
     return Selection(chosen, left_out, unreadable)
 
 
-def _interleaved(lists: list[list[Clip]]) -> list[Clip]:
+def _interleaved(lists: list[list[SampleClip]]) -> list[SampleClip]:
     longest = max(map(len, lists), default=0)
     return [clips[place] for place in range(longest) for clips in lists if place < len(clips)]
 
 
-def _listed(evaluation: Evaluation) -> list[Clip]:
+def _listed(evaluation: Evaluation) -> list[SampleClip]:
     """All clips of one evaluation, failures first, then worst first; nothing is opened."""
     folder = evaluation.folder / CLIPS_FOLDER
     if not folder.is_dir():
@@ -136,7 +136,9 @@ def _listed(evaluation: Evaluation) -> list[Clip]:
         row = rows.get(inner.name) or _by_stem(rows, inner.name)
         flags = flagged.get(inner.name) or flags_of(row)
         figures = {k: v for k, v in row.items() if is_number(v) and shapes.is_known(k)}
-        clips.append(Clip(inner.name, evaluation.name, films, flags, figures, num_given=int(given)))
+        clips.append(
+            SampleClip(inner.name, evaluation.name, films, flags, figures, num_given=int(given))
+        )
     return sorted(clips, key=lambda clip: (not clip.flags, clip.figures.get("psnr", float("inf"))))
 
 
@@ -186,7 +188,7 @@ def _films(folder: Path) -> Iterator[Film]:
         yield Film(title, path)
 
 
-def _estimate(clip: Clip) -> int:
+def _estimate(clip: SampleClip) -> int:
     return sum(_encoded(film.path.stat().st_size) for film in clip.films)
 
 
@@ -194,7 +196,7 @@ def _encoded(num_bytes: int) -> int:
     return (num_bytes + 2) // 3 * 4
 
 
-def _load(clip: Clip) -> Clip:
+def _load(clip: SampleClip) -> SampleClip:
     """Reads the films' bytes and first frames.
 
     Raises:

@@ -20,7 +20,7 @@ from cosmos_posttrain.evaluation.report import losses, others
 from cosmos_posttrain.evaluation.report.clips import Selection, choose_clips
 from cosmos_posttrain.evaluation.report.evaluations import Evaluation, find_evaluations
 from cosmos_posttrain.evaluation.report.page import Page, render
-from cosmos_posttrain.evaluation.report.runs import Run, open_runs
+from cosmos_posttrain.evaluation.report.runs import ReportedRun, open_runs
 from cosmos_posttrain.evaluation.report.section import Section
 from cosmos_posttrain.evaluation.report.setup import details_section, overview_section
 from cosmos_posttrain.evaluation.report.training import training_section
@@ -61,7 +61,7 @@ def run(config: ReportConfig) -> Path:
 
 
 def compose(
-    config: ReportConfig, runs: list[Run], evaluations: list[Evaluation]
+    config: ReportConfig, runs: list[ReportedRun], evaluations: list[Evaluation]
 ) -> tuple[Page, str]:
     """The page and its HTML, with as many clips as its size allows."""
     sections = _sections(runs, evaluations)
@@ -91,7 +91,7 @@ def compose(
     return page, html
 
 
-def _sections(runs: list[Run], evaluations: list[Evaluation]) -> list[Section]:
+def _sections(runs: list[ReportedRun], evaluations: list[Evaluation]) -> list[Section]:
     commands = list(dict.fromkeys(evaluation.command for evaluation in evaluations))
     commands.sort(key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
     found = []

@@ -15,7 +15,7 @@ from typing import Any
 from cosmos_posttrain import files
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.evaluation.report.curves import is_number
-from cosmos_posttrain.evaluation.report.runs import Run
+from cosmos_posttrain.evaluation.report.runs import ReportedRun
 from cosmos_posttrain.evaluation.result_folder import METRICS_FILE
 
 _NO_EVALUATIONS = {"checkpoints", "tb_logs", "wandb", "clips"}
@@ -55,7 +55,7 @@ class Evaluation:
         return self.path.parent
 
 
-def find_evaluations(runs: list[Run], named: list[str]) -> list[Evaluation]:
+def find_evaluations(runs: list[ReportedRun], named: list[str]) -> list[Evaluation]:
     """Reads the evaluations that were named, or all that there are of these runs.
 
     They are looked for in the run folders, and in ``evaluation`` in the current folder, where the
@@ -132,11 +132,11 @@ def _read(path: Path) -> Evaluation | None:
     )
 
 
-def _is_of(evaluation: Evaluation, runs: list[Run]) -> bool:
+def _is_of(evaluation: Evaluation, runs: list[ReportedRun]) -> bool:
     return any(_belongs(evaluation, run) for run in runs)
 
 
-def _belongs(evaluation: Evaluation, run: Run) -> bool:
+def _belongs(evaluation: Evaluation, run: ReportedRun) -> bool:
     """Whether it lies in the run folder, or its settings name a path in there."""
     folder = run.folder.resolve()
     values = [value for value in evaluation.settings.values() if isinstance(value, str)]
@@ -144,7 +144,7 @@ def _belongs(evaluation: Evaluation, run: Run) -> bool:
     return any(path.is_relative_to(folder) for path in paths)
 
 
-def _named(evaluations: list[Evaluation], runs: list[Run]) -> list[Evaluation]:
+def _named(evaluations: list[Evaluation], runs: list[ReportedRun]) -> list[Evaluation]:
     """Each called after its run, as far as that tells it from the others of its command."""
     named = []
     for item in evaluations:

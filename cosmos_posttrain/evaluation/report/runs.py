@@ -1,6 +1,6 @@
 """What a run folder tells: curves, settings, data, the start of the run, what it ran on.
 
-Flows in: the ``--log_dir`` of a training. Flows out: a ``Run``; nothing of the weights is read.
+Flows in: the ``--log_dir`` of a training. Flows out: a ``ReportedRun``; no weights are read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cosmos_posttrain.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """One training run.
 
     Attributes:
@@ -47,7 +47,7 @@ class Run:
     launches: list[dict[str, Any]]
 
 
-def open_runs(folders: list[str]) -> list[Run]:
+def open_runs(folders: list[str]) -> list[ReportedRun]:
     """Opens run folders.
 
     Raises:
@@ -75,7 +75,7 @@ def short_names(folders: list[Path]) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def _open(folder: Path, name: str) -> Run:
+def _open(folder: Path, name: str) -> ReportedRun:
     inner = folder / "default"
     if not (inner / METRICS_FILE).is_file():
         raise ConfigError(
@@ -91,7 +91,7 @@ def _open(folder: Path, name: str) -> Run:
             "the report."
         )
     newest = checkpoints[-1]
-    return Run(
+    return ReportedRun(
         folder=folder,
         name=name,
         curves=curves,

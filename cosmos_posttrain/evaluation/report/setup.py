@@ -1,6 +1,6 @@
 """The sections on what was run: an overview beside the curves, all details at the page's end.
 
-Flows in: ``Run``s. Flows out: ``Section``s; a column a run, so that they can be compared.
+Flows in: ``ReportedRun``s. Flows out: ``Section``s; a column a run, so that they can be compared.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from cosmos_posttrain.data.contract import TokenizerInfo
 from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.evaluation.report import training
 from cosmos_posttrain.evaluation.report.evaluations import Evaluation
-from cosmos_posttrain.evaluation.report.runs import Run, default_settings, flattened
+from cosmos_posttrain.evaluation.report.runs import ReportedRun, default_settings, flattened
 from cosmos_posttrain.evaluation.report.section import Section
 from cosmos_posttrain.evaluation.report.tables import Cell, Table, cell, text_of, words
 
@@ -21,9 +21,9 @@ _ID_LENGTH = 12
 _UNKNOWN = "not recorded"
 
 
-def overview_section(runs: list[Run]) -> Section:
+def overview_section(runs: list[ReportedRun]) -> Section:
     """What each run is, in a dozen lines."""
-    lines: list[tuple[str, Callable[[Run], Any]]] = [
+    lines: list[tuple[str, Callable[[ReportedRun], Any]]] = [
         ("started from", _start),
         ("tokenizer", _tokenizer),
         ("tokenizer swap", swap_sentence),
@@ -42,7 +42,7 @@ def overview_section(runs: list[Run]) -> Section:
     return Section("overview", "What was run", tables=[_compared("", runs, rows)])
 
 
-def details_section(runs: list[Run], evaluations: list[Evaluation]) -> Section:
+def details_section(runs: list[ReportedRun], evaluations: list[Evaluation]) -> Section:
     """Settings, contracts, environments and command lines."""
     tables = [
         *_settings_tables(runs),
@@ -60,7 +60,7 @@ def details_section(runs: list[Run], evaluations: list[Evaluation]) -> Section:
     )
 
 
-def is_swap(run: Run) -> bool | None:
+def is_swap(run: ReportedRun) -> bool | None:
     """Whether the model knew another tokenizer before; None where that is not known."""
     old, new = _old_tokenizer(run), run.data.contract
     if old is None or new is None or not old.get("sha256"):
@@ -68,7 +68,7 @@ def is_swap(run: Run) -> bool | None:
     return bool(old["sha256"] != new.tokenizer.sha256)
 
 
-def swap_sentence(run: Run) -> str:
+def swap_sentence(run: ReportedRun) -> str:
     """From which tokenizer to which."""
     swapped, old = is_swap(run), _old_tokenizer(run)
     if swapped is None or old is None or run.data.contract is None:
@@ -81,7 +81,7 @@ def swap_sentence(run: Run) -> str:
     return f"from {old.get('id')}{_rate(old.get('compression'))} to {_named(new)}"
 
 
-def _old_tokenizer(run: Run) -> dict[str, Any] | None:
+def _old_tokenizer(run: ReportedRun) -> dict[str, Any] | None:
     for recorded, key in (
         (run.data.started_from, "tokenizer"),
         (run.data.embedding_transfer, "old_tokenizer"),
@@ -101,12 +101,12 @@ def _named(tokenizer: TokenizerInfo) -> str:
     return f"{tokenizer.id}{_rate(tokenizer.compression)}"
 
 
-def _start(run: Run) -> str:
+def _start(run: ReportedRun) -> str:
     began = run.data.started_from or {}
     return str(began.get("model_path") or run.settings.get("model.path") or _UNKNOWN)
 
 
-def _tokenizer(run: Run) -> str:
+def _tokenizer(run: ReportedRun) -> str:
     if run.data.contract is None:
         return _UNKNOWN
     tokenizer = run.data.contract.tokenizer
@@ -116,7 +116,7 @@ def _tokenizer(run: Run) -> str:
     )
 
 
-def _embedding_start(run: Run) -> str:
+def _embedding_start(run: ReportedRun) -> str:
     said = (run.data.started_from or {}).get("embedding_start")
     if isinstance(said, str):
         return said
@@ -126,7 +126,7 @@ def _embedding_start(run: Run) -> str:
     return "drawn with the model, or its own" if run.data.started_from else _UNKNOWN
 
 
-def _clip(run: Run) -> str:
+def _clip(run: ReportedRun) -> str:
     contract = run.data.contract
     if contract is None:
         return f"{run.model.seq_length:,} tokens {tuple(run.model.latent_shape)}"
@@ -138,7 +138,7 @@ def _clip(run: Run) -> str:
     )
 
 
-def _model(run: Run) -> str:
+def _model(run: ReportedRun) -> str:
     model = run.model
     return (
         f"{model.num_parameters / 1e6:,.1f}M parameters, {model.num_layers} layers, "
@@ -146,7 +146,7 @@ def _model(run: Run) -> str:
     )
 
 
-def _steps(run: Run) -> str:
+def _steps(run: ReportedRun) -> str:
     wanted, done = run.settings.get("max_steps"), run.curves.num_steps
     text = f"{done:,}" + (f" of {wanted:,}" if isinstance(wanted, int) and wanted != done else "")
     samples = run.curves.consumed_samples
@@ -157,14 +157,14 @@ def _at_step(found: tuple[float, float] | None) -> str | None:
     return None if found is None else f"{found[1]:.4f} at step {found[0]:,.0f}"
 
 
-def _last_environment(run: Run) -> dict[str, Any]:
+def _last_environment(run: ReportedRun) -> dict[str, Any]:
     found = run.launches[-1].get("environment") if run.launches else None
     shown = dict(found) if isinstance(found, dict) else {}
     shown.pop("command_line", None)
     return shown
 
 
-def _machine(run: Run) -> str:
+def _machine(run: ReportedRun) -> str:
     found = _last_environment(run)
     if not found:
         return _UNKNOWN
@@ -177,12 +177,14 @@ def _machine(run: Run) -> str:
     return ", ".join(str(part) for part in parts if part)
 
 
-def _compared(caption: str, runs: list[Run], rows: list[list[Cell]], **more: Any) -> Table:
+def _compared(caption: str, runs: list[ReportedRun], rows: list[list[Cell]], **more: Any) -> Table:
     names = [run.name for run in runs] if len(runs) > 1 else ["value"]
     return Table(caption, ["", *names], rows, can_sort=False, **more)
 
 
-def _of_plain(caption: str, runs: list[Run], of: Callable[[Run], dict[str, Any]]) -> Table:
+def _of_plain(
+    caption: str, runs: list[ReportedRun], of: Callable[[ReportedRun], dict[str, Any]]
+) -> Table:
     """One row a key of all runs' objects; rows that differ are marked."""
     objects = [flattened(of(run)) for run in runs]
     keys = list(dict.fromkeys(key for item in objects for key in item))
@@ -202,7 +204,7 @@ def _plain_cell(value: Any, mark: str) -> Cell:
     return Cell(text, None, mark)
 
 
-def _settings_tables(runs: list[Run]) -> list[Table]:
+def _settings_tables(runs: list[ReportedRun]) -> list[Table]:
     """What was asked for, and all the rest."""
     usual = default_settings()
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
@@ -220,7 +222,7 @@ def _settings_tables(runs: list[Run]) -> list[Table]:
     ]
 
 
-def _command_lines(runs: list[Run], evaluations: list[Evaluation]) -> str:
+def _command_lines(runs: list[ReportedRun], evaluations: list[Evaluation]) -> str:
     parts: list[tuple[str, Any]] = []
     for run in runs:
         for launch in run.launches:

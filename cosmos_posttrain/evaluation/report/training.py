@@ -1,6 +1,6 @@
 """The section on how training went.
 
-Flows in: ``Run``s. Flows out: a ``Section`` with the curves of all of them and a table of each.
+Flows in: ``ReportedRun``s. Flows out: a ``Section`` with the curves of all and a table of each.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 from cosmos_posttrain.evaluation.report import curves as c
 from cosmos_posttrain.evaluation.report.charts import Line, LineChart
-from cosmos_posttrain.evaluation.report.runs import Run
+from cosmos_posttrain.evaluation.report.runs import ReportedRun
 from cosmos_posttrain.evaluation.report.section import Section
 from cosmos_posttrain.evaluation.report.tables import Table, cell, mark_best, number
 
@@ -26,7 +26,7 @@ _COLUMNS = {
 }
 
 
-def training_section(runs: list[Run]) -> Section:
+def training_section(runs: list[ReportedRun]) -> Section:
     """Curves of all runs on common axes, and a table of each."""
     charts = [
         LineChart(
@@ -57,7 +57,7 @@ def colour_of(place: int) -> int:
     return place + 1
 
 
-def _loss_lines(runs: list[Run]) -> list[Line]:
+def _loss_lines(runs: list[ReportedRun]) -> list[Line]:
     lines = []
     for place, run in enumerate(runs):
         prefix = f"{run.name}: " if len(runs) > 1 else ""
@@ -69,7 +69,7 @@ def _loss_lines(runs: list[Run]) -> list[Line]:
     return lines
 
 
-def _both(run: Run, quantity: str, label: str, colour: int) -> list[Line]:
+def _both(run: ReportedRun, quantity: str, label: str, colour: int) -> list[Line]:
     """The curve as it is, faint, and smoothed."""
     curve = run.curves.of[quantity]
     thin, smooth = curve.thinned(), curve.smoothed().thinned()
@@ -82,7 +82,7 @@ def _both(run: Run, quantity: str, label: str, colour: int) -> list[Line]:
 
 
 def _chart(
-    runs: list[Run],
+    runs: list[ReportedRun],
     quantity: str,
     name: str,
     title: str,
@@ -101,7 +101,7 @@ def _chart(
     return LineChart(name, title, _STEPS, unit, lines, description, may_be_log)
 
 
-def _described(runs: list[Run], quantity: str, what: str) -> str:
+def _described(runs: list[ReportedRun], quantity: str, what: str) -> str:
     """Where each curve begins and ends, in words."""
     sentences = []
     for run in runs:
@@ -118,7 +118,7 @@ def _described(runs: list[Run], quantity: str, what: str) -> str:
     return "".join(sentences)
 
 
-def _table(run: Run, has_others: bool) -> Table:
+def _table(run: ReportedRun, has_others: bool) -> Table:
     kept = [name for name in _COLUMNS if len(run.curves.of[name])]
     rows = []
     last = 0
@@ -147,17 +147,17 @@ def _mean_between(curve: c.Curve, after: float, until: float) -> float | None:
     return curve.mean(int(first), int(last)) if last > first else None
 
 
-def lowest_validation(run: Run) -> tuple[float, float] | None:
+def lowest_validation(run: ReportedRun) -> tuple[float, float] | None:
     """(step, loss) of the lowest validation loss; None where nothing was validated."""
     return _extreme(run, lambda values: int(values.argmin()))
 
 
-def last_validation(run: Run) -> tuple[float, float] | None:
+def last_validation(run: ReportedRun) -> tuple[float, float] | None:
     """(step, loss) of the last validation."""
     return _extreme(run, lambda values: len(values) - 1)
 
 
-def _extreme(run: Run, pick: Callable[[np.ndarray], int]) -> tuple[float, float] | None:
+def _extreme(run: ReportedRun, pick: Callable[[np.ndarray], int]) -> tuple[float, float] | None:
     curve = run.curves.of[c.VALIDATION]
     if not len(curve):
         return None
@@ -165,13 +165,13 @@ def _extreme(run: Run, pick: Callable[[np.ndarray], int]) -> tuple[float, float]
     return float(curve.steps[place]), float(curve.values[place])
 
 
-def final_loss(run: Run) -> float | None:
+def final_loss(run: ReportedRun) -> float | None:
     """Mean training loss of the last twentieth of the steps."""
     curve = run.curves.of[c.LOSS]
     return curve.mean(-max(len(curve) // 20, 1), len(curve)) if len(curve) else None
 
 
-def usual_speed(run: Run) -> float | None:
+def usual_speed(run: ReportedRun) -> float | None:
     """Median of the tokens a second."""
     curve = run.curves.of[c.SPEED]
     return float(np.median(curve.values)) if len(curve) else None

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_posttrain.evaluation.report.page import Page
-from cosmos_posttrain.evaluation.report.runs import Run
+from cosmos_posttrain.evaluation.report.runs import ReportedRun
 from cosmos_posttrain.runlog import start_wandb
 
 
-def upload(page: Page, path: Path, run: Run) -> None:
+def upload(page: Page, path: Path, run: ReportedRun) -> None:
     """Uploads everything; the caller has asked ``wants_wandb``."""
     import wandb
 

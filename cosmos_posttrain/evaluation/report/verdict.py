@@ -14,7 +14,7 @@ from cosmos_posttrain.evaluation.report import losses, shapes, training
 from cosmos_posttrain.evaluation.report.clips import flags_of
 from cosmos_posttrain.evaluation.report.evaluations import Evaluation
 from cosmos_posttrain.evaluation.report.others import GENERATE
-from cosmos_posttrain.evaluation.report.runs import Run
+from cosmos_posttrain.evaluation.report.runs import ReportedRun
 from cosmos_posttrain.evaluation.report.tables import number, words
 
 GOOD, BAD, OPEN = "good", "bad", "open"
@@ -41,7 +41,7 @@ class Finding:
     command: str = ""
 
 
-def findings(runs: list[Run], evaluations: list[Evaluation]) -> list[Finding]:
+def findings(runs: list[ReportedRun], evaluations: list[Evaluation]) -> list[Finding]:
     """What is known, in the order in which one asks."""
     found = [_training(run, len(runs) > 1) for run in runs]
     loss = [item for item in evaluations if item.command == losses.COMMAND]
@@ -59,7 +59,7 @@ def findings(runs: list[Run], evaluations: list[Evaluation]) -> list[Finding]:
     return found
 
 
-def _command(command: str, run: Run) -> str:
+def _command(command: str, run: ReportedRun) -> str:
     """With the flags that both commands share."""
     data = str(run.settings.get("data.path") or "DATA")
     words = ["python", "evaluate.py", command, "--data_path", data]
@@ -70,7 +70,7 @@ def _about(heading: str, name: str, several: bool) -> str:
     return f"{heading}, {name}" if several else heading
 
 
-def _training(run: Run, several: bool) -> Finding:
+def _training(run: ReportedRun, several: bool) -> Finding:
     heading = _about("Training", run.name, several)
     lowest, last = training.lowest_validation(run), training.last_validation(run)
     if lowest is None or last is None:
