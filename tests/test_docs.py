@@ -28,7 +28,8 @@ OTHERS = {
     *"--standalone --nproc-per-node --nnodes --rdzv-backend --rdzv-endpoint --rdzv-id".split(),
     *"--build-arg --gpus --shm-size --ipc --rm --no-deps --index-url --constraint".split(),
     *"--editable --upgrade --check --signal".split(),
-    *"--world --run --first --video --figure --num_tokens --prompt_tokens --runs --threads --case".split(),
+    *"--first --video --figure --num_tokens --prompt_tokens --runs --threads --case".split(),
+    *"--world --run".split(),
 }
 # Not the arrows of drawings (a --room--> b), and not `--offload_*`.
 FLAG = r"(?<![\w-])--[a-z]\w*(?:-\w+)*(?![\w*-])"
