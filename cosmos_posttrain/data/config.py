@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from cosmos_posttrain.cli import Flag, flag_names
 from cosmos_posttrain.config import check, setting
 
+SPLITS = ("train", "validation", "test")
+
 
 @dataclass
 class InfoConfig:

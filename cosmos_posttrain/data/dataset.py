@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from cosmos_posttrain.data.config import SPLITS
 from cosmos_posttrain.data.documents import open_documents
 from cosmos_posttrain.data.manifest import DocumentRow
-from cosmos_posttrain.data.splits import SPLITS
 from cosmos_posttrain.errors import DatasetError
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.text.rows import pad_rows

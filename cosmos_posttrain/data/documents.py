@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cosmos_posttrain.data.config import SPLITS
 from cosmos_posttrain.data.foreign import ForeignShards, find_pairs
 from cosmos_posttrain.data.layout import MANIFEST_FILE, PLAN_FILE
 from cosmos_posttrain.data.manifest import DocumentRow, Manifest
 from cosmos_posttrain.data.prepared import PreparedShards
 from cosmos_posttrain.data.shards import ShardSet
-from cosmos_posttrain.data.splits import SPLITS, number_sources, parse_split_string, split_digests
+from cosmos_posttrain.data.splits import number_sources, parse_split_string, split_digests
 from cosmos_posttrain.errors import DatasetError
 from cosmos_posttrain.files import sha256_of_json
 

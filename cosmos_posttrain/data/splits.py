@@ -16,7 +16,6 @@ from cosmos_posttrain.errors import ConfigError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SPLITS = ("train", "validation", "test")
 _MIN_SOURCES = 3
 
 logger = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ def split_digests(digests: NDArray[np.uint64], split_string: str = "98,1,1") -> 
         split_string: the shares.
 
     Returns:
-        (num_runs,) uint8: number in ``SPLITS`` of each run of documents.
+        (num_runs,) uint8: number in ``data.config.SPLITS`` of each run of documents.
 
     Raises:
         ConfigError: a malformed ``split_string``.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cosmos_posttrain.cli import Flag, flag_names
 from cosmos_posttrain.config import check, setting
-from cosmos_posttrain.data.splits import SPLITS
+from cosmos_posttrain.data.config import SPLITS
 from cosmos_posttrain.evaluation.config.loss import model_name
 from cosmos_posttrain.inference.config import SESSION_FLAGS, SessionConfig
 

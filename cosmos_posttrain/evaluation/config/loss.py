@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cosmos_posttrain.cli import Flag, flag_names
 from cosmos_posttrain.config import check, setting
-from cosmos_posttrain.data.splits import SPLITS
+from cosmos_posttrain.data.config import SPLITS
 from cosmos_posttrain.launch import DTYPES
 from cosmos_posttrain.models.config import LAYER_SPECS, ROPE_SCALINGS
 
