@@ -7,7 +7,8 @@ distortion, and each has a measure here, taken of frames whose short side is 32 
     solid_color     the picture degrades to a single colour: its contrast falls to next to nothing
                     and to a fraction of the given frames'
     sudden_object   something large appears that was not there: a connected part of the picture
-                    that is found nowhere near in the frame before, away from the border, over
+                    that is found nowhere near in the frame before, or five frames before, as
+                    decoders fade in what is new in a latent frame; away from the border, over
                     which things come in by themselves
 
 A clip that stands still, and small artifacts, are no failures. A cut to another picture is one.
@@ -40,9 +41,9 @@ _REACH = 4
 _WINDOW = 3  # pixels that are compared together
 # Grey levels, the mean over a window and its channels, by which nothing near may come closer.
 MIN_NOVELTY = 18.0
-# Share of the picture that appears from one frame to the next, at least: so much, and so many times
-# as much as ever in the given frames, where things may move fast.
-MIN_AREA = 0.05
+# Number of frames -> share of the picture that appears within them, at least: so much, and so many
+# times as much as ever in the given frames, where things may move fast.
+MIN_AREAS = {1: 0.05, 5: 0.16}
 _AREA_FACTOR = 1.5
 
 
@@ -101,31 +102,35 @@ def _solid_color(spread: Array, num_given: int) -> Defect | None:
 
 
 def _sudden_object(small: Tensor, num_given: int) -> Defect | None:
-    areas = novel_areas(small)
-    limit = max(MIN_AREA, _AREA_FACTOR * areas[: num_given - 1].max(initial=0))
-    is_sudden = areas[num_given - 1 :] >= limit
-    if not is_sudden.any():
-        return None
-    frame = num_given + int(np.argmax(is_sudden))
-    return Defect(SUDDEN_OBJECT, frame, float(areas[frame - 1]))
+    found = []
+    for gap, least in MIN_AREAS.items():
+        areas = novel_areas(small, gap)
+        num_known = max(num_given - gap, 0)  # pairs of given frames
+        limit = max(least, _AREA_FACTOR * areas[:num_known].max(initial=0))
+        is_sudden = areas[num_known:] >= limit
+        if is_sudden.any():
+            first = num_known + int(np.argmax(is_sudden))
+            found.append(Defect(SUDDEN_OBJECT, first + gap, float(areas[first])))
+    return min(found, key=lambda defect: defect.frame, default=None)
 
 
-def novel_areas(small: Tensor) -> Array:
-    """Share of each picture that is not in the one before: its largest connected part.
+def novel_areas(small: Tensor, gap: int) -> Array:
+    """Share of each picture that is not in the one ``gap`` before: its largest connected part.
 
     Args:
         small: (T, 3, h, w) float32 in [0, 255].
+        gap: in frames.
 
     Returns:
-        (T - 1,).
+        (T - gap,); none of a shorter clip.
     """
     from skimage.measure import label
     from skimage.morphology import opening
 
-    if len(small) < 2:
+    if len(small) <= gap:
         return np.zeros(0)
     areas = []
-    for picture in _novelty(small[:-1], small[1:]).numpy():
+    for picture in _novelty(small[:-gap], small[gap:]).numpy():
         is_new = picture > MIN_NOVELTY
         is_new[:_REACH] = is_new[-_REACH:] = False
         is_new[:, :_REACH] = is_new[:, -_REACH:] = False
@@ -135,7 +140,7 @@ def novel_areas(small: Tensor) -> Array:
 
 
 def _novelty(before: Tensor, after: Tensor) -> Tensor:
-    """How far every place is from the nearest look near it in the frame before.
+    """How far every place is from the nearest look near it in an earlier frame.
 
     Args:
         before: (N, 3, h, w).
