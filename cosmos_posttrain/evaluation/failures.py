@@ -7,8 +7,9 @@ distortion, and each has a measure here, taken of frames whose short side is 32 
     solid_color     the picture degrades to a single colour: its contrast falls to next to nothing
                     and to a fraction of the given frames'
     sudden_object   something large appears that was not there: a connected part of the picture
-                    that is found nowhere near in the frame before, and did not come in over the
-                    border with a moving camera
+                    that is found nowhere near in the frame before, or five frames before, as
+                    decoders fade in what is new in a latent frame; away from the border, over
+                    which things come in by themselves
 
 A clip that stands still, and small artifacts, are no failures. A cut to another picture is one.
 """
@@ -34,14 +35,15 @@ _SHORT_SIDE = 32
 # given frames' spread, at most.
 MAX_CONTRAST = 10.0
 MAX_CONTRAST_SHARE = 0.25
-# Moves from frame to frame that are followed: an eighth of the short side.
+# Moves from frame to frame that are followed, and the width of the border: an eighth of the short
+# side.
 _REACH = 4
 _WINDOW = 3  # pixels that are compared together
 # Grey levels, the mean over a window and its channels, by which nothing near may come closer.
-MIN_NOVELTY = 24.0
-# Share of the picture that appears from one frame to the next, at least: so much, and so many times
-# as much as ever in the given frames, where things may move fast.
-MIN_AREA = 0.05
+MIN_NOVELTY = 18.0
+# Number of frames -> share of the picture that appears within them, at least: so much, and so many
+# times as much as ever in the given frames, where things may move fast.
+MIN_AREAS = {1: 0.05, 5: 0.16}
 _AREA_FACTOR = 1.5
 
 
@@ -100,79 +102,62 @@ def _solid_color(spread: Array, num_given: int) -> Defect | None:
 
 
 def _sudden_object(small: Tensor, num_given: int) -> Defect | None:
-    areas = novel_areas(small)
-    limit = max(MIN_AREA, _AREA_FACTOR * areas[: num_given - 1].max(initial=0))
-    is_sudden = areas[num_given - 1 :] >= limit
-    if not is_sudden.any():
-        return None
-    frame = num_given + int(np.argmax(is_sudden))
-    return Defect(SUDDEN_OBJECT, frame, float(areas[frame - 1]))
+    found = []
+    for gap, least in MIN_AREAS.items():
+        areas = novel_areas(small, gap)
+        num_known = max(num_given - gap, 0)  # pairs of given frames
+        limit = max(least, _AREA_FACTOR * areas[:num_known].max(initial=0))
+        is_sudden = areas[num_known:] >= limit
+        if is_sudden.any():
+            first = num_known + int(np.argmax(is_sudden))
+            found.append(Defect(SUDDEN_OBJECT, first + gap, float(areas[first])))
+    return min(found, key=lambda defect: defect.frame, default=None)
 
 
-def novel_areas(small: Tensor) -> Array:
-    """Share of each picture that is not in the one before: its largest connected part.
+def novel_areas(small: Tensor, gap: int) -> Array:
+    """Share of each picture that is not in the one ``gap`` before: its largest connected part.
 
     Args:
         small: (T, 3, h, w) float32 in [0, 255].
+        gap: in frames.
 
     Returns:
-        (T - 1,).
+        (T - gap,); none of a shorter clip.
     """
     from skimage.measure import label
     from skimage.morphology import opening
 
-    if len(small) < 2:
+    if len(small) <= gap:
         return np.zeros(0)
-    novelty, motion = _match(small[:-1], small[1:])
     areas = []
-    for picture, (down, right) in zip(novelty.numpy(), motion, strict=True):
+    for picture in _novelty(small[:-gap], small[gap:]).numpy():
         is_new = picture > MIN_NOVELTY
-        _clear_border(is_new, down, right)
+        is_new[:_REACH] = is_new[-_REACH:] = False
+        is_new[:, :_REACH] = is_new[:, -_REACH:] = False
         parts = label(opening(is_new, np.ones((3, 3), bool)), connectivity=1)
         areas.append(np.bincount(parts.flat)[1:].max(initial=0) / picture.size)
     return np.array(areas)
 
 
-def _match(before: Tensor, after: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
-    """How far every place is from the nearest look in the frame before, and how all moved.
+def _novelty(before: Tensor, after: Tensor) -> Tensor:
+    """How far every place is from the nearest look near it in an earlier frame.
 
     Args:
         before: (N, 3, h, w).
         after: (N, 3, h, w).
 
     Returns:
-        (N, h, w) grey levels, and for each pair the move (down, right) in pixels that explains
-        most of the picture.
+        (N, h, w) grey levels.
     """
     # All became lighter or darker: the exposure, or a fade.
     shift = (after - before).flatten(2).median(2).values
     padded = F.pad(before + shift[..., None, None], [_REACH] * 4, mode="replicate")
     height, width = after.shape[2:]
     best = after.new_full((len(after), height, width), np.inf)
-    least = after.new_full((len(after),), np.inf)
-    moves = [(0, 0)] * len(after)
-    for down in range(-_REACH, _REACH + 1):
-        for right in range(-_REACH, _REACH + 1):
-            top, left = _REACH - down, _REACH - right
+    for top in range(2 * _REACH + 1):
+        for left in range(2 * _REACH + 1):
             moved = padded[:, :, top : top + height, left : left + width]
-            gap = F.avg_pool2d(
-                (after - moved).abs().mean(1, keepdim=True), _WINDOW, 1, 1, False, False
-            )
-            best = torch.minimum(best, gap[:, 0])
-            # The mean of small gaps only: what one object does says nothing about the rest.
-            total = gap.clamp_max(MIN_NOVELTY).mean((1, 2, 3)) + 1e-3 * (abs(down) + abs(right))
-            for number in torch.nonzero(total < least).flatten().tolist():
-                moves[number] = (down, right)
-            least = torch.minimum(least, total)
-    return best, moves
-
-
-def _clear_border(is_new: NDArray[np.bool_], down: int, right: int) -> None:
-    """Takes away what a picture that moved ``down`` and ``right`` lets in at its border."""
-    height, width = is_new.shape
-    if down:
-        is_new[: down + 1 if down > 0 else 0] = False
-        is_new[height + down - 1 if down < 0 else height :] = False
-    if right:
-        is_new[:, : right + 1 if right > 0 else 0] = False
-        is_new[:, width + right - 1 if right < 0 else width :] = False
+            gap = (after - moved).abs().mean(1, keepdim=True)
+            near = F.avg_pool2d(gap, _WINDOW, 1, _WINDOW // 2, count_include_pad=False)
+            best = torch.minimum(best, near[:, 0])
+    return best
