@@ -286,6 +286,7 @@ def make_model_of_1x(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_published_command_runs_as_it_is(tmp_path: Path) -> None:
     make_model_of_1x(tmp_path / "checkpoints" / "Cosmos-Predict1-4B")
     data = write_v2(tmp_path / "data" / "val_v2.0", "val", ((34,),))

@@ -116,13 +116,13 @@ def test_failures_are_counted_by_sample(whole: tuple[Path, dict[str, Any]]) -> N
 
 
 class Collapsed(Session):
-    """A session whose model says one token for ever from the second sample on."""
+    """A session whose second sample of each clip ends in one colour."""
 
     def generate(self, request: Any, progress: Any = None) -> Any:
         result = super().generate(request, progress)
         Collapsed.count += 1
         if Collapsed.count % 2 == 0:
-            result.tokens[len(request.tokens) :] = 0
+            result.frames[:, GIVEN + 1 :] = 90
         return result
 
     count = 0

@@ -228,7 +228,12 @@ def test_other_weights_under_the_same_name_are_another_data_set(lines, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "points", [("prompts 0",), ("prompts 1", "clips 0"), ("clips 1", "clips 1")]
+    "points",
+    [
+        ("prompts 1", "clips 0"),
+        pytest.param(("prompts 0",), marks=pytest.mark.slow),
+        pytest.param(("clips 1", "clips 1"), marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_continues_to_the_same_bytes(lines, tmp_path, points) -> None:
     """Two prompt shards and three of clips; killed before, between and behind the prompts."""

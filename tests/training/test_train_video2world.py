@@ -76,7 +76,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "tp2")) for name in LAYOUTS],
+)
 def test_same_curve_at_every_layout(prompts, reference_run, tmp_path, layout) -> None:
     settings = SETTINGS
     expected = reference_run
