@@ -30,7 +30,7 @@ def describe() -> dict[str, Any]:
             continue
     if commit := _commit():
         found["commit"] = commit
-    found["processor"] = _processor()
+    found["processor"] = processor()
     found["num_cpu_cores"] = os.cpu_count()
     found["num_processes"] = launch.world_size()
     return found | _from_torch()
@@ -48,7 +48,8 @@ def _from_torch() -> dict[str, Any]:
     return found
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The model of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

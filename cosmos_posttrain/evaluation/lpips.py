@@ -5,6 +5,9 @@ Flows in: frames (N, 3, H, W) in [-1, 1] and the user's weights. Flows out: a di
 l-th of five ReLUs, each pixel's scaled to length 1, and w_l the learned weights of their channels,
 
     d(x, y) = sum over l of the mean over pixels of w_l . (f_l(x) - f_l(y))^2
+
+The authors' package computes the same; it imports torchvision, which has no build for the CPU alone
+on the package index, and fetches weights by itself.
 """
 
 from __future__ import annotations

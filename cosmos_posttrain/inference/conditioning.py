@@ -112,7 +112,6 @@ class TextConditioner:
         self._frees = frees
         self._encoder: TextEncoder | None = None
         self._rows: dict[str, Tensor] = {}
-        self._num_kept = _MAX_KEPT
 
     def encode(
         self,
@@ -142,10 +141,9 @@ class TextConditioner:
                     progress(number)
             if self._frees:
                 self.free()
-        self._num_kept = max(_MAX_KEPT, len(set(prompts)))
         for prompt in dict.fromkeys(prompts):  # what was asked for last is dropped last
             self._rows[prompt] = self._rows.pop(prompt)
-        for prompt in list(self._rows)[: -self._num_kept]:
+        for prompt in list(self._rows)[: -max(_MAX_KEPT, len(set(prompts)))]:
             del self._rows[prompt]
 
     def context(self, prompt: str | None) -> Tensor:

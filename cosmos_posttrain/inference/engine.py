@@ -143,6 +143,7 @@ def generate(
     guidance_scale: float = 1.0,
     negative_context: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
+    observe: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Continues clips of tokens. Every tensor-parallel rank calls it with the same arguments.
 
@@ -161,6 +162,8 @@ def generate(
             without computing the latter.
         negative_context: as ``context``; None is the null context, all zeros.
         progress: called with the number of tokens generated so far, after each.
+        observe: called with the number of each token and the logits (B, vocab_size) float32 that it
+            is drawn from, the same on every rank.
 
     Returns:
         (B, num_tokens) int64 on the model's device.
@@ -187,6 +190,7 @@ def generate(
             draw_uniform(prompt_tokens.shape[0], num_tokens, seed).to(model.device),
             lambda logits, u: sample(logits, u, temperature=temperature, top_p=top_p, top_k=top_k),
             progress,
+            observe,
         )
     # Tensors made in inference mode cannot take part in training; a copy of one can.
     return generated.clone()
@@ -200,6 +204,7 @@ def _decode(
     uniform: Tensor,
     draw: Callable[[Tensor, Tensor], Tensor],
     progress: Callable[[int], None] | None,
+    observe: Callable[[int, Tensor], None] | None,
 ) -> Tensor:
     """The loop: feeds the prompt (B, P), then each drawn token; returns (B, N)."""
     batch_size, num_tokens = uniform.shape
@@ -215,6 +220,8 @@ def _decode(
     logits = score(prompt, contexts)
     _check_finite(logits)
     for position in range(num_tokens):
+        if observe is not None:
+            observe(position, logits)
         token = _agree(draw(logits, uniform[:, position]))
         generated[:, position] = token
         if progress is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cosmos_posttrain.cli import Flag, flag_names
 from cosmos_posttrain.config import check, setting
+from cosmos_posttrain.evaluation.config.loss import model_name
 from cosmos_posttrain.launch import DTYPES
 from cosmos_posttrain.models.config import LAYER_SPECS, ROPE_SCALINGS
 
@@ -85,8 +86,8 @@ class OnexEvalConfig:
         """Where the results go."""
         if self.output_dir is not None:
             return Path(self.output_dir)
-        name = Path(self.video_save_name or self.ar_model_dir.replace(":", "-")).name
-        return Path("evaluation") / "onex" / (name or "model")
+        name = Path(self.video_save_name).name if self.video_save_name else ""
+        return Path("evaluation") / "onex" / (name or model_name(self.ar_model_dir))
 
     @property
     def chosen_parts(self) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from cosmos_posttrain.data.batch import SequenceLayout
 from cosmos_posttrain.evaluation.config.onex import NEXT_8_FRAMES, ROLLOUT, OnexEvalConfig
 from cosmos_posttrain.evaluation.scoring import Scorer, Scores, of_clips
 from cosmos_posttrain.geometry import LatentShape
-from cosmos_posttrain.inference.greedy import roll_out
+from cosmos_posttrain.inference.engine import generate
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.token_scores import NUM_TOP, TokenScores, score_logits
 from cosmos_posttrain.training.scores import gather_clips
@@ -151,7 +151,7 @@ def _roll_out(
             top = log_probs.topk(min(NUM_TOP, logits.shape[-1]), -1)
             likely.append((top.indices.to(torch.int32), top.values.to(torch.float16)))
 
-    roll_out(model, given, part.num_predicted, observe)
+    generate(model, given, part.num_predicted, temperature=0.0, observe=observe)
     shape = (len(clips), part.num_given)
 
     def whole(name: str, of_given: float) -> NDArray[Any]:

@@ -13,7 +13,6 @@ and parts of them as arrays. Nothing is read but the metadata until a part is as
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cosmos_posttrain import files
 from cosmos_posttrain.data.limits import naming_limits
 from cosmos_posttrain.errors import DatasetError
 from cosmos_posttrain.prepare.onex.versions import V1_1, V2_0, OnexVersion
@@ -118,18 +118,9 @@ class OnexFolder:
 
     def _read_metadata(self, name: str) -> dict[str, Any]:
         path = self.path / name
-        try:
-            with naming_limits(str(path)):
-                text = path.read_bytes().decode()
-            value = json.loads(text)
-        except FileNotFoundError as error:
-            raise DatasetError(f"{path} is missing; {_FIX}.") from error
-        except OSError as error:
-            raise DatasetError(f"{path} cannot be read: {error.strerror}.") from error
-        except (ValueError, RecursionError) as error:
-            raise DatasetError(f"{path} is damaged: it is not JSON ({error}); {_FIX}.") from error
-        if not isinstance(value, dict):
-            raise DatasetError(f"{path} is damaged: it holds no JSON object; {_FIX}.")
+        with naming_limits(str(path)):
+            value = files.read_json(path, DatasetError, _FIX)
+            text = path.read_bytes().decode()  # as it is, for the way back
         self.metadata[name] = text
         return value
 
