@@ -172,3 +172,10 @@ def test_every_layout_scores_alike(size: str, layout: tuple[int, int, bool]) -> 
         np.testing.assert_allclose(scores.nll[mask], alone.nll[mask], rtol=2e-6, atol=1e-5)
         np.testing.assert_allclose(scores.log_rest[mask], alone.log_rest[mask], atol=1e-4)
         assert (scores.rank == alone.rank)[mask].mean() > 0.95
+
+
+def test_the_first_so_many_ranks_count() -> None:
+    values = np.zeros(4, np.float32)
+    scores = Scores(values, np.array([0, 1, 4, 5], np.int32), values, 10)
+    assert scores.is_among(1).tolist() == [True, False, False, False]
+    assert scores.is_among(5).tolist() == [True, True, True, False]
