@@ -206,24 +206,26 @@ class CosmosARAttention(nn.Module):
     def _keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         return self.k_norm(self._heads(self.wk(source))), self._heads(self.wv(source))
 
-    def to_clip(self, x: Tensor, turns: Tensor, start: int, cache: Cache | None) -> Tensor:
+    def to_clip(self, x: Tensor, turns: Tensor, places: range, cache: Cache | None) -> Tensor:
         """Attends to the tokens before each and itself.
 
         Args:
-            x: (B, S, dim), the tokens from position ``start`` on.
+            x: (B, S, dim).
             turns: (2, S, head_dim) cosines and sines of their positions.
-            start: number of tokens in the cache.
-            cache: keys and values of those, or None.
+            places: the S positions.
+            cache: keys and values of those before, or None.
         """
         query = self.q_norm(self._heads(self.wq(x)))
         key, value = self._keys_and_values(x)
         query, key = _rotate(query, *turns), _rotate(key, *turns)
         if cache is not None:
-            end = start + x.shape[1]
-            places = {"cache_position": torch.arange(start, end, device=x.device)}
-            key, value = cache.update(key, value, self.number, places)
-            # A static cache gives all its places, those not yet filled too.
-            key, value = key[:, :, :end], value[:, :, :end]
+            if cache.is_compileable:  # older static caches ask where to put them
+                where = torch.arange(places.start, places.stop, device=x.device)
+                key, value = cache.update(key, value, self.number, {"cache_position": where})
+                # All places of the cache, those not yet filled too.
+                key, value = key[:, :, : places.stop], value[:, :, : places.stop]
+            else:
+                key, value = cache.update(key, value, self.number)
         projected: Tensor = self.wo(_attend(query, key, value, causal=True))
         return projected
 
@@ -277,7 +279,7 @@ class CosmosARLayer(nn.Module):
         turns: Tensor,
         positions: Tensor | None,
         text: Tensor | None,
-        start: int,
+        places: range,
         cache: Cache | None,
     ) -> Tensor:
         """(B, S, dim) -> (B, S, dim); see ``CosmosARForCausalLM.forward``."""
@@ -285,7 +287,7 @@ class CosmosARLayer(nn.Module):
             x = x + positions
         is_pair = isinstance(cache, EncoderDecoderCache)
         own = cache.self_attention_cache if is_pair else cache
-        x = x + self.attention.to_clip(self.attention_norm(x), turns, start, own)
+        x = x + self.attention.to_clip(self.attention_norm(x), turns, places, own)
         if self.takes_text:
             normed = self.cross_attention_norm(x)
             x = x + self.cross_attention.to_text(normed, text, cache if is_pair else None)
@@ -385,10 +387,11 @@ class CosmosARForCausalLM(PreTrainedModel, GenerationMixin):
         cache, start = self._prepared(past_key_values, use_cache, encoder_hidden_states is not None)
         self._check(input_ids, attention_mask, encoder_hidden_states, start, cache)
         x = self.model.tok_embeddings(input_ids)
-        turns, positions = self._rows(x, start)
+        places = range(start, start + x.shape[1])
+        turns, positions = self._rows(x, places)
         text = None if encoder_hidden_states is None else encoder_hidden_states.to(x)
         for layer in self.model.layers:
-            x = layer(x, turns, positions, text, start=start, cache=cache)
+            x = layer(x, turns, positions, text, places, cache=cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.output(self.model.norm(x[:, kept]))
         output = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
@@ -442,8 +445,8 @@ class CosmosARForCausalLM(PreTrainedModel, GenerationMixin):
                 f"({wanted[0]}, L, {wanted[1]})."
             )
 
-    def _rows(self, x: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
-        """Cosines and sines (2, S, head_dim) and absolute positions (S, dim) of x (B, S, dim)."""
+    def _rows(self, x: Tensor, places: range) -> tuple[Tensor, Tensor | None]:
+        """Cosines and sines (2, S, head_dim) and absolute positions (S, dim), like x."""
         place = (x.device, x.dtype)
         if place not in self._tables:
             with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
@@ -453,5 +456,5 @@ class CosmosARForCausalLM(PreTrainedModel, GenerationMixin):
                 added = absolute_positions(self.config).to(*place) if texts else None
             self._tables[place] = (turns, added)
         turns, added = self._tables[place]
-        rows = slice(start, start + x.shape[1])
+        rows = slice(places.start, places.stop)
         return turns[:, rows], None if added is None else added[rows]
