@@ -33,18 +33,20 @@ from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.files import write_json
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.inference.engine import generate
-from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.config import ModelConfig, YarnConfig
 from cosmos_posttrain.models.reference_config import to_reference
 
 BASE = ModelConfig(2, 32, 4, 2, 12, 48, 100, LatentShape(2, 2, 3), params_dtype="float32")
 TEXT = dataclasses.replace(BASE, context_dim=20, context_len=8)
 
 GROWN = LatentShape(3, 4, 3)
+# A width that would change every frequency: it is the height that counts for both.
+YARN = YarnConfig(LatentShape(2, 2, 30), scale=1.5)
 GRIDS = {
     "interpolate": BASE.at_grid(GROWN, "interpolate"),
-    "yarn": BASE.at_grid(GROWN, "yarn"),
+    "yarn": dataclasses.replace(BASE, latent_shape=GROWN, yarn=YARN),
     "text-interpolate": TEXT.at_grid(GROWN, "interpolate"),
-    "text-yarn": TEXT.at_grid(GROWN, "yarn"),
+    "text-yarn": dataclasses.replace(TEXT, latent_shape=GROWN, yarn=YARN),
 }
 MODELS = {
     f"{name}-{dtype}": dataclasses.replace(config, params_dtype=dtype)
