@@ -236,6 +236,7 @@ class CosmosARAttention(nn.Module):
             layer = cache.cross_attention_cache.layers[self.number]
             key, value = layer.keys, layer.values
         else:
+            assert text is not None
             key, value = self._keys_and_values(text)
             if cache is not None:
                 cache.cross_attention_cache.update(key, value, self.number)
@@ -285,12 +286,12 @@ class CosmosARLayer(nn.Module):
         """(B, S, dim) -> (B, S, dim); see ``CosmosARForCausalLM.forward``."""
         if positions is not None:
             x = x + positions
-        is_pair = isinstance(cache, EncoderDecoderCache)
-        own = cache.self_attention_cache if is_pair else cache
+        pair = cache if isinstance(cache, EncoderDecoderCache) else None
+        own = cache if pair is None else pair.self_attention_cache
         x = x + self.attention.to_clip(self.attention_norm(x), turns, places, own)
         if self.takes_text:
             normed = self.cross_attention_norm(x)
-            x = x + self.cross_attention.to_text(normed, text, cache if is_pair else None)
+            x = x + self.cross_attention.to_text(normed, text, pair)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -324,7 +325,7 @@ class CosmosARForCausalLM(PreTrainedModel, GenerationMixin):
         """The embedding of the tokens."""
         return self.model.tok_embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replaces it."""
         self.model.tok_embeddings = value
 
@@ -332,7 +333,7 @@ class CosmosARForCausalLM(PreTrainedModel, GenerationMixin):
         """The layer that scores the tokens."""
         return self.model.output
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replaces it."""
         self.model.output = new_embeddings
 

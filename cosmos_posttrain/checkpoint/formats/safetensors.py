@@ -55,8 +55,12 @@ class SafetensorsFormat(WritableFormat):
 
     name = "safetensors"
     title = "safetensors with config.json"
-    parts = ("model*.safetensors", "model*.safetensors.index.json", CONFIG)
-    hub_files = ("model*.safetensors", INDEX, CONFIG)
+    parts: ClassVar[tuple[str, ...]] = (
+        "model*.safetensors",
+        "model*.safetensors.index.json",
+        CONFIG,
+    )
+    hub_files: ClassVar[tuple[str, ...]] = ("model*.safetensors", INDEX, CONFIG)
     is_sharded = True
 
     def detect(self, folder: Path) -> Path | None:
