@@ -1,10 +1,12 @@
 """One token out of the scores of all.
 
-Flows in: logits (B, V) and uniform random numbers (B,). Flows out: tokens (B,).
+Flows in: logits (..., V) and a Gumbel number for every one of them (``noise.py``). Flows out:
+tokens (...).
 
-All randomness of a call is drawn at once from a seeded CPU generator, and each token is found from
-its number by inverting the cumulative distribution. So every rank and every kind of device draws
-the same token from the same logits, and nothing waits for the device between tokens.
+    token = argmax(logits / temperature + gumbel) over the tokens that may be drawn
+
+which is a draw from ``softmax(logits / temperature)`` over them (Gumbel-max; Maddison et al., 2014,
+arXiv:1411.0030). A token is thus a function of logits and place alone, whoever computes it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.errors import ConfigError
+
+# Each round leaves about half of the mass; what is left after so many is a token of its own.
+_MAX_ROUNDS = 64
 
 
 def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -> None:
@@ -34,78 +39,53 @@ def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -
         raise ConfigError(f"top_k {top_k} must be at least 1; leave it out to keep all tokens.")
 
 
-def draw_uniform(batch_size: int, num_tokens: int, seed: int) -> Tensor:
-    """The random numbers of a whole call, on the CPU.
-
-    Returns:
-        (B, N) float64 in [0, 1); clip by clip, so that the first clip's do not depend on B.
-    """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.rand(batch_size, num_tokens, dtype=torch.float64, generator=generator)
-
-
-def keep_most_likely(probabilities: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
-    """Which of the sorted tokens may be drawn; the most likely one always may.
-
-    Args:
-        probabilities: (B, K) in descending order: all tokens, or the K most likely of them.
-        top_p: keeps the tokens before which at most this mass lies (nucleus sampling, Holtzman et
-            al., 2020, arXiv:1904.09751); None keeps all.
-        top_k: keeps at most this many; None keeps all.
-
-    Returns:
-        (B, K) bool, true for a prefix of each row.
-    """
-    keep = torch.ones_like(probabilities, dtype=torch.bool)
-    if top_p is not None:
-        mass = probabilities.double()
-        keep &= mass.cumsum(-1) - mass <= top_p
-        keep[:, 0] = True
-    if top_k is not None:
-        keep[:, top_k:] = False
-    return keep
-
-
-def sample(
+def choose(
     logits: Tensor,
-    uniform: Tensor,
+    gumbel: Tensor | None,
     *,
     temperature: float = 1.0,
     top_p: float | None = None,
     top_k: int | None = None,
 ) -> Tensor:
-    """Draws one token a row.
+    """Draws one token for each row of scores.
 
-    ``softmax(logits / temperature)``, cut by top_p and top_k, renormalised; the token is the first
-    whose cumulative probability exceeds the row's random number. Temperature 0 is the argmax.
+    A token may be drawn where the tokens that are more likely than it hold at most ``top_p`` of the
+    probability (nucleus sampling, Holtzman et al., 2020, arXiv:1904.09751) and are fewer than
+    ``top_k``; the most likely one always may. Nothing is sorted: the best of all tokens is looked
+    at, and where it may not be drawn, neither may any that is less likely, so the best of those
+    that are more likely comes next. Few rounds are needed, since each leaves about half.
 
     Args:
-        logits: (B, V) float32.
-        uniform: (B,) float64 in [0, 1), on the logits' device; not used at temperature 0.
-        temperature: at least 0.
-        top_p: see ``keep_most_likely``.
-        top_k: see ``keep_most_likely``.
+        logits: (..., V) float32.
+        gumbel: (..., V) float32; None at temperature 0.
+        temperature: 0 takes the most likely token.
+        top_p: None keeps all, as 1 does.
+        top_k: None keeps all.
 
     Returns:
-        (B,) int64.
+        (...) int64.
     """
     if temperature == 0:
         return logits.argmax(-1)
+    assert gumbel is not None
     # Less its maximum first: a tiny temperature must not overflow.
-    shifted = logits - logits.amax(-1, keepdim=True)
-    probabilities = torch.softmax(shifted / temperature, -1)
-    if top_k is not None and top_k < logits.shape[-1]:
-        values, tokens = probabilities.topk(top_k, -1)
-    elif top_p is not None and top_p < 1:
-        values, tokens = probabilities.sort(-1, descending=True)
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+    scores = scaled + gumbel
+    best = scores.argmax(-1)
+    if top_p in (None, 1.0) and top_k is None:
+        return best
+    probabilities = torch.softmax(scaled, -1)
+    for _ in range(_MAX_ROUNDS):
+        likelier = probabilities > probabilities.gather(-1, best[..., None])
+        refused = torch.zeros_like(best, dtype=torch.bool)
+        if top_p is not None:
+            refused |= (probabilities * likelier).sum(-1) > top_p
+        if top_k is not None:
+            refused |= likelier.sum(-1) >= top_k
+        if not refused.any():
+            break
+        scores = scores.where(likelier | ~refused[..., None], -math.inf)
+        best = scores.argmax(-1)
     else:
-        values, tokens = probabilities, None
-    if tokens is not None:
-        keep = keep_most_likely(values, top_p, top_k)
-        values = values.masked_fill(~keep, 0.0)
-    cumulative = values.cumsum(-1, dtype=torch.float64)
-    target = (uniform * cumulative[:, -1])[:, None]
-    # Rounding may put the target at the very end, behind the last token that may be drawn.
-    last = (values > 0).long().mul(torch.arange(values.shape[-1], device=values.device)).amax(-1)
-    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(-1).minimum(last)
-    return drawn if tokens is None else tokens.gather(-1, drawn[:, None]).squeeze(-1)
+        return torch.where(refused, logits.argmax(-1), best)
+    return best
