@@ -9,6 +9,7 @@ others are done; the same command does what is left.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +24,15 @@ from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import ConfigError, PartialFailureError, VideoError
 from cosmos_posttrain.inference import outputs
 from cosmos_posttrain.inference.config import InferConfig, validate
-from cosmos_posttrain.inference.outputs import Item
+from cosmos_posttrain.inference.contract import check_input_type
+from cosmos_posttrain.inference.outputs import BatchLine, Item
 from cosmos_posttrain.inference.request import Request
 from cosmos_posttrain.inference.session import Session
 from cosmos_posttrain.runlog import ProgressDisplay
 from cosmos_posttrain.video import is_image, probe
 
+# So few are encoded before anybody asks how long it takes.
+_MAX_SILENT_PROMPTS = 8
 # Failures that the last sentence repeats; each is said when it happens.
 _MAX_REPEATED = 10
 
@@ -58,28 +62,35 @@ def make_items(config: InferConfig) -> list[Item]:
     """
     folder = Path(config.video_save_folder)
     if config.batch_input_path is not None:
-        inputs = outputs.read_batch(config.batch_input_path)
-        videos = [folder / f"{name}.mp4" for name in outputs.output_names(inputs)]
+        lines = outputs.read_batch(config.batch_input_path)
+        if config.is_plain:
+            lines = [dataclasses.replace(line, prompt=None) for line in lines]
+        videos = [folder / f"{name}.mp4" for name in outputs.output_names(lines)]
     else:
         assert config.input_image_or_video_path is not None
-        inputs = [Path(config.input_image_or_video_path)]
+        lines = [BatchLine(Path(config.input_image_or_video_path), config.prompt)]
         videos = [outputs.single_output(config.video_save_name, config.video_save_folder)]
-        probe(inputs[0])
-    for path in inputs if config.input_type == "video" else ():
-        if is_image(path):
-            raise ConfigError(f"{path} is an image; add --input_type image.")
+        probe(lines[0].path)
+    for line in lines if config.input_type in ("video", "text_and_video") else ():
+        if is_image(line.path):
+            wanted = str(config.input_type).replace("video", "image")
+            raise ConfigError(f"{line.path} is an image; give --input_type {wanted}.")
     items = [
-        Item(_request(config, path), video) for path, video in zip(inputs, videos, strict=True)
+        Item(_request(config, line), video, line.where)
+        for line, video in zip(lines, videos, strict=True)
     ]
     outputs.check_inputs_survive(items)
     files.check_writable(videos[0].parent)
     return items
 
 
-def _request(config: InferConfig, path: Path) -> Request:
+def _request(config: InferConfig, line: BatchLine) -> Request:
     return Request(
-        path=path,
-        num_input_frames=1 if config.input_type == "image" else config.num_input_frames,
+        path=line.path,
+        prompt=line.prompt,
+        negative_prompt=config.negative_prompt,
+        guidance_scale=config.guidance_scale,
+        num_input_frames=1 if config.takes_images else config.num_input_frames,
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
@@ -102,8 +113,14 @@ def open_run(config: InferConfig) -> tuple[Session, list[Item]]:
         raise ConfigError(
             f"an mp4 needs an even width and height, not {geometry.width}x{geometry.height}."
         )
+    check_input_type(config.input_type, session.model_config, session.name)
     for item in items:
-        item.request.num_given(geometry)
+        try:
+            session.check(item.request)
+        except ConfigError as error:
+            if not item.where:
+                raise
+            raise ConfigError(f"{item.where}: {error}") from error
     return session, items
 
 
@@ -175,22 +192,21 @@ def _run_items(session: Session, items: Sequence[Item], is_batch: bool) -> list[
     """
     rank = parallel_state.get_data_parallel_rank()
     size = parallel_state.get_data_parallel_world_size()
-    clip = session.geometry
-    num_given = clip.num_condition_tokens(items[0].request.num_given(clip))
-    num_tokens = clip.seq_length - num_given  # of every item: they differ in their paths alone
+    num_tokens = [_num_tokens(session, item) for item in items]
     label = "batch" if is_batch else items[0].video.name
-    display = ProgressDisplay(len(items) * num_tokens, "tokens", label)
+    display = ProgressDisplay(sum(num_tokens), "tokens", label)
     outcomes: list[_Outcome] = []
     done = 0
     for start in range(0, len(items), size):
         now = items[start : start + size]
         where = f"clip {start + 1:,}/{len(items):,} ({now[0].video.name})" if is_batch else ""
-        progress = partial(_show, display, where, done, len(now))
+        numbers = num_tokens[start : start + size]
+        progress = partial(_show, display, where, done, numbers)
         mine = _generate(session, now[rank], progress) if rank < len(now) else None
         found = _gathered(mine)
-        for outcome in found:
-            done += 0 if outcome.failure else num_tokens
-            display.total -= num_tokens if outcome.failure else 0
+        for number, outcome in zip(numbers, found, strict=True):
+            done += 0 if outcome.failure else number
+            display.total -= number if outcome.failure else 0
             if outcome.note:
                 display.say(outcome.note)
             if outcome.failure and is_batch:
@@ -199,9 +215,31 @@ def _run_items(session: Session, items: Sequence[Item], is_batch: bool) -> list[
     return outcomes
 
 
-def _show(display: ProgressDisplay, where: str, done: int, num_groups: int, count: int) -> None:
+def _num_tokens(session: Session, item: Item) -> int:
+    """Tokens to generate for an item."""
+    clip = session.geometry
+    return clip.seq_length - clip.num_condition_tokens(item.request.num_given(clip))
+
+
+def _show(
+    display: ProgressDisplay, where: str, done: int, numbers: Sequence[int], count: int
+) -> None:
     """``count`` tokens of the round are drawn here; the other groups will have as many."""
-    display.show(done + num_groups * count, where)
+    display.show(done + sum(min(count, number) for number in numbers), where)
+
+
+def _encode_prompts(session: Session, items: Sequence[Item]) -> None:
+    """Encodes the texts of all items, each in the group that will generate it."""
+    rank = parallel_state.get_data_parallel_rank()
+    size = parallel_state.get_data_parallel_world_size()
+    mine, all_texts = (
+        list(dict.fromkeys(text for item in some for text in item.request.prompts))
+        for some in (items[rank::size], items)
+    )
+    show = None
+    if len(mine) > _MAX_SILENT_PROMPTS:
+        show = ProgressDisplay(len(mine), "prompts", "text").show
+    session.encode_prompts(mine, all_texts, show)
 
 
 def run(config: InferConfig) -> None:
@@ -222,6 +260,7 @@ def run(config: InferConfig) -> None:
             launch.say(f"note: {num_complete} output(s) are complete already; skipped.", error=True)
         if not left:
             return
+        _encode_prompts(session, left)
         session.load()
         outcomes = _run_items(session, left, config.batch_input_path is not None)
     _report(config, outcomes)

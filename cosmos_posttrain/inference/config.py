@@ -13,17 +13,19 @@ from cosmos_posttrain.cli import Flag, flag_names
 from cosmos_posttrain.config import check, setting
 from cosmos_posttrain.launch import DTYPES
 from cosmos_posttrain.models.config import LAYER_SPECS, ROPE_SCALINGS
+from cosmos_posttrain.text.prompts import prompt_problem
+from cosmos_posttrain.text.shipped import TEXT_ENCODER_DTYPES
 
-INPUT_TYPES = ("video", "image")
-# Of Video2World models.
-_TEXT_INPUT_TYPES = ("text_and_video", "text_and_image")
+# Of base models, and of Video2World models.
+PLAIN_INPUT_TYPES = ("video", "image")
+TEXT_INPUT_TYPES = ("text_and_video", "text_and_image")
 # torch's generators take seeds up to this.
 _SEED_LIMIT = 2**63
 
 
 @dataclass
 class SessionConfig:
-    """A model, its tokenizer, and the size of the clips.
+    """A model, its tokenizer and text encoder, and the size of the clips.
 
     Attributes:
         ar_model_dir: the model: checkpoint, run folder, folder with model.pt, Hugging Face id, or
@@ -31,6 +33,10 @@ class SessionConfig:
         checkpoint_dir: where bare names of models and tokenizers are looked up.
         encoder_path: the tokenizer; by default the one that the checkpoint was trained with.
         decoder_path: the tokenizer's decoder; by default that of --encoder_path.
+        text_encoder_path: T5 encoder of a Video2World model (folder, Hugging Face id, or tiny); by
+            default the one that the checkpoint was trained with.
+        text_encoder_dtype: in which it computes; by default its own on a GPU and float32 on the
+            CPU.
         tokenizer_compression_factor: T,H,W such as 4,8,8; by default the tokenizer's own.
         width: pixels; by default the checkpoint's, as for the next two.
         height: pixels.
@@ -41,15 +47,19 @@ class SessionConfig:
         dtype: of the model; by default the checkpoint's on a GPU and float32 on the CPU.
         rope_scaling: positions where the clip's grid is larger than the checkpoint's.
         rope_scale: replaces the ratio of the two grids.
-        allow_tokenizer_mismatch: run with another tokenizer or geometry than the checkpoint's.
+        allow_tokenizer_mismatch: run with another tokenizer, text encoder or geometry than the
+            checkpoint's.
         offload_ar_model: keep the model on the GPU while it generates, else on the CPU.
         offload_tokenizer: free the tokenizer while tokens are generated.
+        offload_text_encoder_model: free the text encoder when the prompts are encoded.
     """
 
     ar_model_dir: str = "Cosmos-1.0-Autoregressive-4B"
     checkpoint_dir: str = "checkpoints"
     encoder_path: str | None = None
     decoder_path: str | None = None
+    text_encoder_path: str | None = None
+    text_encoder_dtype: str | None = setting(None, choices=TEXT_ENCODER_DTYPES)
     tokenizer_compression_factor: str | None = None
     width: int | None = setting(None, at_least=1)
     height: int | None = setting(None, at_least=1)
@@ -62,6 +72,7 @@ class SessionConfig:
     allow_tokenizer_mismatch: bool = False
     offload_ar_model: bool = False
     offload_tokenizer: bool = False
+    offload_text_encoder_model: bool = False
 
 
 @dataclass
@@ -69,10 +80,16 @@ class InferConfig(SessionConfig):
     """A run of ``infer.py``: a session, its inputs, and where the clips go.
 
     Attributes:
-        input_type: video (its first frames are given) or image.
+        input_type: video (its first frames are given) or image, and for a Video2World model
+            text_and_video or text_and_image; by default as the input and the model are.
         input_image_or_video_path: the image, or the video whose first frames are given.
-        batch_input_path: jsonl with one {"visual_input": PATH} a line, relative to the jsonl;
-            outputs are named after the inputs, and those that are complete already are skipped.
+        prompt: what is to be seen, for a Video2World model.
+        negative_prompt: what is not; guidance leads away from it, by default from no text at all.
+        guidance_scale: how much the text counts; 1.0 is the model as it is, above it twice the
+            computation.
+        batch_input_path: jsonl with one {"visual_input": PATH} a line, relative to the jsonl, and
+            with "prompt" for a Video2World model; outputs are named after the inputs, and those
+            that are complete already are skipped.
         num_input_frames: frames that are given; by default 9, and 1 for an image.
         video_save_name: output of a single run; a bare name lies in --video_save_folder.
         video_save_folder: folder of the outputs.
@@ -86,11 +103,13 @@ class InferConfig(SessionConfig):
         offload_guardrail_models: accepted for old commands, there is no such model here.
         offload_diffusion_decoder: accepted for old commands, there is no such model here.
         offload_prompt_upsampler: accepted for old commands, there is no such model here.
-        offload_text_encoder_model: accepted for old commands, there is no such model here.
     """
 
-    input_type: str = "video"
+    input_type: str | None = setting(None, choices=(*PLAIN_INPUT_TYPES, *TEXT_INPUT_TYPES))
     input_image_or_video_path: str | None = None
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    guidance_scale: float = setting(1.0, at_least=0)
     batch_input_path: str | None = None
     num_input_frames: int | None = setting(None, at_least=1)
     video_save_name: str = "output"
@@ -105,7 +124,16 @@ class InferConfig(SessionConfig):
     offload_guardrail_models: bool = False
     offload_diffusion_decoder: bool = False
     offload_prompt_upsampler: bool = False
-    offload_text_encoder_model: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether inputs are told to come without texts."""
+        return self.input_type in PLAIN_INPUT_TYPES
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether one frame of each input is told to be given."""
+        return self.input_type in ("image", "text_and_image")
 
 
 SESSION_FLAGS = (
@@ -113,6 +141,8 @@ SESSION_FLAGS = (
     Flag("--checkpoint_dir"),
     Flag("--encoder_path"),
     Flag("--decoder_path"),
+    Flag("--text_encoder_path"),
+    Flag("--text_encoder_dtype"),
     Flag("--tokenizer_compression_factor"),
     Flag("--width"),
     Flag("--height"),
@@ -125,11 +155,15 @@ SESSION_FLAGS = (
     Flag("--allow_tokenizer_mismatch"),
     Flag("--offload_ar_model"),
     Flag("--offload_tokenizer"),
+    Flag("--offload_text_encoder_model"),
 )
 
 FLAGS = (
     Flag("--input_type"),
     Flag("--input_image_or_video_path"),
+    Flag("--prompt"),
+    Flag("--negative_prompt"),
+    Flag("--guidance_scale"),
     Flag("--batch_input_path", aliases=("--input_prompts_path",)),
     Flag("--num_input_frames"),
     Flag("--video_save_name"),
@@ -145,7 +179,6 @@ FLAGS = (
     Flag("--offload_guardrail_models"),
     Flag("--offload_diffusion_decoder"),
     Flag("--offload_prompt_upsampler"),
-    Flag("--offload_text_encoder_model"),
 )
 
 
@@ -156,22 +189,39 @@ def validate(config: InferConfig) -> None:
         ConfigError: one sentence with all of them.
     """
     problems = []
-    if config.input_type in _TEXT_INPUT_TYPES:
-        problems.append(
-            f"--input_type {config.input_type} needs a Video2World model, which this version does "
-            "not generate with; use --input_type video or image"
-        )
-    elif config.input_type not in INPUT_TYPES:
-        problems.append(
-            f"there is no --input_type {config.input_type!r}; use {' or '.join(INPUT_TYPES)}"
-        )
     if (config.input_image_or_video_path is None) == (config.batch_input_path is None):
         problems.append(
             "give either --input_image_or_video_path (one input) or --batch_input_path (a jsonl)"
         )
-    if config.input_type == "image" and config.num_input_frames not in (None, 1):
+    if config.takes_images and config.num_input_frames not in (None, 1):
         problems.append(
-            f"--num_input_frames {config.num_input_frames} does not fit --input_type image, which "
-            "gives 1 frame; leave it out"
+            f"--num_input_frames {config.num_input_frames} does not fit --input_type "
+            f"{config.input_type}, which gives 1 frame; leave it out"
         )
-    check(config, flag_names(FLAGS), problems)
+    check(config, flag_names(FLAGS), [*problems, *_text_problems(config)])
+
+
+def _text_problems(config: InferConfig) -> list[str]:
+    problems = []
+    for name, text in (("prompt", config.prompt), ("negative_prompt", config.negative_prompt)):
+        if text is not None and (problem := prompt_problem(text)):
+            problems.append(f"--{name} {problem}")
+    texts = (config.prompt, config.negative_prompt)
+    if config.is_plain and (texts != (None, None) or config.guidance_scale != 1):
+        problems.append(
+            f"--prompt, --negative_prompt and --guidance_scale do not go with --input_type "
+            f"{config.input_type}; use text_and_{config.input_type}, or leave them out"
+        )
+    if config.prompt is not None and config.batch_input_path is not None:
+        problems.append(
+            "--prompt goes with one input; in a batch, write a prompt into each line of the jsonl"
+        )
+    is_single = config.input_image_or_video_path is not None
+    if is_single and config.input_type in TEXT_INPUT_TYPES and config.prompt is None:
+        problems.append(f"--input_type {config.input_type} needs --prompt; say what is to be seen")
+    if config.negative_prompt is not None and config.guidance_scale == 1:
+        problems.append(
+            "--negative_prompt has no effect at --guidance_scale 1; leave it out, or give a scale "
+            "above 1"
+        )
+    return problems

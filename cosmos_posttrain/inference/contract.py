@@ -1,31 +1,20 @@
-"""Whether a model, a tokenizer and a clip's size belong together.
+"""Whether a model, a tokenizer, a text encoder and a clip's size belong together.
 
 Flows in: the contract that a checkpoint was trained under (as the data set's manifest has it), a
-tokenizer and a geometry. Flows out: nothing, or one sentence that says what differs.
+tokenizer, a text encoder, a geometry and a request's text. Flows out: nothing, or one sentence that
+says what differs.
 """
 
 from __future__ import annotations
 
-from cosmos_posttrain.checkpoint.source import CheckpointSource
-from cosmos_posttrain.data.contract import Contract, TokenizerInfo
-from cosmos_posttrain.errors import CheckpointError, GeometryError, TokenizerError
+from cosmos_posttrain.data.contract import Contract, TextEncoderInfo, TokenizerInfo
+from cosmos_posttrain.errors import ConfigError, GeometryError, TextError, TokenizerError
 from cosmos_posttrain.geometry import ClipGeometry, Compression
+from cosmos_posttrain.inference.config import PLAIN_INPUT_TYPES, TEXT_INPUT_TYPES
+from cosmos_posttrain.inference.request import Request
+from cosmos_posttrain.models.config import ModelConfig
 
 _TRY_ANYWAY = "or try anyway with --allow_tokenizer_mismatch"
-
-
-def read_contract(source: CheckpointSource) -> Contract | None:
-    """What the checkpoint was trained on; None where it does not say.
-
-    Raises:
-        CheckpointError: a Video2World model.
-    """
-    if source.config.is_video2world:
-        raise CheckpointError(
-            f"{source.path or 'this'} is a Video2World model, which needs a text; this version "
-            "generates from images and videos only: give a base model."
-        )
-    return source.contract
 
 
 def _clip(num_frames: int, height: int, width: int) -> str:
@@ -89,4 +78,92 @@ def check_vocabulary(vocab_size: int, tokenizer: TokenizerInfo) -> None:
         raise TokenizerError(
             f"{tokenizer.id} has {tokenizer.vocab_size} tokens and the model {vocab_size}; give a "
             "tokenizer of the model's vocabulary, or post-train the model on this one first."
+        )
+
+
+def check_text_size(context_len: int, width: int, name: str, rows: int, columns: int) -> None:
+    """Refuses a text encoder whose embeddings the model cannot take; no flag allows it.
+
+    Args:
+        context_len: rows of a text that the model takes.
+        width: numbers in each.
+        name: of the encoder.
+        rows: that it makes at most.
+        columns: numbers in each.
+
+    Raises:
+        TextError: names both sizes.
+    """
+    if (rows, columns) != (context_len, width):
+        raise TextError(
+            f"the model takes a text of {context_len} rows of {width} numbers, but the text "
+            f"encoder {name} makes {rows} of {columns}; give the model's own with "
+            "--text_encoder_path."
+        )
+
+
+def check_text_encoder(trained: TextEncoderInfo, name: str, sha256: str) -> None:
+    """Refuses another text encoder than the checkpoint's; weights count, not names.
+
+    Raises:
+        TextError: names both.
+    """
+    if trained.sha256 != sha256:
+        raise TextError(
+            f"the checkpoint was trained on texts of {trained.id} (sha256 {trained.sha256[:12]}), "
+            f"but {name} has other weights (sha256 {sha256[:12]}); give --text_encoder_path "
+            f"{trained.id}, {_TRY_ANYWAY}."
+        )
+
+
+def check_text(request: Request, model: ModelConfig, name: str) -> None:
+    """Refuses a text for a base model, and asks a Video2World model's request for one.
+
+    Args:
+        request: with or without a text.
+        model: the model's numbers.
+        name: what it is called.
+
+    Raises:
+        ConfigError: a text too many or too few.
+        GeometryError: a context of another size than the model's.
+    """
+    if not model.is_video2world:
+        if request.has_text or request.prompts or request.guidance_scale != 1:
+            raise ConfigError(
+                f"{name} is a base model, which takes no text; leave out prompt, negative_prompt "
+                "and guidance_scale, or give a Video2World model."
+            )
+        return
+    if not request.has_text:
+        raise ConfigError(
+            f"{name} is a Video2World model, which needs a text; give a prompt that says what is "
+            "to be seen."
+        )
+    context, width = request.context, model.context_dim
+    if context is None:
+        return
+    is_rows = context.ndim == 2 and context.is_floating_point() and context.shape[1] == width
+    if not is_rows or context.shape[0] > model.context_len:
+        raise GeometryError(
+            f"the given context is {tuple(context.shape)} {context.dtype}; this session takes "
+            f"(L, {width}) floats, L at most {model.context_len}."
+        )
+
+
+def check_input_type(input_type: str | None, model: ModelConfig, name: str) -> None:
+    """Refuses a type of input that is of the other kind of model.
+
+    Raises:
+        ConfigError: names both.
+    """
+    if input_type in TEXT_INPUT_TYPES and not model.is_video2world:
+        raise ConfigError(
+            f"--input_type {input_type} is for Video2World models and {name} is a base model; "
+            f"give {input_type.removeprefix('text_and_')}, or leave it out."
+        )
+    if input_type in PLAIN_INPUT_TYPES and model.is_video2world:
+        raise ConfigError(
+            f"--input_type {input_type} is for base models and {name} is a Video2World model, "
+            f"which needs a text; give text_and_{input_type}, or leave it out."
         )

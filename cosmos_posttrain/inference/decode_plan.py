@@ -4,7 +4,7 @@ Flows in: an ``ARModel``. Flows out: logits of the next tokens, a few at a time,
 keys and values that is written in place.
 
     tokens (B, N) --rows of the embedding--> (B * N, hidden)
-        --layers: norm, qkv, rotation, cache, attention, projection; cross-attention; norm, SwiGLU-->
+        --layers: attention behind the cache, cross-attention, SwiGLU-->
         --norm, output rows--> logits (B, N, vocab_size)
 
 The plan holds the model's own tensors, nothing is copied; Megatron's modules stay the oracle that
@@ -15,7 +15,6 @@ does: rows of the embedding, heads, columns and rows of the MLP, rows of the out
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +22,6 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from cosmos_posttrain.models.ar_model import ARModel
-
-# Queries up to which attention is two products; with more of them a fused kernel is faster.
-_FEW_QUERIES = 8
 
 
 @dataclass(frozen=True)
@@ -152,14 +148,23 @@ class DecodePlan:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of all tokens, from all ranks: (B, N, hidden) to (B, N, vocab_size) float32."""
-        scores = F.linear(self._normed(hidden, self.final_norm), self.output)
+        scores = F.linear(self.normed(hidden, self.final_norm), self.output)
         if self._size > 1:
             parts = [torch.empty_like(scores) for _ in range(self._size)]
             torch.distributed.all_gather(parts, scores.contiguous(), group=self._group)
             scores = torch.cat(parts, -1)
         return scores[..., : self.config.vocab_size].float()
 
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+    def keys_and_values(self, layer: _Layer, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a text (B, L, context_dim) in one layer, (B, groups, L, D) each."""
+        assert layer.cross is not None
+        packed = F.linear(context, layer.cross.kv).unflatten(-1, (self.groups, 2, self.width))
+        key, value = packed.unbind(-2)
+        key = self.normed(key, layer.cross.k_norm)
+        return key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()
+
+    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm of the last axis."""
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
@@ -170,38 +175,37 @@ class DecodeState:
         plan: the model.
         batch_size: clips.
         max_length: positions that the cache holds.
+        context: (B, L, context_dim) of a Video2World model.
 
     Attributes:
         length: positions that are filled.
     """
 
-    def __init__(self, plan: DecodePlan, batch_size: int, max_length: int) -> None:
-        self.plan, self.batch_size, self.max_length = plan, batch_size, max_length
+    def __init__(
+        self,
+        plan: DecodePlan,
+        batch_size: int,
+        max_length: int,
+        context: Tensor | None = None,
+    ) -> None:
+        self.plan = plan
         shape = (len(plan.layers), 2, batch_size, plan.groups, max_length, plan.width)
         self._cache = torch.empty(shape, dtype=plan.dtype, device=plan.device)
         self._texts: list[tuple[Tensor, Tensor]] = []
+        if context is not None:
+            context = context.to(plan.device, plan.dtype)
+            self._texts = [plan.keys_and_values(layer, context) for layer in plan.layers]
         self.length = 0
 
-    def set_context(self, context: Tensor) -> None:
-        """Keeps the keys and values of the text, (B, L, context_dim)."""
-        plan, width = self.plan, self.plan.width
-        context = context.to(plan.device, plan.dtype)
-        for layer in plan.layers:
-            assert layer.cross is not None
-            packed = F.linear(context, layer.cross.kv).unflatten(-1, (plan.groups, 2, width))
-            key = plan._normed(packed[..., 0, :], layer.cross.k_norm)
-            # (B, groups, L, D)
-            self._texts.append((key.transpose(1, 2).contiguous(), packed[..., 1, :].transpose(1, 2).contiguous()))
-
-    def forward(self, tokens: Tensor, num_logits: int = 1) -> Tensor:
+    def feed(self, tokens: Tensor, num_scores: int = 1) -> Tensor:
         """Feeds tokens behind those in the cache.
 
         Args:
             tokens: (B, N) int64, the next N tokens.
-            num_logits: of so many of the last of them scores are wanted.
+            num_scores: of so many of the last of them scores are wanted.
 
         Returns:
-            (B, num_logits, vocab_size) float32.
+            (B, num_scores, vocab_size) float32.
         """
         plan, start = self.plan, self.length
         end = start + tokens.shape[1]
@@ -213,10 +217,10 @@ class DecodeState:
             x = x + self._attention(number, layer, x, rows, start, end)
             if layer.cross is not None:
                 x = x + self._cross_attention(number, layer.cross, x)
-            gate, up = F.linear(plan._normed(x, layer.mlp_norm), layer.gate_up).chunk(2, -1)
+            gate, up = F.linear(plan.normed(x, layer.mlp_norm), layer.gate_up).chunk(2, -1)
             x = x + plan.reduce(F.linear(F.silu(gate) * up, layer.down))
         self.length = end
-        return plan.logits(x[:, -num_logits:])
+        return plan.logits(x[:, -num_scores:])
 
     def _attention(
         self,
@@ -230,9 +234,9 @@ class DecodeState:
         plan = self.plan
         batch, count, _ = x.shape
         shape = (batch, count, plan.groups, plan.heads_per_group + 2, plan.width)
-        packed = F.linear(plan._normed(x, layer.norm), layer.qkv).view(shape)
-        query = plan._normed(packed[..., :-2, :].flatten(2, 3), layer.q_norm)
-        key = plan._normed(packed[..., -2, :], layer.k_norm)
+        packed = F.linear(plan.normed(x, layer.norm), layer.qkv).view(shape)
+        query = plan.normed(packed[..., :-2, :].flatten(2, 3), layer.q_norm)
+        key = plan.normed(packed[..., -2, :], layer.k_norm)
         keys, values = self._cache[number]
         keys[:, :, start:end] = _rotated(key, *rows).transpose(1, 2)
         values[:, :, start:end] = packed[..., -1, :].transpose(1, 2)
@@ -243,9 +247,11 @@ class DecodeState:
 
     def _cross_attention(self, number: int, layer: _CrossAttention, x: Tensor) -> Tensor:
         plan = self.plan
-        query = F.linear(plan._normed(x, layer.norm), layer.q).unflatten(-1, (-1, plan.width))
+        query = F.linear(plan.normed(x, layer.norm), layer.q).unflatten(-1, (-1, plan.width))
         keys, values = self._texts[number]
-        attended = _attend(plan._normed(query, layer.q_norm), keys, values, plan.groups, causal=False)
+        attended = _attend(
+            plan.normed(query, layer.q_norm), keys, values, plan.groups, causal=False
+        )
         return plan.reduce(F.linear(attended, layer.out))
 
 

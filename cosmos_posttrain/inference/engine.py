@@ -1,25 +1,36 @@
 """Generation: prompt tokens in, the tokens that follow them out, with a KV cache.
 
 Flows in: an ``ARModel`` and the tokens of the first latent frames (B, P). Flows out: the next N
-tokens (B, N), the same on every rank. The prompt goes through the model at once, then one token at
-a time.
+tokens (B, N), the same on every rank.
+
+    model --DecodePlan, or its own modules--> Scores --a way of decoding--> tokens
+
+With guidance each clip has two rows, (2 B, ...): one with its text and one with another; both are
+fed the same tokens, and one is drawn from their scores together.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
-from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError, GeometryError
-from cosmos_posttrain.inference.sampling import check_sampling, draw_uniform, sample
+from cosmos_posttrain.errors import ConfigError, GeometryError
+from cosmos_posttrain.inference.decode_plan import DecodePlan, DecodeState
+from cosmos_posttrain.inference.decoding import Scores, decode_in_windows, decode_one_by_one
+from cosmos_posttrain.inference.module_scores import GuidedScores, ModuleScores
+from cosmos_posttrain.inference.noise import stream_keys
+from cosmos_posttrain.inference.sampling import Draw, check_guidance, check_sampling
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.builder import CosmosGPTModel
+
+DECODINGS = ("sequential", "jacobi", "modules")
+DEFAULT_WINDOW = 16
 
 # Attributes by which Megatron's modules split their sequences over the tensor-parallel ranks.
 _SEQUENCE_PARALLEL = (
@@ -43,6 +54,28 @@ def _check_prompt(model: ARModel, tokens: Tensor, num_tokens: int) -> None:
             f"{tuple(model.latent_shape)}; together they can be at most "
             f"{model.config.num_clip_tokens}."
         )
+
+
+def _contexts(
+    context: Tensor | None, guidance_scale: float, negative_context: Tensor | None
+) -> Tensor | None:
+    """What the rows of the batch attend to: (B, L, C), or (2 B, L, C) with guidance."""
+    check_guidance(guidance_scale, negative_context is not None)
+    if guidance_scale == 1:
+        return context
+    if context is None:
+        raise ConfigError(
+            f"guidance_scale {guidance_scale} needs a text, and this is a base model, which takes "
+            "none; leave it out."
+        )
+    if negative_context is None:
+        return torch.cat([context, torch.zeros_like(context)])
+    if negative_context.shape != context.shape:
+        raise GeometryError(
+            f"negative_context has shape {tuple(negative_context.shape)} and context "
+            f"{tuple(context.shape)}; give the same number of clips and rows."
+        )
+    return torch.cat([context, negative_context.to(context)])
 
 
 def _check_layout() -> None:
@@ -79,28 +112,6 @@ def _whole_sequences(module: CosmosGPTModel) -> Iterator[None]:
             setattr(owner, name, True)
 
 
-def _agree(tokens: Tensor) -> Tensor:
-    """The first tensor-parallel rank's tokens, on all of them.
-
-    The ranks' logits are equal, but a GPU's cumulative sums need not be to the last bit, and ranks
-    that disagree once would fill their caches with different clips.
-    """
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:
-        torch.distributed.broadcast(
-            tokens,
-            parallel_state.get_tensor_model_parallel_src_rank(),
-            group=parallel_state.get_tensor_model_parallel_group(),
-        )
-    return tokens
-
-
-def _check_finite(logits: Tensor) -> None:
-    if not bool(torch.isfinite(logits).all()):
-        raise CosmosPosttrainError(
-            "the model's logits are not finite: the weights are damaged or their training diverged."
-        )
-
-
 def generate(
     model: ARModel,
     prompt_tokens: Tensor,
@@ -110,7 +121,13 @@ def generate(
     top_p: float | None = None,
     top_k: int | None = None,
     seed: int = 0,
+    items: Sequence[int] | None = None,
+    samples: Sequence[int] | None = None,
     context: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    negative_context: Tensor | None = None,
+    decoding: str = "sequential",
+    window: int = DEFAULT_WINDOW,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Continues clips of tokens. Every tensor-parallel rank calls it with the same arguments.
@@ -123,9 +140,20 @@ def generate(
         temperature: 0 takes the most likely token, 1.0 the model's own distribution.
         top_p: draws among the most likely tokens before which at most this mass lies.
         top_k: draws among this many most likely tokens.
-        seed: the same seed gives the same tokens, at any tensor parallel size up to rounding.
+        seed: a token depends on the scores at its place and on (seed, item, sample, place) alone:
+            the same at any tensor parallel size, batch size and way of decoding, up to rounding.
+        items: number of each clip in its list, B of them; None counts from 0.
+        samples: number of each clip among the samples of its item; None is 0 for all.
         context: (B, L, context_dim) text embeddings of a Video2World model.
-        progress: called with the number of tokens generated so far, after each.
+        guidance_scale: tokens are drawn from ``other + guidance_scale * (given - other)``, the
+            logits with ``context`` and those with ``negative_context``; 1 draws from the former,
+            without computing the latter.
+        negative_context: as ``context``; None is the null context, all zeros.
+        decoding: ``sequential``, one token at a time; ``jacobi``, a window of drafts at a time,
+            clip by clip; ``modules``, sequential through Megatron's own modules, slow, to compare
+            with.
+        window: drafts of ``jacobi`` that go through the model at once.
+        progress: called with the number of tokens generated so far, as they come.
 
     Returns:
         (B, num_tokens) int64 on the model's device.
@@ -133,50 +161,108 @@ def generate(
     Raises:
         GeometryError: a prompt that does not fit the model's grid or vocabulary, or lacks
             ``<bov>``; a text of another shape.
-        ConfigError: sampling settings out of range, a text too many or too few, or a layout that
-            cannot generate.
+        ConfigError: sampling settings out of range, a text too many or too few, guidance without
+            a text, or a layout that cannot generate.
         CosmosPosttrainError: logits that are not finite.
     """
     check_sampling(temperature, top_p, top_k)
     _check_prompt(model, prompt_tokens, num_tokens)
     model.check_context(context, prompt_tokens.shape[0])
+    contexts = _contexts(context, guidance_scale, negative_context)
+    _check_decoding(decoding, window)
     _check_layout()
+    prompt = prompt_tokens.long().to(model.device)
+    draw = Draw(
+        _keys(len(prompt), seed, items, samples).to(model.device),
+        1 if model.config.is_video2world else 0,
+        temperature,
+        top_p,
+        top_k,
+    )
     model.module.eval()
     with torch.inference_mode(), _whole_sequences(model.module):
-        generated = _decode(
-            model,
-            prompt_tokens.long().to(model.device),
-            context,
-            draw_uniform(prompt_tokens.shape[0], num_tokens, seed).to(model.device),
-            lambda logits, u: sample(logits, u, temperature=temperature, top_p=top_p, top_k=top_k),
-            progress,
-        )
+        if decoding == "jacobi":
+            generated = _in_windows(
+                model, prompt, num_tokens, contexts, guidance_scale, draw, window, progress
+            )
+        else:
+            scores = _open_scores(
+                model, decoding, prompt.shape[1] + num_tokens, contexts, guidance_scale, len(prompt)
+            )
+            generated = decode_one_by_one(scores, prompt, num_tokens, draw, progress)
     # Tensors made in inference mode cannot take part in training; a copy of one can.
     return generated.clone()
 
 
-def _decode(
+def _check_decoding(decoding: str, window: int) -> None:
+    if decoding not in DECODINGS:
+        raise ConfigError(f"there is no decoding {decoding!r}; use {', '.join(DECODINGS)}.")
+    if window < 2:
+        raise ConfigError(f"window {window} must be at least 2: a known token and a draft.")
+
+
+def _keys(
+    batch_size: int, seed: int, items: Sequence[int] | None, samples: Sequence[int] | None
+) -> Tensor:
+    """(B,) int64, see ``stream_keys``."""
+    numbers = [
+        list(range(batch_size) if items is None else items),
+        [0] * batch_size if samples is None else list(samples),
+    ]
+    if any(len(some) != batch_size for some in numbers):
+        raise ConfigError(
+            f"items and samples must have a number for each of the {batch_size} clips."
+        )
+    return stream_keys(seed, *map(torch.tensor, numbers))
+
+
+def _in_windows(
     model: ARModel,
     prompt: Tensor,
-    context: Tensor | None,
-    uniform: Tensor,
-    draw: Callable[[Tensor, Tensor], Tensor],
+    num_tokens: int,
+    contexts: Tensor | None,
+    guidance_scale: float,
+    draw: Draw,
+    window: int,
     progress: Callable[[int], None] | None,
 ) -> Tensor:
-    """The loop: feeds the prompt (B, P), then each drawn token; returns (B, N)."""
-    batch_size, num_tokens = uniform.shape
-    # The last token is never fed, so the cache needs no room for it.
-    cache = StaticInferenceContext(batch_size, prompt.shape[1] + num_tokens - 1)
-    generated = prompt.new_empty(batch_size, num_tokens)
-    logits = model.next_token_logits(prompt, cache, context)
-    _check_finite(logits)
-    for position in range(num_tokens):
-        token = _agree(draw(logits, uniform[:, position]))
-        generated[:, position] = token
+    """Clip by clip: each keeps another number of its drafts."""
+    size = len(prompt)
+    frame = model.latent_shape.height * model.latent_shape.width
+    rows = []
+    for number in range(size):
+        own = None if contexts is None else contexts[number::size]
+        show = None
         if progress is not None:
-            progress(position + 1)
-        if position + 1 < num_tokens:
-            logits = model.next_token_logits(token[:, None], cache)
-    # What is not finite stays so through the cache: the last logits speak for all.
-    _check_finite(logits)
-    return generated
+            show = partial(_show_share, progress, number * num_tokens, size)
+        scores = _open_scores(
+            model, "jacobi", prompt.shape[1] + num_tokens + window, own, guidance_scale, 1
+        )
+        given = prompt[number : number + 1]
+        rows.append(
+            decode_in_windows(scores, given, num_tokens, draw.row(number), window, frame, show)
+        )
+    return torch.cat(rows)
+
+
+def _show_share(progress: Callable[[int], None], before: int, size: int, count: int) -> None:
+    """All clips together have so many tokens each."""
+    progress((before + count) // size)
+
+
+def _open_scores(
+    model: ARModel,
+    decoding: str,
+    max_length: int,
+    contexts: Tensor | None,
+    guidance_scale: float,
+    batch_size: int,
+) -> Scores:
+    """The model with an empty cache."""
+    rows = batch_size if guidance_scale == 1 else 2 * batch_size
+    scores: Scores
+    if decoding == "modules":
+        scores = ModuleScores(model, rows, max_length, contexts)
+    else:
+        scores = DecodeState(DecodePlan(model), rows, max_length, contexts)
+    return scores if guidance_scale == 1 else GuidedScores(scores, guidance_scale)

@@ -1,7 +1,7 @@
-"""Which model, tokenizer and clip a config means: what is not given follows from the checkpoint.
+"""Which model, tokenizers and clip a config means: what is not given follows from the checkpoint.
 
-Flows in: a ``SessionConfig``. Flows out: an opened checkpoint, a tokenizer to load, and the clip's
-geometry. Of the model only configs are read; nothing is written.
+Flows in: a ``SessionConfig``. Flows out: an opened checkpoint, a tokenizer and a text encoder to
+load, and the clip's geometry. Of the model only configs are read; nothing is written.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cosmos_posttrain import launch
+from cosmos_posttrain import hub, launch
 from cosmos_posttrain.checkpoint.source import CheckpointSource, open_source
 from cosmos_posttrain.data.contract import Contract
 from cosmos_posttrain.distributed import groups
@@ -20,7 +20,10 @@ from cosmos_posttrain.geometry import (
     parse_compression,
 )
 from cosmos_posttrain.inference import contract as contracts
+from cosmos_posttrain.inference.conditioning import TextEncoderChoice
 from cosmos_posttrain.inference.config import SessionConfig
+from cosmos_posttrain.models.presets import PRESETS
+from cosmos_posttrain.text import DEFAULT_TEXT_ENCODER
 from cosmos_posttrain.tokenizer.loading import check_recorded, load_tokenizer_pair
 from cosmos_posttrain.tokenizer.video_tokenizer import VideoTokenizer
 
@@ -114,6 +117,31 @@ def _compression(config: SessionConfig, contract: Contract | None) -> Compressio
             contracts.check_compression(binding, asked)
         return asked
     return None if binding is None else Compression(*binding.tokenizer.compression)
+
+
+def choose_text_encoder(config: SessionConfig, source: CheckpointSource) -> TextEncoderChoice:
+    """As given, else the checkpoint's, else the published one where its size is the model's."""
+    contract, model = source.contract, source.config
+    trained = None if contract is None else contract.text_encoder
+    published = PRESETS["5B-Video2World"]
+    path, is_recorded = None, False
+    if config.text_encoder_path is not None:
+        path = look_up(config.text_encoder_path, config.checkpoint_dir)
+    elif trained is not None:
+        path, is_recorded = trained.id, True
+    elif (model.context_len, model.context_dim) == (published.context_len, published.context_dim):
+        local = Path(config.checkpoint_dir) / hub.split_revision(DEFAULT_TEXT_ENCODER)[0]
+        path = str(local) if local.is_dir() else DEFAULT_TEXT_ENCODER
+    assert model.context_dim is not None
+    return TextEncoderChoice(
+        path,
+        is_recorded,
+        None if config.allow_tokenizer_mismatch else trained,
+        config.text_encoder_dtype,
+        None if trained is None else trained.dtype,
+        model.context_len,
+        model.context_dim,
+    )
 
 
 def choose_geometry(

@@ -18,6 +18,7 @@ from typing import Any
 from cosmos_posttrain import files
 from cosmos_posttrain.errors import ConfigError, OutputFolderError
 from cosmos_posttrain.inference.request import GeneratedClip, Request
+from cosmos_posttrain.text.prompts import prompt_problem
 from cosmos_posttrain.video import write_mp4
 
 
@@ -28,10 +29,12 @@ class Item:
     Attributes:
         request: what to generate.
         video: the mp4 to write.
+        where: the line that asks for it, of a batch.
     """
 
     request: Request
     video: Path
+    where: str = ""
 
     @property
     def record(self) -> Path:
@@ -52,11 +55,26 @@ def single_output(video_save_name: str, video_save_folder: str) -> Path:
     return path if path.name.endswith(".mp4") else path.with_name(f"{path.name}.mp4")
 
 
-def read_batch(batch_input_path: str) -> list[Path]:
+@dataclass(frozen=True)
+class BatchLine:
+    """One line of a batch.
+
+    Attributes:
+        path: the image or video.
+        prompt: what is to be seen; None without one.
+        where: file and line, for messages.
+    """
+
+    path: Path
+    prompt: str | None = None
+    where: str = ""
+
+
+def read_batch(batch_input_path: str) -> list[BatchLine]:
     """The inputs of a jsonl file.
 
     Raises:
-        ConfigError: an unreadable file or line, or an input that does not exist.
+        ConfigError: an unreadable file or line, an input that does not exist, or an empty prompt.
     """
     path = Path(batch_input_path)
     try:
@@ -70,37 +88,57 @@ def read_batch(batch_input_path: str) -> list[Path]:
     return inputs
 
 
-def _read_line(path: Path, number: int, line: str) -> Path:
+def _read_line(path: Path, number: int, line: str) -> BatchLine:
+    where = f"{path}, line {number}"
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ConfigError(f"{path}, line {number}, is not JSON: {error}.") from error
+        raise ConfigError(f"{where}, is not JSON: {error}.") from error
     visual_input = row.get("visual_input") if isinstance(row, dict) else None
     if not isinstance(visual_input, str) or not visual_input:
-        raise ConfigError(
-            f'{path}, line {number}, has no visual_input; write {{"visual_input": "video.mp4"}}.'
-        )
+        raise ConfigError(f'{where}, has no visual_input; write {{"visual_input": "video.mp4"}}.')
     found = path.parent / visual_input
     if not found.is_file():
-        raise ConfigError(
-            f"{path}, line {number}: {found} is not a file; paths are relative to the jsonl."
-        )
-    return found
+        raise ConfigError(f"{where}: {found} is not a file; paths are relative to the jsonl.")
+    prompt = row.get("prompt")
+    if prompt is not None and (problem := prompt_problem(prompt)):
+        raise ConfigError(f"{where}: its prompt {problem}.")
+    return BatchLine(found, prompt, where)
 
 
-def output_names(inputs: Sequence[Path]) -> list[str]:
-    """A name for each input's clip: its own, without extension.
+def output_names(lines: Sequence[BatchLine]) -> list[str]:
+    """A name for each line's clip: that of its input, without extension.
 
     Inputs of the same name get as many of the folders above them as tell them apart:
-    ``a/rgb.mp4`` and ``b/rgb.mp4`` become ``a_rgb`` and ``b_rgb``.
+    ``a/rgb.mp4`` and ``b/rgb.mp4`` become ``a_rgb`` and ``b_rgb``. An input that comes again with
+    another prompt gets a number: ``rgb``, ``rgb_2``.
 
     Raises:
-        ConfigError: the same input twice, or inputs that only their extensions tell apart.
+        ConfigError: the same line twice, or inputs that only their extensions tell apart.
     """
-    spelled = [Path(os.path.normpath(path.absolute())) for path in inputs]
-    twice = next((path for path, count in Counter(spelled).items() if count > 1), None)
+    spelled = [Path(os.path.normpath(line.path.absolute())) for line in lines]
+    texts = [(path, line.prompt) for path, line in zip(spelled, lines, strict=True)]
+    twice = next((text for text, count in Counter(texts).items() if count > 1), None)
     if twice is not None:
-        raise ConfigError(f"{twice} is named twice in the batch; name each input once.")
+        what = "input" if twice[1] is None else "input with its prompt"
+        raise ConfigError(f"{twice[0]} is named twice in the batch; name each {what} once.")
+    distinct = list(dict.fromkeys(spelled))
+    first = dict(zip(distinct, _distinct_names(distinct), strict=True))
+    taken, names, seen = set(first.values()), [], Counter[Path]()
+    for path in spelled:
+        name = first[path]
+        seen[path] += 1
+        number = seen[path]
+        while number > 1 and name in taken:
+            name = f"{first[path]}_{number}"
+            number += 1
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _distinct_names(spelled: Sequence[Path]) -> list[str]:
+    """Each path's last parts, as few as tell all of them apart."""
     parts = [(*path.parts[1:-1], path.stem) for path in spelled]
     depths = [1] * len(parts)
     while True:

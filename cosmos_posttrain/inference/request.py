@@ -1,6 +1,7 @@
 """One clip to generate, and what came of it.
 
-Flows in: an image, a video, frames or tokens, with the settings of the sampling: a ``Request``.
+Flows in: an image, a video, frames or tokens, for a Video2World model a text, and the settings of
+the sampling: a ``Request``.
 Flows out of a ``Session``: a ``GeneratedClip``, its tokens, its frames where they are asked for,
 and a record of how it was made.
 """
@@ -18,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos_posttrain.errors import ConfigError, GeometryError
+from cosmos_posttrain.errors import ConfigError, GeometryError, TextError
 from cosmos_posttrain.geometry import ClipGeometry, num_pixel_frames
-from cosmos_posttrain.inference.sampling import check_sampling
+from cosmos_posttrain.inference.sampling import check_guidance, check_sampling
+from cosmos_posttrain.text.prompts import prompt_problem
 from cosmos_posttrain.video import is_image
 
 DEFAULT_INPUT_FRAMES = 9
@@ -37,6 +39,11 @@ class Request:
         path: an image or a video of any size; its first frames are given.
         frames: (3, T, H, W) uint8, the given frames in the size of the session's clips.
         tokens: (T, H, W) integers, the given latent frames on the session's grid.
+        prompt: what is to be seen, for a Video2World model.
+        context: (L, context_dim) floats, what the model attends to in place of a prompt; with fewer
+            rows than its texts have it is padded with zero rows, and no rows are the null context.
+        negative_prompt: what guidance leads away from; None is the null context.
+        guidance_scale: how much the text counts, see ``generate``; 1.0 is the model as it is.
         num_input_frames: how many frames of ``path`` are given; None means 9, and 1 of an image.
         temperature: 0 takes the most likely token each time, 1.0 is the model's own distribution.
         top_p: draws among the most likely tokens before which at most this mass lies.
@@ -45,12 +52,17 @@ class Request:
         fps: frames a second of the clip; None means the input's, and 25 where it has none.
 
     Raises:
-        ConfigError: no input or several, or settings out of range.
+        ConfigError: no input or several, a prompt and a context, or settings out of range.
+        TextError: a prompt is empty.
     """
 
     path: str | Path | None = None
     frames: Tensor | None = None
     tokens: Tensor | None = None
+    prompt: str | None = None
+    context: Tensor | None = None
+    negative_prompt: str | None = None
+    guidance_scale: float = 1.0
     num_input_frames: int | None = None
     temperature: float = 1.0
     top_p: float | None = None
@@ -66,7 +78,23 @@ class Request:
                 f"num_input_frames {self.num_input_frames} is for a path; frames and tokens are "
                 "given as many as they are."
             )
+        if self.prompt is not None and self.context is not None:
+            raise ConfigError("a request has one text: give prompt or context.")
+        for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
+            if text is not None and (problem := prompt_problem(text)):
+                raise TextError(f"{name} {problem}.")
         check_sampling(self.temperature, self.top_p, self.top_k)
+        check_guidance(self.guidance_scale, self.negative_prompt is not None)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether it says what is to be seen."""
+        return self.prompt is not None or self.context is not None
+
+    @property
+    def prompts(self) -> list[str]:
+        """The texts that must be encoded for it."""
+        return [text for text in (self.prompt, self.negative_prompt) if text is not None]
 
     def num_given(self, geometry: ClipGeometry) -> int:
         """Frames of the clip that are given.
@@ -93,7 +121,7 @@ class Request:
 
     def settings(self, geometry: ClipGeometry) -> dict[str, Any]:
         """What determines the clip, apart from the session."""
-        return {
+        settings = {
             "input": self._input(),
             "num_input_frames": self.num_given(geometry),
             "temperature": self.temperature,
@@ -102,6 +130,15 @@ class Request:
             "seed": self.seed,
             "fps": self.fps,
         }
+        if self.has_text:
+            settings |= {
+                "prompt": self.prompt,
+                "negative_prompt": self.negative_prompt,
+                "guidance_scale": self.guidance_scale,
+            }
+        if self.context is not None:
+            settings["context"] = f"context with sha256 {_sha256(self.context.float())}"
+        return settings
 
     def _input(self) -> str:
         if self.path is not None:
@@ -135,17 +172,23 @@ def _sha256(tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is given of a clip, as tokens.
+    """What is given of a clip, as the model takes it.
 
     Attributes:
         tokens: (1, P) int64 on the CPU.
         fps: of the input; 0.0 where unknown.
         num_repeated: frames that repeat the last one, because the input was too short.
+        context: (1, context_len, context_dim) float32 on the CPU; None for a base model.
+        negative_context: likewise; None without a negative prompt.
+        text_encoder: id and sha256 of what made them of texts; None where nothing did.
     """
 
     tokens: Tensor
     fps: float = 0.0
     num_repeated: int = 0
+    context: Tensor | None = None
+    negative_context: Tensor | None = None
+    text_encoder: dict[str, str] | None = None
 
 
 @dataclass(eq=False)
@@ -162,6 +205,7 @@ class GeneratedClip:
         tensor_model_parallel_size: processes that shared the model.
         seconds: that each part took so far.
         decode: makes frames of tokens.
+        text_encoder: id and sha256 of what encoded its texts; None where nothing did.
     """
 
     tokens: Tensor
@@ -172,6 +216,7 @@ class GeneratedClip:
     tensor_model_parallel_size: int
     seconds: dict[str, float]
     decode: Callable[[Tensor], Tensor] = field(repr=False)
+    text_encoder: dict[str, str] | None = None
 
     @cached_property
     def frames(self) -> Tensor:
@@ -189,8 +234,10 @@ class GeneratedClip:
     @property
     def record(self) -> dict[str, Any]:
         """How the clip was made, for a json beside it."""
+        text = {} if self.text_encoder is None else {"text_encoder": self.text_encoder}
         return {
             "settings": self.settings,
+            **text,
             "num_condition_tokens": self.num_condition_tokens,
             "num_generated_tokens": self.num_generated_tokens,
             # The video encoder may round differently from run to run; the tokens do not.

@@ -1,15 +1,16 @@
-"""A model, its tokenizer and their contract: opened and checked once, then asked for clips.
+"""A model, its tokenizer, text encoder and contract: opened and checked once, then asked for clips.
 
 Flows in: a ``SessionConfig``, then ``Request``s. Flows out: ``GeneratedClip``s. Nothing is written.
 
     image or video --read_input--> frames (3, T_in, H, W) uint8
         --encode--> prompt (1, P): a causal tokenizer's tokens of the first frames are those that
                     the whole clip would begin with
+    prompt --TextConditioner--> context (1, L, context_dim), for a Video2World model
         --generate--> tokens (T, h, w) --decode, where frames are asked for--> (3, T, H, W) uint8
 
-The session is the only owner of the model and of the tokenizer: what it lets go of is freed. All
-ranks that share a model call the same methods; the first of them reads and encodes, and is the one
-to decode.
+The session is the only owner of the model, the tokenizer and the text encoder: what it lets go of
+is freed. All ranks that share a model call the same methods; the first of them reads and encodes,
+and is the one to decode.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,11 +35,13 @@ from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.inference import contract as contracts
 from cosmos_posttrain.inference import opening
+from cosmos_posttrain.inference.conditioning import TextConditioner
 from cosmos_posttrain.inference.config import SESSION_FLAGS, SessionConfig
 from cosmos_posttrain.inference.engine import generate
 from cosmos_posttrain.inference.request import IMAGE_FPS, GeneratedClip, Prompt, Request
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.sequence import sequence_layout
 from cosmos_posttrain.tokenizer.video_tokenizer import VideoTokenizer
 from cosmos_posttrain.video import read_input, to_float, to_uint8
 
@@ -67,7 +70,7 @@ class Session:
         check(config, flag_names(SESSION_FLAGS))
         self._config = config
         source = opening.open_checkpoint(config)
-        self.contract = contract = contracts.read_contract(source)
+        self.contract = contract = source.contract
         self.tensor_model_parallel_size = opening.tensor_size(config, source)
         self._choice = opening.choose_tokenizer(config, contract)
         geometry_at = partial(opening.choose_geometry, config, source, contract)
@@ -92,10 +95,19 @@ class Session:
             tokenizer.vocab_size,
         )
         contracts.check_vocabulary(self._source.config.vocab_size, self.tokenizer_info)
+        self._conditioner: TextConditioner | None = None
+        if source.config.is_video2world:
+            choice = opening.choose_text_encoder(config, source)
+            self._conditioner = TextConditioner(choice, config.offload_text_encoder_model)
         self.notes = opening.notes(source, self.geometry)
         self._choice = dataclasses.replace(self._choice, sha256=tokenizer.sha256)
         self._tokenizer: VideoTokenizer | None = tokenizer
         self._model: ARModel | None = None
+
+    @property
+    def name(self) -> str:
+        """What the model is called in messages."""
+        return str(self._source.path or self._config.ar_model_dir)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -111,11 +123,16 @@ class Session:
         """What determines a clip: equal settings give equal tokens.
 
         Raises:
-            GeometryError: the request does not fit the session's clips.
+            UserError: see ``check``.
         """
+        self.check(request)
         path, config, clip = self._source.path, self._config, self.geometry
+        text = {}
+        if self._conditioner is not None and request.prompts:
+            text["text_encoder"] = self._conditioner.choice.settings()
         return {
             **request.settings(clip),
+            **text,
             "checkpoint": str(path.resolve()) if path else config.ar_model_dir,
             "tokenizer": to_plain(self.tokenizer_info),
             "clip": {"num_frames": clip.num_frames, "height": clip.height, "width": clip.width},
@@ -123,6 +140,46 @@ class Session:
             "rope_scaling": config.rope_scaling,
             "rope_scale": config.rope_scale,
         }
+
+    def check(self, request: Request) -> None:
+        """Refuses a request that does not fit.
+
+        Raises:
+            GeometryError: frames, tokens or a context of another size than the session's.
+            ConfigError: a text for a base model, or none for a Video2World model.
+        """
+        request.num_given(self.geometry)
+        contracts.check_text(request, self.model_config, self.name)
+
+    def encode_prompts(
+        self,
+        prompts: Sequence[str],
+        others: Sequence[str] = (),
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Encodes prompts before they are asked for; all ranks of the job together.
+
+        With ``offload_text_encoder_model`` the encoder is gone afterwards, so that it never lies
+        beside the model, if the model is not loaded yet.
+
+        Args:
+            prompts: of the requests that these ranks will generate.
+            others: those of other ranks' requests; a prompt that is cut is told once for all.
+            progress: called with the number of prompts encoded so far, after each.
+
+        Raises:
+            TextError: the text encoder is missing, damaged or not the model's.
+        """
+        conditioner = self._conditioner
+        if conditioner is None or not prompts:
+            return
+        if self._model is None:
+            groups.initialize(groups.Parallelism(tensor=self.tensor_model_parallel_size))
+        groups.decide(
+            lambda: conditioner.encode(prompts, others, progress),
+            parallel_state.get_tensor_model_parallel_src_rank(),
+            parallel_state.get_tensor_model_parallel_group(),
+        )
 
     def load(self) -> None:
         """Loads the model's weights, once; all ranks of the job together.
@@ -155,15 +212,19 @@ class Session:
 
         Raises:
             VideoError: the input cannot be decoded; on all of those ranks.
-            GeometryError: the request does not fit the session's clips.
+            TextError: the text encoder is missing, damaged or not the model's.
+            UserError: see ``check``.
             CosmosPosttrainError: the model's logits are not finite.
         """
         settings = self.settings_of(request)
+        start = time.perf_counter()
+        self.encode_prompts(request.prompts)
+        text_seconds = time.perf_counter() - start
         self.load()
         start = time.perf_counter()
         prompt = self._prompt(request)
         encoded = time.perf_counter()
-        tokens = self._continue(prompt.tokens, request, progress)
+        tokens = self._continue(prompt, request, progress)
         return GeneratedClip(
             tokens=tokens.view(*self.geometry.latent_shape),
             num_condition_tokens=prompt.tokens.shape[1],
@@ -171,8 +232,12 @@ class Session:
             fps=request.fps or (prompt.fps if 0 < prompt.fps < 1000 else IMAGE_FPS),
             settings=settings,
             tensor_model_parallel_size=self.tensor_model_parallel_size,
-            seconds={"encode": encoded - start, "generate": time.perf_counter() - encoded},
+            seconds={
+                "encode": text_seconds + encoded - start,
+                "generate": time.perf_counter() - encoded,
+            },
             decode=self.decode,
+            text_encoder=prompt.text_encoder,
         )
 
     def encode(self, frames: Tensor) -> Tensor:
@@ -187,7 +252,7 @@ class Session:
     def _prompt(self, request: Request) -> Prompt:
         """The request's prompt on every rank, or the same error on every rank."""
         return groups.decide(
-            lambda: self._read(request),
+            lambda: self._with_text(self._read(request), request),
             parallel_state.get_tensor_model_parallel_src_rank(),
             parallel_state.get_tensor_model_parallel_group(),
         )
@@ -207,24 +272,45 @@ class Session:
         tokens = self.encode(clip.frames).flatten()[None]
         return Prompt(tokens, clip.fps, clip.num_repeated)
 
+    def _with_text(self, prompt: Prompt, request: Request) -> Prompt:
+        conditioner = self._conditioner
+        if conditioner is None:
+            return prompt
+        if request.context is not None:
+            context = conditioner.padded(request.context)
+        else:
+            context = conditioner.context(request.prompt)
+        negative = request.negative_prompt
+        return dataclasses.replace(
+            prompt,
+            context=context,
+            negative_context=None if negative is None else conditioner.context(negative),
+            text_encoder=conditioner.identity if request.prompts else None,
+        )
+
     def _continue(
-        self, prompt: Tensor, request: Request, progress: Callable[[int], None] | None
+        self, prompt: Prompt, request: Request, progress: Callable[[int], None] | None
     ) -> Tensor:
-        """(1, P) -> (1, T * h * w), the prompt and what follows it, on the CPU."""
+        """(1, T * h * w): the prompt's tokens and what follows them, on the CPU."""
         if self._config.offload_tokenizer:
             self._free_tokenizer()
+        tokens = prompt.tokens
+        prefix = torch.tensor([sequence_layout(self.model_config).prefix], dtype=torch.long)
         with self._working_model() as model:
             generated = generate(
                 model,
-                prompt,
-                self.geometry.seq_length - prompt.shape[1],
+                torch.cat([prefix, tokens], dim=1),
+                self.geometry.seq_length - tokens.shape[1],
                 temperature=request.temperature,
                 top_p=request.top_p,
                 top_k=request.top_k,
                 seed=request.seed,
+                context=prompt.context,
+                guidance_scale=request.guidance_scale,
+                negative_context=prompt.negative_context,
                 progress=progress,
             )
-            return torch.cat([prompt, generated.cpu()], dim=1)
+            return torch.cat([tokens, generated.cpu()], dim=1)
 
     # Memory: nothing else holds the tokenizer or the model.
 

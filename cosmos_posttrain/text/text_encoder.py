@@ -21,6 +21,15 @@ DEFAULT_BATCH_SIZE = 8
 _MAX_WARNINGS = 10
 
 
+def say_cut(tokens: Sequence[PromptTokens]) -> None:
+    """Warns of the prompts that are too long, and says where each is cut."""
+    warnings = [warning for item in tokens if (warning := item.warning())]
+    for warning in warnings[:_MAX_WARNINGS]:
+        launch.say(f"warning: {warning}", error=True)
+    if more := len(warnings[_MAX_WARNINGS:]):
+        launch.say(f"warning: {more} more prompts are cut.", error=True)
+
+
 class TextEncoder:
     """A T5 encoder with its tokenizer.
 
@@ -79,11 +88,7 @@ class TextEncoder:
             TextError: a prompt is no text, or empty, or its embedding is not finite.
         """
         tokens = {item.prompt: item for item in self.tokenize(prompts)}
-        warnings = [warning for item in tokens.values() if (warning := item.warning())]
-        for warning in warnings[:_MAX_WARNINGS]:
-            launch.say(f"warning: {warning}", error=True)
-        if more := len(warnings[_MAX_WARNINGS:]):
-            launch.say(f"warning: {more} more prompts are cut.", error=True)
+        say_cut(list(tokens.values()))
         found = self.encode_tokens(list(tokens.values()), batch_size)
         rows = dict(zip(tokens, found, strict=True))
         return [rows[prompt] for prompt in prompts]

@@ -1,4 +1,4 @@
-"""The engine: golden greedy tokens at TP=1 and TP=2, the cache against no cache, bad prompts."""
+"""The engine: golden greedy tokens at TP=1 and TP=2, the cache against no cache, guidance."""
 
 from __future__ import annotations
 
@@ -60,11 +60,14 @@ def golden_case(name: str) -> tuple[torch.Tensor, torch.Tensor | None, list[int]
 
 
 def generate_golden(name: str, tensor_model_parallel_size: int) -> tuple[list[int], list[int]]:
-    """Greedy and sampled continuations of the golden prompt."""
+    """Greedy and sampled continuations of the golden prompt; the latter guided by a text."""
     model = load_model(case_dir(name), tensor_model_parallel_size=tensor_model_parallel_size)
     prompt, text, expected = golden_case(name)
     greedy = generate(model, prompt, len(expected), temperature=0.0, context=text)
-    drawn = generate(model, prompt, len(expected), temperature=1.0, top_p=0.9, seed=7, context=text)
+    scale = 1.0 if text is None else 2.0
+    drawn = generate(
+        model, prompt, len(expected), top_p=0.9, seed=7, context=text, guidance_scale=scale
+    )
     return greedy[0].tolist(), drawn[0].tolist()
 
 
@@ -155,6 +158,86 @@ def test_the_text_is_read_once_and_decides() -> None:
     # Another text, another cache.
     swapped = generate(model, tokens, num_tokens, temperature=0.0, context=text.flip(0))
     assert not torch.equal(swapped, generated)
+
+
+def rows_fed(model: ARModel) -> tuple[list[int], torch.utils.hooks.RemovableHandle]:
+    """Sizes of the batches that the model is fed from now on."""
+    rows: list[int] = []
+
+    def note(_module: object, _inputs: object, output: torch.Tensor) -> None:
+        rows.append(output.shape[1])  # (S, B, hidden_size)
+
+    return rows, model.module.embedding.register_forward_hook(note)
+
+
+def test_guidance_1_is_plain_sampling_and_costs_nothing() -> None:
+    model, tokens, text = tiny_with_text(), with_bov(prompts()), texts()
+    settings = {"top_p": 0.9, "seed": 3, "context": text}
+    plain = generate(model, tokens, 10, **settings)
+    rows, hook = rows_fed(model)
+    guided = generate(model, tokens, 10, **settings, guidance_scale=1.0)
+    hook.remove()
+    assert torch.equal(guided, plain)
+    assert rows == [2] * 10
+
+
+@pytest.mark.parametrize("has_negative", [False, True])
+def test_guidance_draws_from_both_scores(has_negative: bool) -> None:
+    model, tokens, text = tiny_with_text(), with_bov(prompts()), texts()
+    other = text.flip(1) * 2 if has_negative else torch.zeros_like(text)
+    num_tokens = GRID.num_tokens + 1 - tokens.shape[1]
+    rows, hook = rows_fed(model)
+    generated = generate(
+        model,
+        tokens,
+        num_tokens,
+        temperature=0,
+        context=text,
+        guidance_scale=3.0,
+        negative_context=other if has_negative else None,
+    )
+    hook.remove()
+    assert rows == [4] * num_tokens  # two clips, twice
+    whole = torch.cat([tokens, generated], 1)
+    given, without = model.logits(whole, text), model.logits(whole, other)
+    scores = (without + 3.0 * (given - without))[:, tokens.shape[1] - 1 : -1]
+    assert torch.equal(scores.argmax(-1), generated)
+    plain = generate(model, tokens, num_tokens, temperature=0, context=text)
+    assert not torch.equal(plain, generated)
+    # Each clip is what it is alone.
+    alone = generate(
+        model,
+        tokens[:1],
+        num_tokens,
+        temperature=0,
+        context=text[:1],
+        guidance_scale=3.0,
+        negative_context=other[:1],
+    )
+    assert torch.equal(alone, generated[:1])
+
+
+def test_guidance_0_is_the_other_text_alone() -> None:
+    model, tokens, text = tiny_with_text(), with_bov(prompts()), texts()
+    other = text.flip(0)
+    settings = {"top_p": 0.9, "seed": 3}
+    guided = generate(
+        model, tokens, 8, **settings, context=text, guidance_scale=0.0, negative_context=other
+    )
+    assert torch.equal(guided, generate(model, tokens, 8, **settings, context=other))
+
+
+def test_bad_guidance_is_refused() -> None:
+    model, tokens, text = tiny_with_text(), with_bov(prompts()), texts()
+    with pytest.raises(ConfigError, match=r"guidance_scale 2\.0 needs a text.*base model"):
+        generate(tiny(), prompts(), 4, guidance_scale=2.0)
+    for scale in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="must be a number of at least 0"):
+            generate(model, tokens, 4, context=text, guidance_scale=scale)
+    with pytest.raises(ConfigError, match="no effect at guidance_scale 1"):
+        generate(model, tokens, 4, context=text, negative_context=text)
+    with pytest.raises(GeometryError, match=r"negative_context has shape \(2, 4, 64\)"):
+        generate(model, tokens, 4, context=text, guidance_scale=2.0, negative_context=text[:, 1:])
 
 
 def test_the_seed_decides_and_nothing_else() -> None:

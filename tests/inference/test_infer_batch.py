@@ -24,7 +24,7 @@ from cosmos_posttrain import files, load_tokenizer
 from cosmos_posttrain.errors import ConfigError, OutputFolderError, PartialFailureError, UserError
 from cosmos_posttrain.inference.batch import run
 from cosmos_posttrain.inference.config import InferConfig
-from cosmos_posttrain.inference.outputs import output_names
+from cosmos_posttrain.inference.outputs import BatchLine, output_names
 from cosmos_posttrain.inference.request import Request
 from cosmos_posttrain.inference.session import Session
 from cosmos_posttrain.video import probe, read_clips, to_float
@@ -176,7 +176,7 @@ def test_inputs_of_one_name_have_outputs_of_their_own(tmp_path: Path) -> None:
 
 def test_names_are_told_apart_or_refused() -> None:
     def names(*inputs: str) -> list[str]:
-        return output_names([Path("/data") / name for name in inputs])
+        return output_names([BatchLine(Path("/data") / name) for name in inputs])
 
     assert names("a/x.mp4", "a/y.mp4") == ["x", "y"]
     # The longer name of one may be the name of another.

@@ -70,14 +70,26 @@ def test_a_checkpoint_says_tokenizer_and_geometry(inputs: Path, tmp_path: Path) 
         ({"tokenizer_compression_factor": "4,8,8"}, "8x16x16.*but 4x8x8 was asked for"),
         ({"encoder_path": "tiny-dv4x8x8"}, "compresses by 4x8x8, but 8x16x16"),
         ({"ar_model_dir": "other_weights"}, "has other weights"),
-        ({"ar_model_dir": "with_text"}, "with_text is a Video2World model"),
+        ({"ar_model_dir": "with_text"}, "with_text is a Video2World model, which needs a text"),
+        (
+            {"ar_model_dir": "with_text", "input_type": "video"},
+            "is for base models and .*with_text",
+        ),
+        ({"prompt": "a ball"}, "trained is a base model, which takes no text"),
+        ({"guidance_scale": 2.0}, "trained is a base model, which takes no text"),
+        ({"prompt": "a ball", "input_type": "text_and_video"}, "for Video2World models.*trained"),
+        ({"prompt": "a ball", "input_type": "video"}, "do not go with --input_type video"),
+        ({"prompt": " "}, "--prompt is empty"),
+        ({"prompt": "a", "negative_prompt": "", "guidance_scale": 2.0}, "--negative_prompt is emp"),
+        ({"prompt": "a", "negative_prompt": "b"}, "no effect at --guidance_scale 1"),
+        ({"guidance_scale": -0.5}, "--guidance_scale -0.5 must be at least 0"),
         ({"ar_model_dir": "damaged"}, "damaged or foreign: its latent_shape is"),
         ({"tensor_model_parallel_size": 3}, "does not divide num_attention_heads 8"),
         ({"tensor_model_parallel_size": 2}, "torchrun --nproc-per-node=2"),
         ({"num_input_frames": 8}, "8 input frames cannot be encoded.*use 1 or 9"),
         ({"num_input_frames": 17}, "leave nothing to generate"),
-        ({"input_type": "text_and_video"}, "needs a Video2World model"),
-        ({"input_type": "audio"}, "there is no --input_type 'audio'"),
+        ({"input_type": "text_and_video"}, "--input_type text_and_video needs --prompt"),
+        ({"input_type": "audio"}, "--input_type audio is not one of video, image, text_and_video"),
         ({"input_type": "image", "num_input_frames": 9}, "gives 1 frame"),
         ({"input_image_or_video_path": None}, "give either"),
         ({"input_image_or_video_path": "missing.mp4"}, "missing.mp4 does not exist"),
@@ -97,7 +109,7 @@ def test_a_checkpoint_says_tokenizer_and_geometry(inputs: Path, tmp_path: Path) 
         ({"rope_scale": 0.5}, "--rope_scale 0.5 must be at least 1"),
         ({"dtype": "bf16"}, "--dtype bf16 is not one of bfloat16"),
         ({"layer_spec": "x"}, "--layer_spec x is not one of torch, te"),
-        ({"seed": -1, "top_p": 2.0, "input_type": "audio"}, "--top_p 2.*--seed -1.*'audio'"),
+        ({"seed": -1, "top_p": 2.0, "input_type": "audio"}, "audio is not.*--top_p 2.*--seed -1"),
         ({"tokenizer_compression_factor": "4,8"}, "three positive whole numbers"),
     ],
 )
@@ -213,14 +225,20 @@ def test_bare_names_lie_in_the_output_folder(
         ('{"prompt": "x"}', "line 1, has no visual_input"),
         ('\n{"visual_input": "missing.mp4"}', "line 2: .*missing.mp4 is not a file"),
         ('{"visual_input": "bar.mp4"}\n{"visual_input": "./bar.mp4"}', "bar.mp4 is named twice"),
-        ('{"visual_input": "picture.png"}', "is an image; add --input_type image"),
+        ('{"visual_input": "picture.png"}', "is an image; give --input_type image"),
+        ('{"visual_input": "bar.mp4", "prompt": ""}', "line 1: its prompt is empty"),
+        ('{"visual_input": "bar.mp4", "prompt": 3}', "line 1: its prompt is a int"),
     ],
 )
 def test_bad_batches_are_refused(inputs: Path, tmp_path: Path, text: str, message: str) -> None:
     path = inputs / "batch.jsonl"
     path.write_text(text)
     config = random_config(
-        inputs, tmp_path, input_image_or_video_path=None, batch_input_path=str(path)
+        inputs,
+        tmp_path,
+        input_image_or_video_path=None,
+        batch_input_path=str(path),
+        input_type="video" if "picture" in text else None,
     )
     with pytest.raises(UserError, match=message):
         make_items(config)
