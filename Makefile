@@ -4,14 +4,14 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all check clean
+.PHONY: help setup quickstart quickstart-video2world test test-all check clean
 
 # The interpreter that makes .venv; Python 3.11 or newer.
 PYTHON ?= python3
 # A package index to take torch from, and nothing else; empty means pip's own. Plain Linux torch
 # brings several GB of CUDA libraries: on a machine without a GPU, name PyTorch's index of CPU builds.
 TORCH_INDEX_URL ?=
-# Of make quickstart: --videos DIR, --output DIR. QUICK=1 makes it short.
+# Of make quickstart: --videos DIR, --output DIR; of quickstart-video2world: --output DIR. QUICK=1 makes it short.
 QUICKSTART_ARGS ?=
 # Processes that run tests at the same time.
 TEST_WORKERS ?= 2
@@ -42,6 +42,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: setup  ## The whole job in miniature on the CPU: a video, a loss curve (QUICK=1: in a minute)
 	@bash recipes/quickstart.sh $(QUICKSTART_ARGS)
+
+quickstart-video2world: setup  ## Likewise with text: a caption decides where things go (QUICK=1: in a minute)
+	@bash recipes/quickstart_video2world.sh $(QUICKSTART_ARGS)
 
 # One thread a process: results do not depend on the machine, and workers do not fight for cores.
 test: setup  ## The default tests: offline, on the CPU

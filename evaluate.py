@@ -1,43 +1,14 @@
-"""Measures a tokenizer; see docs/evaluation.md."""
+"""Measures tokenizers, models and clips, and shows what training made; see docs/evaluation.md."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 
-from cosmos_posttrain.cli import Flag, parse
+from cosmos_posttrain.cli import parse
 from cosmos_posttrain.errors import ConfigError
-from cosmos_posttrain.evaluation.config import tokenizer
+from cosmos_posttrain.evaluation.commands import COMMANDS
 from cosmos_posttrain.launch import run_cli
-
-
-@dataclass(frozen=True)
-class Command:
-    """One subcommand.
-
-    Attributes:
-        help: one line.
-        config_class: its settings.
-        flags: its flags.
-        module: has ``run(config)``; imported when the command is chosen, because it is heavy.
-    """
-
-    help: str
-    config_class: type
-    flags: Sequence[Flag]
-    module: str
-
-
-COMMANDS = {
-    "tokenizer": Command(
-        "PSNR, SSIM, codebook use and speed of a video tokenizer, with a contact sheet.",
-        tokenizer.TokenizerEvalConfig,
-        tokenizer.FLAGS,
-        "cosmos_posttrain.evaluation.tokenizer",
-    ),
-}
 
 
 def _usage() -> str:

@@ -30,6 +30,8 @@ class Flag:
             own name.
         help: replaces the text of the config's docstring; the default is added from the config.
         aliases: other spellings.
+
+    A flag of a list is given once for each item.
     """
 
     name: str
@@ -73,7 +75,7 @@ def _plain_type(kind: Any) -> Any:
 
 def _describe(flag: Flag, config_class: type, default: Any) -> str:
     text = flag.help or _documented(config_class, flag.target)
-    if default is None or default == "" or dataclasses.is_dataclass(default):
+    if default in (None, "", []) or dataclasses.is_dataclass(default):
         return text.replace("%", "%%")
     if isinstance(default, list):
         default = ",".join(str(item) for item in default)
@@ -101,6 +103,8 @@ def _add(parser: argparse.ArgumentParser, flag: Flag, config_class: type) -> Non
     if kind is bool:
         parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
         return
+    if typing.get_origin(kind) is list:
+        options["action"] = "append"
     if kind in (int, float):
         options["type"] = kind
     options["metavar"] = {int: "N", float: "X"}.get(kind, "S")

@@ -11,6 +11,7 @@ import os
 import secrets
 import sys
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -187,15 +188,19 @@ class RunLog:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a ``metrics.jsonl``; a line that was left half-written is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-            int(row["step"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        rows.append(row)
-    return rows
+    return list(iter_rows(path))
+
+
+def iter_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """``read_rows``, one at a time."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                int(row["step"])
+            except (ValueError, KeyError, TypeError):
+                continue
+            yield row
 
 
 def wants_wandb() -> bool:
@@ -215,8 +220,12 @@ def wants_wandb() -> bool:
     return True
 
 
-def start_wandb(config: object, folder: Path) -> Any:
+def start_wandb(config: object | None, folder: Path) -> Any:
     """The W&B run of a folder, a new one or the one that it had before.
+
+    Args:
+        config: a structured config, recorded there; None leaves what is recorded.
+        folder: the run's.
 
     Returns:
         A ``wandb`` run, or None where the environment asks for none.
@@ -238,7 +247,7 @@ def start_wandb(config: object, folder: Path) -> Any:
         id=id_file.read_text(encoding="utf-8").strip(),
         resume="allow",
         dir=str(folder),
-        config=to_dict(config),
+        config=None if config is None else to_dict(config),
     )
 
 

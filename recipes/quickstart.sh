@@ -82,11 +82,17 @@ step "pictures"
 python recipes/quickstart_figures.py --output "$OUTPUT" --video "$INPUT" \
     --num_frames "$NUM_FRAMES" --num_input_frames "$NUM_INPUT_FRAMES" --height 96 --width 160
 
+step "report"
+python evaluate.py report --run "$OUTPUT/run_new" --run "$OUTPUT/run_fresh" \
+    --output "$OUTPUT/report.html" --title "Quickstart"
+
 cat <<TXT
 
 Done in $SECONDS s. Look at
   $OUTPUT/generated.mp4      the generated video (first $NUM_INPUT_FRAMES frames given)
   $OUTPUT/side_by_side.png   input | reconstruction | generation
   $OUTPUT/loss_curve.png     post-trained against fresh weights
+  $OUTPUT/report.html        all of it as one page, for any browser; made by
+                             python evaluate.py report --run $OUTPUT/run_new --run $OUTPUT/run_fresh
   $OUTPUT/run_new/default    checkpoints, metrics.jsonl, TensorBoard logs
 TXT

@@ -60,17 +60,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     names = args.tokenizers.split(",")
-    rows = ["| | found | median, px | 90%, px | missing or 5 px off |", "|---|---|---|---|---|"]
+    print("| | found | median, px | 90%, px | missing or 5 px off |\n|---|---|---|---|---|")
     pictures = []
     for world in args.worlds:
         videos = list_videos(world / "videos")[: args.max_videos]
-        rows += [
-            measure(name, videos, f"{world.name}, {name or 'as it is'}") for name in ["", *names]
-        ]
+        for name in ["", *names]:
+            print(measure(name, videos, f"{world.name}, {name or 'as it is'}"), flush=True)
         truth = WorldTruth.load(truth_path(videos[0]))
         frames = read(videos[0], truth)
         pictures.append((world.name, frames, reconstruct(names[0], frames)))
-    print("\n".join(rows))
     if args.picture:
         contact_sheet(pictures, args.picture, f"reconstructed by {names[0]}")
 

@@ -35,12 +35,14 @@ class Outer:
         fast: 100% fast.
         shape: of something.
         inner: numbers.
+        words: some words.
     """
 
     name: str = setting("default", choices=("default", "a", "b"))
     fast: bool = False
     shape: list[int] = field(default_factory=lambda: [1, 2])
     inner: Inner = field(default_factory=Inner)
+    words: list[str] = field(default_factory=list)
 
 
 FLAGS = (
@@ -48,6 +50,7 @@ FLAGS = (
     Flag("--fast"),
     Flag("--lr", "inner.lr"),
     Flag("--steps", "inner.steps", "in other words"),
+    Flag("--word", "words"),
 )
 
 
@@ -64,6 +67,14 @@ def test_later_beats_earlier(tmp_path: Path) -> None:
     assert from_flag == Outer("b", True, inner=Inner(0.3, 3))
     overridden = _parse("inner.lr=0.4", "--lr", "0.3", "shape=[4]", "--config", str(file))
     assert overridden == Outer("a", shape=[4], inner=Inner(0.4, 3))
+
+
+def test_a_flag_of_a_list_is_given_once_for_each_item(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("words: [one]\n")
+    assert _parse("--word", "a b", "--word", "c,d").words == ["a b", "c,d"]
+    assert _parse("--config", str(file)).words == ["one"]
+    assert _parse("--config", str(file), "--word", "two").words == ["two"]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ OTHERS = {
     *"--build-arg --gpus --shm-size --ipc --rm --no-deps --index-url --constraint".split(),
     *"--editable --upgrade --check --signal".split(),
     *"--first --video --figure --num_tokens --prompt_tokens --runs --threads --case".split(),
+    *"--run --input_dir --split --world --choose --picture".split(),
 }
 # Not the arrows of drawings (a --room--> b), and not `--offload_*`.
 FLAG = r"(?<![\w-])--[a-z]\w*(?:-\w+)*(?![\w*-])"

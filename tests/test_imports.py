@@ -15,7 +15,10 @@ PACKAGE_DIR = REPOSITORY_DIR / PACKAGE
 
 # A room imports itself and the rooms before its group, never one beside it. The first group is a
 # chain: each of its files imports only those to its left.
-GROUND = ("errors", "warning_filters", "geometry", "config", "cli", "files", "hub", "launch")
+GROUND = (
+    *("errors", "warning_filters", "geometry", "config", "cli", "files", "hub", "launch"),
+    "environment",
+)
 ROOMS = (
     *((room,) for room in GROUND),
     ("runlog",),

@@ -19,6 +19,9 @@ from cosmos_posttrain.data.serial import from_plain, to_plain
 from cosmos_posttrain.errors import CheckpointError, DatasetError
 from cosmos_posttrain.models.config import ModelConfig
 
+# In LOG_DIR/default: how the run was started, each time.
+LAUNCHES_FILE = "launches.jsonl"
+
 _NAME = re.compile(r"epoch=(\d+)-step=(\d+)")
 
 
@@ -40,12 +43,15 @@ class TrainingData:
         split: which of its clips.
         embedding_transfer: how the rows of its tokens began (``transfer/``); None where they were
             kept or drawn with the rest of the model.
+        started_from: the model that the run began with: its path, the tokenizer that it knew, and
+            what was said of the rows of its tokens.
     """
 
     contract: Contract | None = None
     dataset: str | None = None
     split: SplitInfo | None = None
     embedding_transfer: dict[str, Any] | None = None
+    started_from: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``context/data.json``; what is not known is left out."""

@@ -5,7 +5,15 @@ from __future__ import annotations
 import sys
 
 from cosmos_posttrain.cli import parse
-from cosmos_posttrain.data.config import INFO_FLAGS, VERIFY_FLAGS, InfoConfig, VerifyConfig
+from cosmos_posttrain.data.config import (
+    EXPORT_FLAGS,
+    INFO_FLAGS,
+    VERIFY_FLAGS,
+    ExportConfig,
+    InfoConfig,
+    VerifyConfig,
+    validate,
+)
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.launch import run_cli
 
@@ -13,6 +21,7 @@ _PROGRAM = "python -m cosmos_posttrain.data"
 _COMMANDS = {
     "info": "Prints the contract of a data set and how much it holds.",
     "verify": "Compares every file of a data set with the hashes in its manifest.",
+    "export": "Writes imported data of the 1X World Model Challenge as 1X ships them.",
 }
 
 
@@ -30,6 +39,12 @@ def main() -> None:
         from cosmos_posttrain.data.verify import verify
 
         verify(parse(VerifyConfig, VERIFY_FLAGS, rest, f"{_PROGRAM} verify", _COMMANDS[name]))
+    elif name == "export":
+        from cosmos_posttrain.prepare.onex.exporting import export_onex
+
+        config = parse(ExportConfig, EXPORT_FLAGS, rest, f"{_PROGRAM} export", _COMMANDS[name])
+        validate(config)
+        export_onex(config.data_path, config.output_dir)
     else:
         problem = f"there is no command {name!r}" if name else "a command is missing"
         raise ConfigError(f"{problem}; use {_PROGRAM} {' or '.join(_COMMANDS)}.")

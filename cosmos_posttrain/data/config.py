@@ -1,6 +1,6 @@
 """Settings and flags of ``python -m cosmos_posttrain.data``. No torch.
 
-Flows in: the command line. Flows out: an ``InfoConfig`` or a ``VerifyConfig``.
+Flows in: the command line. Flows out: the config of one of its commands.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from cosmos_posttrain.cli import Flag, flag_names
 from cosmos_posttrain.config import check, setting
+
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass
@@ -20,6 +22,19 @@ class InfoConfig:
     """
 
     data_path: str = ""
+
+
+@dataclass
+class ExportConfig:
+    """Settings of ``export``.
+
+    Attributes:
+        data_path: a folder that prepare_dataset.py imported.
+        output_dir: new folder for the files as they were before the import.
+    """
+
+    data_path: str = ""
+    output_dir: str = ""
 
 
 @dataclass
@@ -36,14 +51,19 @@ class VerifyConfig:
 
 
 INFO_FLAGS = (Flag("--data_path"),)
+EXPORT_FLAGS = (Flag("--data_path"), Flag("--output_dir"))
 VERIFY_FLAGS = (Flag("--data_path"), Flag("--num_workers"))
 
 
-def validate(config: InfoConfig | VerifyConfig) -> None:
+def validate(config: InfoConfig | VerifyConfig | ExportConfig) -> None:
     """Lists every problem at once; changes nothing.
 
     Raises:
         ConfigError: one sentence with all of them.
     """
-    missing = "--data_path is missing: name the folder that prepare_dataset.py wrote"
-    check(config, flag_names(VERIFY_FLAGS), [] if config.data_path else [missing])
+    problems = []
+    if not config.data_path:
+        problems.append("--data_path is missing: name the folder that prepare_dataset.py wrote")
+    if isinstance(config, ExportConfig) and not config.output_dir:
+        problems.append("--output_dir is missing: name a new folder")
+    check(config, flag_names(VERIFY_FLAGS), problems)

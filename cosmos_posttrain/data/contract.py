@@ -24,7 +24,8 @@ class TokenizerInfo:
 
     Attributes:
         id: the path or name as it was given; says nothing certain.
-        sha256: of the encoder's learned tensors; this is the identity.
+        sha256: of the encoder's learned tensors; this is the identity. "" where the tokens came
+            without it, then the rest is compared.
         compression: (T, H, W).
         levels: FSQ levels.
         vocab_size: their product.

@@ -9,17 +9,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from cosmos_posttrain.data.config import SPLITS
 from cosmos_posttrain.data.documents import open_documents
 from cosmos_posttrain.data.manifest import DocumentRow
-from cosmos_posttrain.data.splits import SPLITS
 from cosmos_posttrain.errors import DatasetError
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.text.rows import pad_rows
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _FOREIGN_VOCAB_SIZE = 64000  # of the published tokenizers, which made every foreign data set
 
@@ -143,9 +147,23 @@ class TokenDataset(Dataset[torch.Tensor]):
         assert self.manifest is not None and self.manifest.contract.context_len is not None
         return pad_rows([rows.float()], self.manifest.contract.context_len)[0]
 
+    def states(self, index: int) -> torch.Tensor | None:
+        """What belongs to each frame of clip ``index``, such as a robot's state.
+
+        Returns:
+            (num_frames, width) float32; None for data without.
+        """
+        states = self._documents.states(self._document(index))
+        return None if states is None else torch.from_numpy(states)
+
     def row(self, index: int) -> DocumentRow:
         """Where clip ``index`` of the split came from."""
         return self._documents.row(self._document(index))
+
+    def source_numbers(self) -> NDArray[np.int64]:
+        """(len(self),) a number for each clip's source video, equal for clips of the same."""
+        numbers: NDArray[np.int64] = self._documents.source_numbers()[self.indices]
+        return numbers
 
     def source(self, index: int) -> str:
         """The source video of clip ``index`` of the split."""

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cosmos_posttrain.data.config import SPLITS
 from cosmos_posttrain.data.foreign import ForeignShards, find_pairs
 from cosmos_posttrain.data.layout import MANIFEST_FILE, PLAN_FILE
 from cosmos_posttrain.data.manifest import DocumentRow, Manifest
 from cosmos_posttrain.data.prepared import PreparedShards
 from cosmos_posttrain.data.shards import ShardSet
-from cosmos_posttrain.data.splits import SPLITS, parse_split_string, split_digests
+from cosmos_posttrain.data.splits import number_sources, parse_split_string, split_digests
 from cosmos_posttrain.errors import DatasetError
 from cosmos_posttrain.files import sha256_of_json
 
@@ -113,33 +114,62 @@ class Documents:
         self.fingerprint = sha256_of_json([item.fingerprint for item in sets])
         self._ends: NDArray[np.int64] = np.cumsum([len(item) for item in sets])
         self._splits: dict[tuple[str, int], NDArray[np.uint8]] = {}
+        self._num_unserved = sum(
+            item.manifest.num_unserved for item in sets if item.manifest is not None
+        )
+        if self._num_unserved == len(self):
+            raise DatasetError(
+                f"{paths[0]} holds no clip to use: all {len(self)} of its documents are stored "
+                "only, as their frames do not belong together."
+            )
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def indices(self, split: str, split_string: str, seed: int) -> NDArray[np.int64]:
-        """Numbers of the documents of a split, ascending; ``all`` is every one.
+        """Numbers of the documents of a split, ascending; ``all`` is every one that is served.
 
         Raises:
             ConfigError: a malformed ``split_string``.
             DatasetError: the sources cannot be read.
         """
         if split == "all" or not any(parse_split_string(split_string)[1:]):
-            return np.arange(len(self) if split in ("all", "train") else 0)
+            if split not in ("all", "train"):
+                return np.arange(0)
+            return np.flatnonzero(self._served()) if self._num_unserved else np.arange(len(self))
         if (split_string, seed) not in self._splits:
             self._splits[split_string, seed] = self._split(split_string, seed)
         return np.flatnonzero(self._splits[split_string, seed] == SPLITS.index(split))
 
+    def source_numbers(self) -> NDArray[np.int64]:
+        """(len(self),) a number for the source of every document, equal for equal sources."""
+        digests, num_documents = self._digests(seed=0)
+        return np.repeat(number_sources(digests), num_documents)
+
     def _split(self, split_string: str, seed: int) -> NDArray[np.uint8]:
-        """The split of every document, as its number in ``SPLITS``."""
+        """The split of every document, as its number in ``SPLITS``; another one is in none."""
+        digests, num_documents = self._digests(seed)
+        splits = np.repeat(split_digests(digests, split_string), num_documents)
+        if self._num_unserved:
+            splits[~self._served()] = len(SPLITS)
+        return splits
+
+    def _digests(self, seed: int) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+        """Of the source of each run of documents, (runs, 2), and how many there are in it."""
         digests, num_documents = [], []
         for shards in self._sets:
             runs = shards.source_runs()
             digests.append(runs.digests(seed))
             num_documents.append(runs.num_documents)
             del runs  # the names are the largest part
-        of_runs = split_digests(np.concatenate(digests), split_string)
-        return np.repeat(of_runs, np.concatenate(num_documents))
+        return np.concatenate(digests), np.concatenate(num_documents)
+
+    def _served(self) -> NDArray[np.bool_]:
+        """Which documents belong to a split at all; read anew each time."""
+        served = np.ones(len(self), bool)
+        for shards, end in zip(self._sets, self._ends.tolist(), strict=True):
+            served[end - len(shards) + shards.source_runs().unserved.astype(np.int64)] = False
+        return served
 
     def _locate(self, document: int) -> tuple[ShardSet, int]:
         number = int(np.searchsorted(self._ends, document, side="right"))
@@ -159,6 +189,11 @@ class Documents:
         """A document's text as (length, width) embeddings; None for data without prompts."""
         shards, number = self._locate(document)
         return shards.text_rows(number)
+
+    def states(self, document: int) -> NDArray[np.float32] | None:
+        """What belongs to each frame of a document, (num_frames, width); None without."""
+        shards, number = self._locate(document)
+        return shards.states(number)
 
     def where(self, document: int) -> str:
         """A document in words, for errors."""

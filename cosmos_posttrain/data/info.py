@@ -47,7 +47,7 @@ def _rows_of(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "kind", contract.kind
     compression = "x".join(map(str, tokenizer.compression))
     levels = ",".join(map(str, tokenizer.levels))
-    yield "tokenizer", f"{tokenizer.id} (sha256 {tokenizer.sha256})"
+    yield "tokenizer", f"{tokenizer.id} (sha256 {tokenizer.sha256 or 'not known'})"
     yield "", f"compression {compression}, levels {levels}, {tokenizer.vocab_size:,} codes"
     yield "clip", f"{clip.num_frames} frames of {clip.width} x {clip.height} pixels"
     shape = ",".join(map(str, contract.latent_shape))
@@ -63,6 +63,9 @@ def _rows_of(manifest: Manifest) -> Iterator[tuple[str, str]]:
         "clips",
         f"{manifest.num_documents:,} in {len(shards):,} shards, {num_bytes / 1e9:,.3f} GB",
     )
+    if manifest.num_unserved:
+        what = "of them in no split: their frames do not belong together"
+        yield "", f"{manifest.num_unserved:,} {what}"
     num_listed = manifest.plan.get("num_sources")
     if isinstance(num_listed, int):
         num_rejected = sum(manifest.rejected.values())

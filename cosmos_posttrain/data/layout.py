@@ -12,11 +12,13 @@ FAILURES_FILE = "failures.jsonl"
 SOURCES_FILE = "sources.npz"
 PLAN_FILE = "prepare.json"  # what a run that is not complete is about
 EXTENSIONS = ("bin", "idx", "jsonl")  # of a shard's files
+# Beside them, of robot data: what belongs to every frame, and the segment that it came from.
+STATES_EXTENSION, SEGMENTS_EXTENSION = "states", "segments"
 PROMPTS_PER_SHARD = 1024  # in each prompt shard but the last
 
 _OURS = re.compile(
     r"manifest\.json|failures\.jsonl|prepare\.json|sources\.npz"
-    r"|(shard|prompts)-\d{5,}\.(bin|idx|jsonl|json)"
+    r"|(shard|prompts)-\d{5,}\.(bin|idx|jsonl|json)|shard-\d{5,}\.(states|segments)"
 )
 
 

@@ -10,6 +10,7 @@ Files of a folder:
   sources.npz         the source of every document, in one file (see ``source_runs.py``)
   failures.jsonl      one row for each video that could not be read
   prompts-00000.bin/.idx/.jsonl  embeddings of the distinct prompts (see ``prompts.py``)
+  shard-00000.states/.segments  of robot data: float32 rows and an int32 segment for every frame
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class DocumentRow:
         fps: of the video; 0.0 where unknown.
         prompt: None without one; in a Video2World data set the prompts' own shards hold it.
         prompt_number: of the embedding there; None in a base data set.
+        unserved: why the document is stored but belongs to no split, in a few words; else None.
     """
 
     document: int
@@ -65,9 +67,10 @@ class DocumentRow:
     fps: float = 0.0
     prompt: str | None = None
     prompt_number: int | None = None
+    unserved: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The row without an absent prompt."""
+        """The row without what is absent."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
 
@@ -84,6 +87,7 @@ class Manifest:
         shards: in order.
         rejected: videos that a filter left out, counted by reason; no failures.
         prompts: the prompts' shards, in order; none without a text encoder.
+        num_unserved: documents that are stored but belong to no split.
     """
 
     contract: Contract
@@ -94,6 +98,7 @@ class Manifest:
     shards: ShardTable
     rejected: dict[str, int] = field(default_factory=dict)
     prompts: ShardTable = field(default_factory=ShardTable)
+    num_unserved: int = 0
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -114,6 +119,8 @@ class Manifest:
             del value["rejected"]
         if not len(self.prompts):
             del value["prompts"]
+        if not self.num_unserved:
+            del value["num_unserved"]
         head, _, tail = json_text(value, indent=2).partition(_NO_SHARDS)
         with (
             replacing(folder / MANIFEST_FILE) as temporary,
@@ -148,12 +155,15 @@ class Manifest:
             if name in value:
                 value[name] = ShardTable.read(value[name], str(path))
         manifest = from_plain(cls, value, str(path))
-        manifest.contract.check(str(path))
+        contract = manifest.contract
+        contract.check(str(path))
         if manifest.shards.num_documents.sum() != manifest.num_documents:
             raise DatasetError(
                 f"{path} is damaged: its shards do not add up to num_documents; prepare it again."
             )
-        if bool(len(manifest.prompts)) != (manifest.contract.text_encoder is not None):
+        has_prompts, has_text = bool(len(manifest.prompts)), contract.text_encoder is not None
+        # Where every line failed, there may be clips or prompts without the others.
+        if has_prompts != has_text and (has_prompts or manifest.num_documents):
             raise DatasetError(
                 f"{path} is damaged: its prompts do not go with its text_encoder; prepare it again."
             )

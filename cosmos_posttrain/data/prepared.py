@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cosmos_posttrain.data.indexed import ShardReader
-from cosmos_posttrain.data.layout import EXTENSIONS, MANIFEST_FILE
+from cosmos_posttrain.data.layout import EXTENSIONS, MANIFEST_FILE, STATES_EXTENSION
+from cosmos_posttrain.data.limits import naming_limits
 from cosmos_posttrain.data.manifest import DocumentRow, Manifest
 from cosmos_posttrain.data.prompts import PromptShards
 from cosmos_posttrain.data.recorded import RecordedShards
@@ -95,6 +96,24 @@ class PreparedShards(RecordedShards, ShardSet):
             counts = self.manifest.shards.num_documents
             runs = runs_of_sidecars(mapped(self._read_sidecar, np.flatnonzero(counts).tolist()))
         return runs
+
+    def states(self, document: int) -> NDArray[np.float32] | None:
+        if STATES_EXTENSION not in self.manifest.shards.files:
+            return None
+        shard, number = self.locate(document)
+        path = self.path(shard, STATES_EXTENSION)
+        width, num_frames = (
+            self.manifest.plan["state_width"],
+            self.manifest.contract.clip.num_frames,
+        )
+        try:
+            with naming_limits(str(path)):
+                self._check_size(shard, STATES_EXTENSION, path.stat().st_size)
+                count, first = num_frames * width, 4 * number * num_frames * width
+                values = np.fromfile(path, "<f4", count, offset=first)
+        except OSError as error:
+            raise DatasetError(f"{path} cannot be read: {error.strerror}.") from error
+        return values.reshape(-1, width)
 
     def text_rows(self, document: int) -> Tensor | None:
         if self.prompts is None:

@@ -88,13 +88,22 @@ class RecordedShards(OpenShards):
             with naming_limits(str(path)):
                 self._check_hash(shard, extension, sha256_of_file(path))
 
-    def _read_sidecar(self, shard: int) -> tuple[Path, bytes, int]:
-        path = self.path(shard, "jsonl")
+    def read(self, shard: int, extension: str) -> bytes:
+        """All of one of a shard's files, as the manifest has it.
+
+        Raises:
+            DatasetError: it is missing or damaged.
+        """
+        path = self.path(shard, extension)
         try:
             with naming_limits(str(path)):
                 data = path.read_bytes()
         except OSError as error:
             raise DatasetError(f"{path} cannot be read: {error.strerror}.") from error
-        self._check_size(shard, "jsonl", len(data))
-        self._check_hash(shard, "jsonl", hashlib.sha256(data).hexdigest())
-        return path, data, int(self.table.num_documents[shard])
+        self._check_size(shard, extension, len(data))
+        self._check_hash(shard, extension, hashlib.sha256(data).hexdigest())
+        return data
+
+    def _read_sidecar(self, shard: int) -> tuple[Path, bytes, int]:
+        data = self.read(shard, "jsonl")
+        return self.path(shard, "jsonl"), data, int(self.table.num_documents[shard])

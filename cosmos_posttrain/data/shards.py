@@ -124,3 +124,11 @@ class ShardSet(OpenShards):
     def text_rows(self, document: int) -> Tensor | None:
         """A document's text as (length, width) embeddings; None for data without prompts."""
         return None
+
+    def states(self, document: int) -> NDArray[np.float32] | None:
+        """What belongs to each frame of a document, (num_frames, width); None where nothing does.
+
+        Raises:
+            DatasetError: the file is missing or damaged.
+        """
+        return None

@@ -8,6 +8,7 @@ from which splits are made.
                   name_bytes    uint32, length of each
                   num_documents uint32, documents in a row that have this source
                   prompt_numbers  uint32, the prompt of each document; only where there are prompts
+                  unserved      uint32, documents that belong to no split; only where there are any
                   fingerprint   of the manifest that it belongs to
 
 Preparation writes it just before the manifest. It says nothing that the sidecars do not say: a
@@ -52,6 +53,7 @@ class SourceRuns:
         name_bytes: (num_runs,) uint32, length of each.
         num_documents: (num_runs,) uint32, documents in a row that have this source.
         prompt_numbers: (all documents,) uint32, the prompt of each; empty without prompts.
+        unserved: (n,) uint32, ascending numbers of documents that belong to no split.
     """
 
     text: NDArray[np.uint8]
@@ -60,14 +62,21 @@ class SourceRuns:
     prompt_numbers: NDArray[np.uint32] = dataclasses.field(
         default_factory=lambda: np.empty(0, np.uint32)
     )
+    unserved: NDArray[np.uint32] = dataclasses.field(default_factory=lambda: np.empty(0, np.uint32))
 
     @classmethod
-    def of(cls, runs: Iterable[tuple[str, int]], prompt_numbers: Sequence[int] = ()) -> SourceRuns:
+    def of(
+        cls,
+        runs: Iterable[tuple[str, int]],
+        prompt_numbers: Sequence[int] = (),
+        unserved: Sequence[int] = (),
+    ) -> SourceRuns:
         """From names and numbers of documents, one after the other.
 
         Args:
-            runs: read to its end before ``prompt_numbers`` is looked at.
+            runs: read to its end before the others are looked at.
             prompt_numbers: of the documents.
+            unserved: see the class.
         """
         text, name_bytes, num_documents = bytearray(), array("I"), array("I")
         for name, count in runs:
@@ -80,6 +89,7 @@ class SourceRuns:
             np.array(name_bytes, np.uint32),
             np.array(num_documents, np.uint32),
             np.array(prompt_numbers, np.uint32),
+            np.array(unserved, np.uint32),
         )
 
     def __len__(self) -> int:
@@ -115,9 +125,11 @@ class SourceRuns:
 
     def save(self, folder: Path, fingerprint: str) -> None:
         """Writes ``sources.npz`` for the manifest of that fingerprint."""
-        prompts: dict[str, Any] = {}
+        more: dict[str, Any] = {}
         if len(self.prompt_numbers):
-            prompts["prompt_numbers"] = self.prompt_numbers
+            more["prompt_numbers"] = self.prompt_numbers
+        if len(self.unserved):
+            more["unserved"] = self.unserved
         with replacing(folder / SOURCES_FILE) as temporary, temporary.open("wb") as file:
             np.savez_compressed(
                 file,
@@ -125,7 +137,7 @@ class SourceRuns:
                 name_bytes=self.name_bytes,
                 num_documents=self.num_documents,
                 fingerprint=np.array(fingerprint.encode()),
-                **prompts,
+                **more,
             )
 
 
@@ -144,9 +156,12 @@ def load_runs(folder: Path, fingerprint: str, num_documents: int) -> SourceRuns 
         ):
             if bytes(arrays["fingerprint"]).decode() != fingerprint:
                 return None
-            prompts = arrays["prompt_numbers"] if "prompt_numbers" in arrays else np.empty(0, "u4")
+            nothing = np.empty(0, np.uint32)
+            prompts, unserved = (
+                arrays.get(name, nothing) for name in ("prompt_numbers", "unserved")
+            )
             runs = SourceRuns(
-                arrays["names"], arrays["name_bytes"], arrays["num_documents"], prompts
+                arrays["names"], arrays["name_bytes"], arrays["num_documents"], prompts, unserved
             )
     except FileNotFoundError:
         return None
@@ -156,6 +171,7 @@ def load_runs(folder: Path, fingerprint: str, num_documents: int) -> SourceRuns 
         ) from error
     fits = len(runs.name_bytes) == len(runs.num_documents)
     fits &= int(runs.name_bytes.sum()) == len(runs.text)
+    fits &= not len(runs.unserved) or int(runs.unserved.max()) < num_documents
     if not fits or runs.num_documents.sum() != num_documents:
         raise DatasetError(
             f"{path} is damaged: it does not have {num_documents} documents; delete it: the folder "
@@ -173,16 +189,19 @@ def runs_of_sidecars(sidecars: Iterable[tuple[Path, bytes, int]]) -> SourceRuns:
     Raises:
         DatasetError: a sidecar is damaged.
     """
-    prompts = array("I")
+    prompts, unserved = array("I"), array("I")
 
     def runs() -> Iterator[tuple[str, int]]:
+        first = 0
         for path, data, num_documents in sidecars:
             rows = parse_rows(data, path, num_documents)
+            unserved.extend(n for n, row in enumerate(rows, first) if "unserved" in row)
+            first += num_documents
             sources = [row["source"] for row in rows]
             prompts.extend(row["prompt_number"] for row in rows if "prompt_number" in row)
             yield from ((name, len(list(group))) for name, group in itertools.groupby(sources))
 
-    return SourceRuns.of(runs(), prompts)
+    return SourceRuns.of(runs(), prompts, unserved)
 
 
 def parse_rows(data: bytes, path: Path, num_documents: int) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ from cosmos_posttrain.errors import ConfigError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SPLITS = ("train", "validation", "test")
 _MIN_SOURCES = 3
 
 logger = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ def split_digests(digests: NDArray[np.uint64], split_string: str = "98,1,1") -> 
         split_string: the shares.
 
     Returns:
-        (num_runs,) uint8: number in ``SPLITS`` of each run of documents.
+        (num_runs,) uint8: number in ``data.config.SPLITS`` of each run of documents.
 
     Raises:
         ConfigError: a malformed ``split_string``.
@@ -89,6 +88,14 @@ def split_digests(digests: NDArray[np.uint64], split_string: str = "98,1,1") -> 
     splits = np.empty(len(digests), np.uint8)
     splits[order] = (ranks >= num_train).astype(np.uint8) + (ranks >= num_train + num_validation)
     return splits
+
+
+def number_sources(digests: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """(num_runs,) a number for each distinct source, from (num_runs, 2) digests."""
+    order, ranks = _ranks(digests)
+    numbers = np.empty(len(digests), np.int64)
+    numbers[order] = ranks
+    return numbers
 
 
 def _ranks(digests: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -124,6 +124,24 @@ def set_seed(seed: int) -> None:
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
+def data_parallel_place() -> tuple[int, int]:
+    """Number of this rank's copy of the model, and how many copies there are."""
+    return (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def gather(value: T) -> list[T]:
+    """What each copy of the model has, in order, on all ranks; values must be picklable."""
+    size = parallel_state.get_data_parallel_world_size()
+    values = [value] * size
+    if size > 1:
+        group = parallel_state.get_data_parallel_group()
+        torch.distributed.all_gather_object(values, value, group=group)
+    return values
+
+
 def shutdown() -> None:
     """Tears the process groups down; safe to call twice."""
     if parallel_state.model_parallel_is_initialized():

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import permutations
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -59,6 +58,9 @@ def find_objects(
 
     Returns:
         (T, K, 2) float64 (x, y); NaN where an object is not found.
+
+    Raises:
+        ValueError: frames of another shape or dtype.
     """
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
         raise ValueError(f"frames are {frames.shape} {frames.dtype}, not (T, H, W, 3) uint8")
@@ -279,13 +281,19 @@ def _name_blobs(blobs: list[list[_Blob]], wanted: Array, min_score: float) -> Ar
 
 def _match(blobs: list[_Blob], colors: Array, wanted: Array, min_score: float) -> tuple[int, ...]:
     """For each object the number of its blob, -1 for none: the best of all ways to share them."""
-    scores = np.zeros((len(colors), len(blobs) + len(colors)))
-    for k, i in np.ndindex(len(colors), len(blobs)):
-        allowed = _score(blobs[i].color, wanted[k]) >= min_score
-        scores[k, i] = 1 + _score(blobs[i].color, colors[k]) if allowed else -np.inf
-    ways = permutations(range(scores.shape[1]), len(colors))
-    best = max(ways, key=lambda way: sum(scores[k, i] for k, i in enumerate(way)))
-    return tuple(i if i < len(blobs) else -1 for i in best)
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by the blobs that are taken
+    for color, true_color in zip(colors, wanted, strict=True):
+        longer = {taken: (total, (*way, -1)) for taken, (total, way) in best.items()}
+        for i, blob in enumerate(blobs):
+            if _score(blob.color, true_color) < min_score:
+                continue
+            gain = 1 + _score(blob.color, color)
+            for taken, (total, way) in best.items():
+                now = taken | 1 << i
+                if now != taken and total + gain > longer.get(now, (0.0,))[0]:
+                    longer[now] = (total + gain, (*way, i))
+        best = longer
+    return max(best.values())[1]
 
 
 def _score(color: Array, wanted: Array) -> float:

@@ -34,9 +34,11 @@ def psnr(clip: Tensor, reconstruction: Tensor, num_threads: int = 1) -> float:
     Returns:
         dB, at most ``MAX_PSNR``; the MSE is taken over all frames, pixels and channels.
     """
-    from skimage.metrics import mean_squared_error
+    return psnr_of(float(np.mean(_by_frame(frame_error, clip, reconstruction, num_threads))))
 
-    error = _mean_over_frames(mean_squared_error, clip, reconstruction, num_threads)
+
+def psnr_of(error: float) -> float:
+    """PSNR in dB of a mean squared error, at most ``MAX_PSNR``."""
     return min(10 * math.log10(255**2 / error), MAX_PSNR) if error > 0 else MAX_PSNR
 
 
@@ -53,25 +55,44 @@ def ssim(clip: Tensor, reconstruction: Tensor, num_threads: int = 1) -> float:
     Returns:
         At most 1, which means equal.
     """
+    return float(np.mean(_by_frame(frame_ssim, clip, reconstruction, num_threads)))
+
+
+def psnr_by_frame(clip: Tensor, reconstruction: Tensor, num_threads: int = 1) -> list[float]:
+    """PSNR in dB of each frame; see ``psnr``."""
+    return [psnr_of(e) for e in _by_frame(frame_error, clip, reconstruction, num_threads)]
+
+
+def ssim_by_frame(clip: Tensor, reconstruction: Tensor, num_threads: int = 1) -> list[float]:
+    """Of each frame; see ``ssim``."""
+    return _by_frame(frame_ssim, clip, reconstruction, num_threads)
+
+
+def frame_error(frame: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
+    """Mean squared error of two frames of one shape, uint8."""
+    from skimage.metrics import mean_squared_error
+
+    return float(mean_squared_error(frame, other))
+
+
+def frame_ssim(frame: NDArray[np.uint8], other: NDArray[np.uint8], channel_axis: int = 0) -> float:
+    """SSIM of two frames, uint8, the mean over channels; see ``ssim``."""
     from skimage.metrics import structural_similarity
 
-    def of_frame(frame: NDArray[np.uint8], rebuilt: NDArray[np.uint8]) -> float:
-        options = {"win_size": SSIM_WINDOW, "data_range": 255, "channel_axis": 0}
-        return float(structural_similarity(frame, rebuilt, **options))
-
-    return _mean_over_frames(of_frame, clip, reconstruction, num_threads)
+    options = {"win_size": SSIM_WINDOW, "data_range": 255, "channel_axis": channel_axis}
+    return float(structural_similarity(frame, other, **options))
 
 
-def _mean_over_frames(
+def _by_frame(
     function: Callable[..., float], clip: Tensor, reconstruction: Tensor, num_threads: int
-) -> float:
+) -> list[float]:
     """Frame by frame, because scikit-image computes in float64."""
     pairs = (
         tuple(v[:, number].numpy() for v in (clip, reconstruction))
         for number in range(clip.shape[1])
     )
     with ThreadPoolExecutor(num_threads) as pool:
-        return float(np.mean(list(pool.map(lambda pair: function(*pair), pairs))))
+        return list(pool.map(lambda pair: function(*pair), pairs))
 
 
 def count_codes(indices: Tensor, vocab_size: int) -> NDArray[np.int64]:

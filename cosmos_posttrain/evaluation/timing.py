@@ -6,7 +6,6 @@ reconstructions, and the seconds that each half took.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 
@@ -72,15 +71,3 @@ def speed(num_frames: int, encode_seconds: float, decode_seconds: float) -> dict
         "encode_frames_per_second": num_frames / max(encode_seconds, 1e-9),
         "decode_frames_per_second": num_frames / max(decode_seconds, 1e-9),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """The model of the GPU or of the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if "model name" in line]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

@@ -22,16 +22,18 @@ from cosmos_posttrain import files, launch
 from cosmos_posttrain.errors import PartialFailureError, UserError, VideoError
 from cosmos_posttrain.evaluation import quality
 from cosmos_posttrain.evaluation.config.tokenizer import TokenizerEvalConfig, validate
+from cosmos_posttrain.evaluation.environment import environment
 from cosmos_posttrain.evaluation.figures import contact_sheet
 from cosmos_posttrain.evaluation.media import check_size, list_media, read_clip
-from cosmos_posttrain.evaluation.result_folder import SHEET_FILE, ResultFolder, check_foreign
-from cosmos_posttrain.evaluation.timing import TimedCodec, device_name, speed
+from cosmos_posttrain.evaluation.result_folder import ResultFolder, check_foreign, result
+from cosmos_posttrain.evaluation.timing import TimedCodec, speed
 from cosmos_posttrain.geometry import ClipGeometry
 from cosmos_posttrain.prepare.sources import VideoSource, sources_sha256
 from cosmos_posttrain.runlog import ProgressDisplay
 from cosmos_posttrain.tokenizer import VideoTokenizer, load_tokenizer_pair
 from cosmos_posttrain.video import to_float, to_uint8
 
+_SHEET_FILE = "contact_sheet.png"
 _SHEET_CLIPS = 4
 _NAME_LENGTH = 28  # characters beside a row of the sheet
 _MEANS = ("psnr", "ssim")
@@ -52,7 +54,7 @@ def run(config: TokenizerEvalConfig) -> dict[str, Any]:
     sources = list_media(config.videos, leave_out=config.output)[: config.max_videos]
     files.check_writable(config.output)
     with files.locked(config.output):
-        check_foreign(config.output, config.overwrite)
+        check_foreign(config.output, [_SHEET_FILE], config.overwrite)
         return _run_locked(config, sources)
 
 
@@ -67,9 +69,9 @@ def _run_locked(config: TokenizerEvalConfig, sources: Sequence[VideoSource]) -> 
         dtype=config.dtype,
     )
     check_size(config, tokenizer.compression)
-    folder = ResultFolder(
-        config.output, _settings(config, tokenizer, sources), tokenizer.vocab_size
-    )
+    settings = _settings(config, tokenizer, sources)
+    no_codes = quality.count_codes(torch.empty(0, dtype=torch.int64), tokenizer.vocab_size)
+    folder = ResultFolder(config.output, settings, [_SHEET_FILE], {"code_counts": no_codes})
     metrics = folder.start(config.overwrite)
     if metrics is not None:
         print(f"{config.output} is complete already; nothing to do.", flush=True)
@@ -129,7 +131,7 @@ def _evaluate(
         if isinstance(batch[0][1], str):
             name, reason = batch[0][0].name, batch[0][1]
             launch.say(f"not read: {reason}", error=True)
-            folder.append({"video": name, "error": reason}, None)
+            folder.append({"video": name, "error": reason})
             num_failed += 1
             progress.advance(f"{num_failed} failed")
             continue
@@ -140,7 +142,7 @@ def _evaluate(
             counts = quality.count_codes(tokens, tokenizer.vocab_size)
             row = {"video": source.name, **_size(clip), **_measure(clip, rebuilt)}
             row |= quality.codebook_use(counts) | speed(clip.shape[1], *shares)
-            folder.append(row, counts)
+            folder.append(row, {"code_counts": counts})
             progress.advance(f"{num_failed} failed")
 
 
@@ -205,27 +207,23 @@ def _summary(
     failures = [row for row in folder.rows if "error" in row]
     num_frames = sum(row["num_frames"] for row in rows)
     totals = [sum(row[f"{what}_seconds"] for row in rows) for what in ("encode", "decode")]
-    metrics: dict[str, Any] = {
-        "settings": folder.settings,
-        "videos_dir": config.videos,
+    figures: dict[str, Any] = {
         "num_clips": len(rows),
         "num_failures": len(failures),
         "geometries": _geometries(rows, tokenizer),
     }
     if rows:
-        metrics |= {name: sum(row[name] for row in rows) / len(rows) for name in _MEANS}
-    metrics |= quality.codebook_use(folder.counts)
-    metrics["max_entropy_bits"] = math.log2(tokenizer.vocab_size)
-    metrics |= speed(num_frames, totals[0], totals[1])
-    metrics["measured_with"] = {
-        "device": tokenizer.device.type,
-        "device_name": device_name(tokenizer.device),
-        "dtype": str(tokenizer.dtype).removeprefix("torch."),
-        "num_threads": torch.get_num_threads(),
-        "batch_size": config.batch_size,
-        "torch": torch.__version__,
-    }
-    return metrics | {"videos": rows, "failures": failures}
+        figures |= {name: sum(row[name] for row in rows) / len(rows) for name in _MEANS}
+    figures |= quality.codebook_use(folder.sums["code_counts"])
+    figures["max_entropy_bits"] = math.log2(tokenizer.vocab_size)
+    figures |= speed(num_frames, totals[0], totals[1])
+    used = environment(tokenizer.device, tokenizer.dtype) | {"batch_size": config.batch_size}
+    whole = result("tokenizer", folder.settings, figures, rows, failures, used, folder.seconds)
+    # As they were before all commands had one shape.
+    measured = ("device", "device_name", "dtype", "num_threads", "batch_size", "torch")
+    older = {"videos_dir": config.videos, **figures}
+    older |= {"measured_with": {key: used[key] for key in measured}, "videos": rows}
+    return whole | older
 
 
 def _draw_sheet(
@@ -248,7 +246,7 @@ def _draw_sheet(
     title = f"{tokenizer.id}, {tokenizer.compression.name}"
     if len(ranked) > 1:
         title += f": {num_shown} of {len(ranked)} clips, best to worst PSNR"
-    contact_sheet(lines, folder.folder / SHEET_FILE, title)
+    contact_sheet(lines, folder.folder / _SHEET_FILE, title)
 
 
 def _caption(row: dict[str, Any]) -> str:

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cosmos_posttrain import launch
+from cosmos_posttrain import hub, launch
 from cosmos_posttrain.data.contract import TextEncoderInfo
 from cosmos_posttrain.errors import TextError
 from cosmos_posttrain.inference import contract as contracts
+from cosmos_posttrain.text import SHIPPED
 from cosmos_posttrain.text.loading import load_text_encoder, open_source
 from cosmos_posttrain.text.rows import pad_rows
 from cosmos_posttrain.text.text_encoder import TextEncoder, say_cut
@@ -70,26 +72,27 @@ class TextEncoderChoice:
                 f"the model takes texts of {self.context_len} rows of {self.width} numbers and "
                 "does not say which text encoder makes them; name it with --text_encoder_path."
             )
-        try:
-            source = open_source(self.path)
-            contracts.check_text_size(
-                self.context_len,
-                self.width,
-                source.id,
-                source.context_len,
-                source.model.config.d_model,
-            )
-            encoder = load_text_encoder(self.path, launch.device(), self.computed_dtype)
-        except TextError as error:
-            if not self.is_recorded:
-                raise
+        if self.is_recorded and not _is_somewhere(self.path):
             raise TextError(
-                f"the text encoder that the checkpoint names is not there: {str(error)[:-1]}, or "
-                "give it with --text_encoder_path."
-            ) from error
+                f"the checkpoint was trained on texts of {self.path}, which is not here; give that "
+                "text encoder with --text_encoder_path."
+            )
+        source = open_source(self.path)
+        contracts.check_text_size(
+            self.context_len,
+            self.width,
+            source.id,
+            source.context_len,
+            source.model.config.d_model,
+        )
+        encoder = load_text_encoder(self.path, launch.device(), self.computed_dtype)
         if self.trained is not None:
             contracts.check_text_encoder(self.trained, encoder.id, encoder.sha256)
         return encoder
+
+
+def _is_somewhere(path: str) -> bool:
+    return path in SHIPPED or Path(path).exists() or hub.looks_like_hub_id(path)
 
 
 class TextConditioner:
@@ -109,7 +112,6 @@ class TextConditioner:
         self._frees = frees
         self._encoder: TextEncoder | None = None
         self._rows: dict[str, Tensor] = {}
-        self._num_kept = _MAX_KEPT
 
     def encode(
         self,
@@ -139,10 +141,9 @@ class TextConditioner:
                     progress(number)
             if self._frees:
                 self.free()
-        self._num_kept = max(_MAX_KEPT, len(set(prompts)))
         for prompt in dict.fromkeys(prompts):  # what was asked for last is dropped last
             self._rows[prompt] = self._rows.pop(prompt)
-        for prompt in list(self._rows)[: -self._num_kept]:
+        for prompt in list(self._rows)[: -max(_MAX_KEPT, len(set(prompts)))]:
             del self._rows[prompt]
 
     def context(self, prompt: str | None) -> Tensor:

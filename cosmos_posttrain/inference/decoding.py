@@ -13,6 +13,7 @@ arXiv:2410.01699; with random numbers that stay, arXiv:2510.24211).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -22,6 +23,26 @@ from cosmos_posttrain.errors import CosmosPosttrainError
 from cosmos_posttrain.inference.sampling import Draw
 
 Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Tokens that have become known.
+
+    Attributes:
+        clips: of the batch that they belong to, B of them.
+        first: number of the first of them among those decoded.
+        tokens: (B, N) int64.
+        scores: (B, N, vocab_size) float32 that they were drawn from; valid until the next pass.
+    """
+
+    clips: range
+    first: int
+    tokens: Tensor
+    scores: Tensor
+
+
+Observe = Callable[[Decoded], None]
 
 
 class Scores(Protocol):
@@ -54,7 +75,12 @@ def check_finite(scores: Tensor) -> None:
 
 
 def decode_one_by_one(
-    scores: Scores, prompt: Tensor, num_tokens: int, draw: Draw, progress: Progress | None = None
+    scores: Scores,
+    prompt: Tensor,
+    num_tokens: int,
+    draw: Draw,
+    progress: Progress | None = None,
+    observe: Observe | None = None,
 ) -> Tensor:
     """Feeds the prompt, then each drawn token.
 
@@ -64,6 +90,7 @@ def decode_one_by_one(
         num_tokens: to decode.
         draw: of a token.
         progress: called with the number of tokens so far, after each.
+        observe: called with each token.
 
     Returns:
         (B, num_tokens) int64.
@@ -78,6 +105,8 @@ def decode_one_by_one(
     for number in range(num_tokens):
         token = draw(found, length + number)
         decoded[:, number : number + 1] = token
+        if observe is not None:
+            observe(Decoded(range(batch_size), number, token, found))
         if progress is not None:
             progress(number + 1)
         if number + 1 < num_tokens:
@@ -95,6 +124,7 @@ def decode_in_windows(
     window: int,
     tokens_per_frame: int,
     progress: Progress | None = None,
+    observe: Observe | None = None,
 ) -> Tensor:
     """Feeds the last known token and drafts of those behind it, and keeps those that are right.
 
@@ -110,6 +140,7 @@ def decode_in_windows(
         window: tokens that are fed at once, at least 2.
         tokens_per_frame: of a latent frame.
         progress: called with the number of tokens so far, after each pass.
+        observe: called with the tokens that each pass makes known.
 
     Returns:
         (1, num_tokens) int64.
@@ -124,6 +155,8 @@ def decode_in_windows(
     found = scores.feed(prompt)
     check_finite(found)
     tokens[:, first : first + 1] = draw(found, first)
+    if observe is not None:
+        observe(Decoded(range(1), 0, tokens[:, first : first + 1], found))
     known = drafted = first + 1  # tokens that are right, and tokens that are at least a draft
     while known < end:
         stop = min(known - 1 + window, end)
@@ -143,6 +176,9 @@ def decode_in_windows(
         confirmed[known:stop] = is_same
         drafts[:] = torch.where(keeps, drafts, drawn[: len(drafts)])
         tokens[0, known : known + num_new] = drawn[:num_new]
+        if observe is not None:
+            new = tokens[:, known : known + num_new]
+            observe(Decoded(range(1), known - first, new, found[:, :num_new]))
         known += num_new
         drafted = max(drafted, known)
         if progress is not None:

@@ -12,6 +12,7 @@ fed the same tokens, and one is drawn from their scores together.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -22,7 +23,12 @@ from torch import Tensor
 
 from cosmos_posttrain.errors import ConfigError, GeometryError
 from cosmos_posttrain.inference.decode_plan import DecodePlan, DecodeState
-from cosmos_posttrain.inference.decoding import Scores, decode_in_windows, decode_one_by_one
+from cosmos_posttrain.inference.decoding import (
+    Decoded,
+    Scores,
+    decode_in_windows,
+    decode_one_by_one,
+)
 from cosmos_posttrain.inference.module_scores import GuidedScores, ModuleScores
 from cosmos_posttrain.inference.noise import stream_keys
 from cosmos_posttrain.inference.sampling import Draw, check_guidance, check_sampling
@@ -129,6 +135,7 @@ def generate(
     decoding: str = "sequential",
     window: int = DEFAULT_WINDOW,
     progress: Callable[[int], None] | None = None,
+    observe: Callable[[Decoded], None] | None = None,
 ) -> Tensor:
     """Continues clips of tokens. Every tensor-parallel rank calls it with the same arguments.
 
@@ -154,6 +161,8 @@ def generate(
             with.
         window: drafts of ``jacobi`` that go through the model at once.
         progress: called with the number of tokens generated so far, as they come.
+        observe: called with tokens as they are known and the scores that they were drawn from, the
+            same on every rank.
 
     Returns:
         (B, num_tokens) int64 on the model's device.
@@ -183,13 +192,13 @@ def generate(
     with torch.inference_mode(), _whole_sequences(model.module):
         if decoding == "jacobi":
             generated = _in_windows(
-                model, prompt, num_tokens, contexts, guidance_scale, draw, window, progress
+                model, prompt, num_tokens, contexts, guidance_scale, draw, window, progress, observe
             )
         else:
             scores = _open_scores(
                 model, decoding, prompt.shape[1] + num_tokens, contexts, guidance_scale, len(prompt)
             )
-            generated = decode_one_by_one(scores, prompt, num_tokens, draw, progress)
+            generated = decode_one_by_one(scores, prompt, num_tokens, draw, progress, observe)
     # Tensors made in inference mode cannot take part in training; a copy of one can.
     return generated.clone()
 
@@ -225,6 +234,7 @@ def _in_windows(
     draw: Draw,
     window: int,
     progress: Callable[[int], None] | None,
+    observe: Callable[[Decoded], None] | None,
 ) -> Tensor:
     """Clip by clip: each keeps another number of its drafts."""
     size = len(prompt)
@@ -235,12 +245,15 @@ def _in_windows(
         show = None
         if progress is not None:
             show = partial(_show_share, progress, number * num_tokens, size)
+        look = None if observe is None else partial(_show_clip, observe, number)
         scores = _open_scores(
             model, "jacobi", prompt.shape[1] + num_tokens + window, own, guidance_scale, 1
         )
         given = prompt[number : number + 1]
         rows.append(
-            decode_in_windows(scores, given, num_tokens, draw.row(number), window, frame, show)
+            decode_in_windows(
+                scores, given, num_tokens, draw.row(number), window, frame, show, look
+            )
         )
     return torch.cat(rows)
 
@@ -248,6 +261,11 @@ def _in_windows(
 def _show_share(progress: Callable[[int], None], before: int, size: int, count: int) -> None:
     """All clips together have so many tokens each."""
     progress((before + count) // size)
+
+
+def _show_clip(observe: Callable[[Decoded], None], number: int, found: Decoded) -> None:
+    """A clip decoded alone, as the clip of the batch that it is."""
+    observe(dataclasses.replace(found, clips=range(number, number + 1)))
 
 
 def _open_scores(

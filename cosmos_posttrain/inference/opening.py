@@ -99,7 +99,7 @@ def choose_tokenizer(config: SessionConfig, contract: Contract | None) -> Tokeni
     elif contract is not None:
         encoder = contract.tokenizer.id
         check_recorded(encoder)
-        sha256 = None if config.allow_tokenizer_mismatch else contract.tokenizer.sha256
+        sha256 = None if config.allow_tokenizer_mismatch else contract.tokenizer.sha256 or None
     else:
         local = Path(config.checkpoint_dir) / _PUBLISHED_TOKENIZER
         encoder = str(local) if local.is_dir() else f"nvidia/{_PUBLISHED_TOKENIZER}"

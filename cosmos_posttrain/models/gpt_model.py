@@ -6,6 +6,8 @@ vocabulary, split over the tensor-parallel ranks, or the loss of every token.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,10 +24,21 @@ from cosmos_posttrain.models.rope import RotaryEmbedding3D
 class CosmosGPTModel(GPTModel):
     """Megatron's GPT model with the Cosmos 3D RoPE and a vocabulary of any size."""
 
+    post_process: bool
+
     def __init__(self, model_config: ModelConfig, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
         self.model_config = model_config
         self.rotary_pos_emb = RotaryEmbedding3D(model_config)
+
+    @contextlib.contextmanager
+    def hidden_states_only(self) -> Iterator[None]:
+        """While it lasts, the last stage gives (S, B, H) behind the last norm, and no logits."""
+        before, self.post_process = self.post_process, False
+        try:
+            yield
+        finally:
+            self.post_process = before
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross-entropy (B, S) in nats; rows that only pad the vocabulary take no part."""

@@ -5,6 +5,7 @@ Flows in: defaults < YAML < flags < overrides (``cli.py``). Flows out: a ``Prepa
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from cosmos_posttrain.cli import Flag, flag_names
@@ -22,15 +23,20 @@ class PrepareConfig:
     """Settings of ``prepare_dataset.py``.
 
     Attributes:
-        input_videos_dir: folder of videos, searched recursively; this or ``input_jsonl``.
+        input_videos_dir: folder of videos, searched recursively; or give one of the next three.
         input_jsonl: file with ``{"visual_input": path, "prompt": text}`` a line.
+        input_pt_dir: folder of ``.pt`` files that the original recipe wrote for Video2World models;
+            ``encoder_path`` and ``text_encoder_path`` name what made them.
+        input_tokens_dir: folder of the 1X World Model Challenge (v2.0 or v1.1), whose tokens are
+            imported as they are.
         output_prefix: folder for the shards and the manifest.
         width: pixels of a clip, a multiple of the tokenizer's.
         height: pixels of a clip, a multiple of the tokenizer's.
         num_context_frames: frames of a clip, given and generated: 1 + a multiple of the
             tokenizer's.
         tokenizer_compression_factor: T,H,W: frames, rows and columns of pixels for each token.
-        encoder_path: Hugging Face id, folder, ``.jit`` file, or a shipped tokenizer's name.
+        encoder_path: Hugging Face id, folder, ``.jit`` file, or a shipped tokenizer's name. Of
+            imported tokens: what made them, to record the hash of its weights.
         decoder_path: likewise; None means the encoder's. It only has to fit.
         clips_per_video: a number of clips spread over each video, or ``all`` that fit.
         frame_stride: distance between a clip's frames, in frames of the video.
@@ -54,6 +60,8 @@ class PrepareConfig:
 
     input_videos_dir: str | None = None
     input_jsonl: str | None = None
+    input_pt_dir: str | None = None
+    input_tokens_dir: str | None = None
     output_prefix: str = ""
     width: int = setting(1024, at_least=1)
     height: int = setting(640, at_least=1)
@@ -81,6 +89,8 @@ class PrepareConfig:
 FLAGS = (
     Flag("--input_videos_dir"),
     Flag("--input_jsonl"),
+    Flag("--input_pt_dir"),
+    Flag("--input_tokens_dir"),
     Flag("--output_prefix", aliases=("--output_dir",)),
     Flag("--width"),
     Flag("--height"),
@@ -114,12 +124,24 @@ def validate(config: PrepareConfig) -> None:
         GeometryError: the tokenizer cannot represent the clip.
     """
     problems = []
-    if (config.input_videos_dir is None) == (config.input_jsonl is None):
-        problems.append("give one of --input_videos_dir and --input_jsonl")
+    inputs = {
+        "--input_videos_dir": config.input_videos_dir,
+        "--input_jsonl": config.input_jsonl,
+        "--input_pt_dir": config.input_pt_dir,
+        "--input_tokens_dir": config.input_tokens_dir,
+    }
+    if sum(value is not None for value in inputs.values()) != 1:
+        problems.append(f"give one of {', '.join(inputs)}")
+    if config.input_tokens_dir is not None:
+        problems += _without_effect(config)
     if not config.output_prefix:
         problems.append("give --output_prefix, the folder for the tokens")
-    if config.text_encoder_path is not None and config.input_jsonl is None:
+    if config.text_encoder_path is not None and config.input_videos_dir is not None:
         problems.append("--text_encoder_path needs --input_jsonl, whose lines have the prompts")
+    if config.text_encoder_path is None and config.input_pt_dir is not None:
+        problems.append(
+            "--input_pt_dir needs --text_encoder_path: name the text encoder that made its prompts"
+        )
     for parse, value in (
         (parse_clips_per_video, config.clips_per_video),
         (parse_compression, config.tokenizer_compression_factor),
@@ -130,6 +152,21 @@ def validate(config: PrepareConfig) -> None:
             problems.append(str(error).rstrip("."))
     check(config, flag_names(FLAGS), problems)
     geometry(config)
+
+
+def _without_effect(config: PrepareConfig) -> list[str]:
+    """Settings of clips that imported tokens do not have."""
+    kept = "input_tokens_dir output_prefix encoder_path decoder_path overwrite device".split()
+    names = flag_names(FLAGS)
+    changed = [
+        names[field.name]
+        for field in dataclasses.fields(config)
+        if field.name not in kept and getattr(config, field.name) != field.default
+    ]
+    if not changed:
+        return []
+    what = "has" if len(changed) == 1 else "have"
+    return [f"{', '.join(changed)} {what} no effect on --input_tokens_dir: leave it out"]
 
 
 def geometry(config: PrepareConfig) -> ClipGeometry:

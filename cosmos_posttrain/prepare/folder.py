@@ -8,12 +8,14 @@ command continues, and finished shards are never touched again.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -107,8 +109,18 @@ def write_shard(
     documents: Sequence[tuple[DocumentRow, Any]],
     failures: Sequence[Failure],
     rejections: Sequence[Rejection],
+    beside: Mapping[str, bytes] | None = None,
 ) -> ShardRecord:
     """Writes a shard's files and then its record, which makes it count.
+
+    Args:
+        folder: where.
+        name: of the shard.
+        dtype: of the tokens.
+        documents: row and tokens of each.
+        failures: sources that could not be read.
+        rejections: sources that a filter left out.
+        beside: contents of further files of the shard, by extension.
 
     Raises:
         SaveError: the disk is full; the shard does not count.
@@ -116,7 +128,8 @@ def write_shard(
     rows = [(row.to_json(), tokens) for row, tokens in documents]
     num_sources = len({row.source for row, _ in documents})
     with writing(folder):
-        info = ShardInfo(name, len(rows), num_sources, _write_files(folder, name, dtype, rows))
+        written = _write_files(folder, name, dtype, rows, beside or {})
+        info = ShardInfo(name, len(rows), num_sources, written)
         record = ShardRecord(info, tuple(failures), tuple(rejections))
         files.write_json(_record_path(folder, name), to_plain(record))
     return record
@@ -139,7 +152,11 @@ def write_prompt_shard(
 
 
 def _write_files(
-    folder: Path, name: str, dtype: str, documents: Sequence[tuple[dict[str, Any], Any]]
+    folder: Path,
+    name: str,
+    dtype: str,
+    documents: Sequence[tuple[dict[str, Any], Any]],
+    beside: Mapping[str, bytes] = MappingProxyType({}),
 ) -> dict[str, dict[str, Any]]:
     """A shard's files, if it has documents; returns size and hash of each by extension."""
     if not documents:
@@ -154,6 +171,10 @@ def _write_files(
             writer.add(numbers)
         writer.finish()
     files.write_json_lines(paths["jsonl"], [row for row, _ in documents])
+    for extension, content in beside.items():
+        paths[extension] = folder / f"{name}.{extension}"
+        with files.replacing(paths[extension]) as temporary:
+            temporary.write_bytes(content)
     return {
         extension: {"sha256": files.sha256_of_file(path), "num_bytes": path.stat().st_size}
         for extension, path in paths.items()
@@ -162,6 +183,28 @@ def _write_files(
 
 def _record_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.json"
+
+
+def _read_job(folder: Path) -> tuple[Contract, dict[str, Any]] | None:
+    """Contract and plan of what a folder holds, complete or not; None if it says nothing."""
+    for name in (MANIFEST_FILE, PLAN_FILE):
+        path = folder / name
+        if path.is_file():
+            value = files.read_json(path, DatasetError, "start anew with --overwrite")
+            plan = value.get("plan")
+            contract = from_plain(Contract, value.get("contract"), str(path))
+            return contract, plan if isinstance(plan, dict) else {}
+    return None
+
+
+def recorded_contract(folder: Path) -> Contract | None:
+    """The contract of the data set that a folder holds, complete or not; None if it holds none.
+
+    Raises:
+        DatasetError: it is damaged.
+    """
+    recorded = _read_job(folder)
+    return None if recorded is None else recorded[0]
 
 
 class OutputFolder:
@@ -230,23 +273,19 @@ class OutputFolder:
                     (self.folder / name).unlink()
 
     def _check_same_job(self) -> None:
-        for name in (MANIFEST_FILE, PLAN_FILE):
-            path = self.folder / name
-            if path.is_file():
-                value = files.read_json(path, DatasetError, "start anew with --overwrite")
-                contract = from_plain(Contract, value.get("contract"), str(path))
-                difference = self.contract.difference(contract)
-                theirs = value.get("plan")
-                theirs = theirs if isinstance(theirs, dict) else {}
-                for key, ours in self.plan.items():
-                    if difference is None and theirs.get(key) != ours:
-                        difference = f"{key} {ours} here, {theirs.get(key)} there"
-                if difference:
-                    raise OutputFolderError(
-                        f"the output folder {self.folder} holds another data set ({difference}); "
-                        "name another folder, or start anew with --overwrite."
-                    )
-                return
+        recorded = _read_job(self.folder)
+        if recorded is not None:
+            contract, theirs = recorded
+            difference = self.contract.difference(contract)
+            for key, ours in self.plan.items():
+                if difference is None and theirs.get(key) != ours:
+                    difference = f"{key} {ours} here, {theirs.get(key)} there"
+            if difference:
+                raise OutputFolderError(
+                    f"the output folder {self.folder} holds another data set ({difference}); "
+                    "name another folder, or start anew with --overwrite."
+                )
+            return
         names = os.listdir(self.folder) if self.folder.is_dir() else []
         if any(is_ours(name) for name in names):
             raise OutputFolderError(
@@ -282,9 +321,9 @@ class OutputFolder:
         """
         with writing(self.folder):
             manifest = self._gather()
-            runs_of_sidecars(self._sidecars(manifest.shards)).save(
-                self.folder, manifest.fingerprint
-            )
+            runs = runs_of_sidecars(self._sidecars(manifest.shards))
+            manifest = dataclasses.replace(manifest, num_unserved=len(runs.unserved))
+            runs.save(self.folder, manifest.fingerprint)
             manifest.save(self.folder)
             self._tidy()
         return manifest

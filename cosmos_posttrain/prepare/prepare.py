@@ -1,11 +1,14 @@
 """Preparation: videos to clips to tokens to shards.
 
-Flows in: a folder of videos (or a jsonl file) and a tokenizer. Flows out: a prepared folder.
+Flows in: a folder of videos (or a jsonl file) and a tokenizer, or tokens that others made
+(``onex/``). Flows out: a prepared folder.
 
-    list the sources -> plan shards of them -> schedule those that are not done -> finish: manifest
+    list the sources -> plan shards of them -> schedule those that are not done: prompts, then clips
+    -> finish: manifest
 
-A shard is a fixed list of videos, whatever the number of ranks and workers (``shard_job.py``);
-ranks take shards in turn (``runners.py``). A killed run is continued by the same command
+A shard is a fixed list of videos (``shard_job.py``) or prompts (``prompt_job.py``), whatever the
+number of ranks and workers; ranks take shards in turn (``runners.py``), and load an encoder where
+they have something to encode (``encoders.py``). A killed run is continued by the same command
 (``folder.py``).
 """
 
@@ -15,20 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosmos_posttrain import launch
-from cosmos_posttrain.data.contract import (
-    Contract,
-    TextEncoderInfo,
-    TokenizerInfo,
-    make_contract,
-)
+from cosmos_posttrain.data.contract import Contract, make_contract
 from cosmos_posttrain.data.indexed import token_dtype
 from cosmos_posttrain.data.manifest import Manifest
-from cosmos_posttrain.errors import PartialFailureError, TokenizerError
-from cosmos_posttrain.geometry import ClipGeometry, Compression
+from cosmos_posttrain.errors import PartialFailureError
 from cosmos_posttrain.prepare.config import PrepareConfig, geometry, validate
 from cosmos_posttrain.prepare.decoding import ClipSpec
-from cosmos_posttrain.prepare.folder import OutputFolder, check_writable
+from cosmos_posttrain.prepare.encoders import PreparationEncoders
+from cosmos_posttrain.prepare.folder import OutputFolder, check_writable, recorded_contract
+from cosmos_posttrain.prepare.onex.importing import import_onex
 from cosmos_posttrain.prepare.prompt_job import PromptJob, in_shards, run_prompt_jobs
+from cosmos_posttrain.prepare.pt_files import import_pt_files
 from cosmos_posttrain.prepare.runners import PreparationRanks, run_jobs
 from cosmos_posttrain.prepare.shard_job import ClipEncoder, ShardJob
 from cosmos_posttrain.prepare.sources import (
@@ -68,46 +68,42 @@ def prepare(
         CosmosPosttrainError: the machine cannot read now, or another rank ended; likewise.
     """
     validate(config)
+    if config.input_tokens_dir is not None:
+        return import_onex(config)
     folder = Path(config.output_prefix)
     check_writable(folder, config.overwrite)
+    encoders = PreparationEncoders(config, tokenizer, text_encoder)
     ranks = PreparationRanks()
     with ranks.locked(folder):
-        encoder = tokenizer or _load_encoder(config)
-        if config.text_encoder_path is not None and text_encoder is None:
-            text_encoder = _load_text_encoder(config)
-        preparation = Preparation(config, encoder, text_encoder)
-        jobs = ranks.deal(preparation.start)
-        if text_encoder is not None:
-            if jobs is not None:
-                run_prompt_jobs(ranks.deal(preparation.prompt_jobs) or [], text_encoder)
-            text_encoder.close()
-        if jobs is not None:
-            run_jobs(jobs, encoder, config.num_workers)
-        manifest = ranks.decide(preparation.finish, gather_first=True)
+        if config.input_pt_dir is not None:
+            manifest = ranks.decide(lambda: import_pt_files(config, encoders))
+        else:
+            manifest = _prepare(config, encoders, ranks)
     _judge(manifest, config.max_failures, folder)
     return manifest
 
 
+def _prepare(
+    config: PrepareConfig, encoders: PreparationEncoders, ranks: PreparationRanks
+) -> Manifest:
+    """As ``prepare``, of videos."""
+    preparation = Preparation(config, encoders)
+    jobs = ranks.deal(preparation.start)
+    if jobs is not None and encoders.has_text:
+        run_prompt_jobs(ranks.deal(preparation.prompt_jobs) or [], encoders)
+    encoders.close_text_encoder()
+    if jobs:
+        run_jobs(jobs, encoders.tokenizer(), config.num_workers)
+    return ranks.decide(preparation.finish, gather_first=True)
+
+
 class Preparation:
-    """What rank 0 decides for all: what there is to do, and the end.
+    """What rank 0 decides for all: what there is to do, and the end."""
 
-    Raises:
-        TokenizerError: the tokenizer has another compression than the settings say.
-    """
-
-    def __init__(
-        self,
-        config: PrepareConfig,
-        encoder: ClipEncoder,
-        text_encoder: TextEncoder | None = None,
-    ) -> None:
+    def __init__(self, config: PrepareConfig, encoders: PreparationEncoders) -> None:
         self._config = config
-        self._encoder = encoder
-        self._text_encoder = text_encoder
+        self._encoders = encoders
         self._folder = Path(config.output_prefix)
-        self._contract = _make_contract(
-            encoder, geometry(config), text_encoder, config.embedding_dtype
-        )
         self._prompts: list[tuple[str, ...]] = []  # of each shard
         self._output: OutputFolder | None = None  # once there is something to do
 
@@ -115,39 +111,52 @@ class Preparation:
         """Lists the sources and says which shards are to do; None if the folder is complete.
 
         Raises:
-            UserError: no sources, or the folder holds something else.
+            UserError: no sources, an encoder that cannot be read or does not fit, or the folder
+                holds something else.
         """
         config = self._config
         sources = arrange(_list_sources(config), config.seed)
-        if self._text_encoder is not None:
+        if self._encoders.has_text:
             sources, prompts = number_prompts(sources)
             self._prompts = in_shards(prompts)
         step = config.videos_per_shard
         shards = [sources[i : i + step] for i in range(0, len(sources), step)]
-        plan = _make_plan(config, self._encoder, sources)
-        if self._text_encoder is not None:
-            plan |= _text_plan(config, self._text_encoder)
-        output = OutputFolder(self._folder, self._contract, plan, len(shards), len(self._prompts))
+        contract, plan = self._job_of(sources)
+        output = OutputFolder(self._folder, contract, plan, len(shards), len(self._prompts))
         to_do = output.start(config.overwrite)
         if to_do is None:
             return None
         self._output = output
         if len(to_do) < len(shards):
             launch.say(f"continuing {self._folder}: {len(shards) - len(to_do)} shards are done.")
-        return [self._job(number, shards[number]) for number in to_do]
+        return [self._job(contract, number, shards[number]) for number in to_do]
+
+    def _job_of(self, sources: list[VideoSource]) -> tuple[Contract, dict[str, Any]]:
+        """What a folder must be about so that this run may go on with it: contract and plan."""
+        config, clip = self._config, geometry(self._config)
+        tokenizer = self._encoders.tokenizer_facts()
+        dtype = token_dtype(tokenizer.info.vocab_size)
+        plan = _make_plan(config, sources) | tokenizer.plan
+        if not self._encoders.has_text:
+            return make_contract(tokenizer.info, clip, dtype), plan
+        earlier = None if config.overwrite else recorded_contract(self._folder)
+        is_needed = earlier is None and bool(self._prompts)
+        text = self._encoders.text_facts(earlier, is_needed)
+        contract = make_contract(tokenizer.info, clip, dtype, text.info, text.context_len)
+        return contract, plan | text.plan
 
     def prompt_jobs(self) -> list[PromptJob]:
         """Which prompt shards are to do, after ``start``."""
-        assert self._output is not None and self._contract.text_encoder is not None
-        config, info = self._config, self._contract.text_encoder
+        assert self._output is not None and self._output.contract.text_encoder is not None
+        config, info = self._config, self._output.contract.text_encoder
         batch_size, threads = config.text_encoder_batch_size, config.encoder_threads
         return [
             PromptJob(number, self._prompts[number], info, batch_size, threads, self._folder)
             for number in self._output.missing_prompts()
         ]
 
-    def _job(self, number: int, sources: list[VideoSource]) -> ShardJob:
-        config, clip = self._config, self._contract.clip
+    def _job(self, contract: Contract, number: int, sources: list[VideoSource]) -> ShardJob:
+        config, clip = self._config, contract.clip
         spec = ClipSpec(
             clip.num_frames,
             clip.height,
@@ -159,7 +168,7 @@ class Preparation:
             number,
             tuple(sources),
             spec,
-            self._contract,
+            contract,
             config.batch_size,
             config.encoder_threads,
             self._folder,
@@ -190,68 +199,13 @@ def _list_sources(config: PrepareConfig) -> list[VideoSource]:
     return from_jsonl(config.input_jsonl)
 
 
-def _load_encoder(config: PrepareConfig) -> ClipEncoder:
-    from cosmos_posttrain.tokenizer import load_tokenizer_pair
-
-    encoder: ClipEncoder = load_tokenizer_pair(
-        config.encoder_path,
-        config.decoder_path or config.encoder_path,
-        config.tokenizer_compression_factor,
-        config.device,
-        config.dtype,
-    )
-    return encoder
-
-
-def _load_text_encoder(config: PrepareConfig) -> TextEncoder:
-    from cosmos_posttrain.text import load_text_encoder
-
-    assert config.text_encoder_path is not None
-    return load_text_encoder(config.text_encoder_path, config.device, config.text_encoder_dtype)
-
-
-def _make_contract(
-    encoder: ClipEncoder, clip: ClipGeometry, text: TextEncoder | None, stored: str
-) -> Contract:
-    if tuple(encoder.compression) != tuple(clip.compression):
-        raise TokenizerError(
-            f"the tokenizer {encoder.id} compresses by {Compression(*encoder.compression).name}, "
-            f"but tokenizer_compression_factor is {clip.compression}; make them agree."
-        )
-    info = TokenizerInfo(
-        encoder.id,
-        encoder.sha256,
-        tuple(encoder.compression),
-        tuple(encoder.levels),
-        encoder.vocab_size,
-    )
-    dtype = token_dtype(encoder.vocab_size)
-    if text is None:
-        return make_contract(info, clip, dtype)
-    text_info = TextEncoderInfo(text.id, text.sha256, text.width, stored)
-    return make_contract(info, clip, dtype, text_info, text.context_len)
-
-
-def _make_plan(
-    config: PrepareConfig, encoder: ClipEncoder, sources: list[VideoSource]
-) -> dict[str, Any]:
-    """All that decides the bytes of the result, besides the contract."""
+def _make_plan(config: PrepareConfig, sources: list[VideoSource]) -> dict[str, Any]:
+    """All that decides the bytes of the result, besides the contract and the encoders."""
     names = "clips_per_video frame_stride batch_size encoder_threads videos_per_shard seed".split()
     return {
         "num_sources": len(sources),
         "sources_sha256": sources_sha256(sources),
         **{name: getattr(config, name) for name in names},
-        "encoder_device": encoder.device.type,
-        "encoder_dtype": str(encoder.dtype).removeprefix("torch."),
-    }
-
-
-def _text_plan(config: PrepareConfig, encoder: TextEncoder) -> dict[str, Any]:
-    """Likewise, of the prompts."""
-    return {
-        "text_encoder_batch_size": config.text_encoder_batch_size,
-        "text_encoder_device": encoder.device.type,
-        "text_encoder_dtype": str(encoder.dtype).removeprefix("torch."),
     }
 
 

@@ -16,6 +16,7 @@ from cosmos_posttrain import launch
 from cosmos_posttrain.data.contract import TextEncoderInfo
 from cosmos_posttrain.data.layout import PROMPTS_PER_SHARD, prompt_shard_name
 from cosmos_posttrain.data.prompts import PromptRow
+from cosmos_posttrain.prepare.encoders import PreparationEncoders
 from cosmos_posttrain.prepare.folder import ShardRecord, write_prompt_shard
 from cosmos_posttrain.prepare.shard_job import pinned
 from cosmos_posttrain.runlog import ProgressDisplay
@@ -72,11 +73,12 @@ def in_shards(prompts: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(prompts[i : i + step]) for i in range(0, len(prompts), step)]
 
 
-def run_prompt_jobs(jobs: Sequence[PromptJob], encoder: TextEncoder) -> None:
-    """Runs jobs one after the other in this process."""
-    num_prompts = sum(len(job.prompts) for job in jobs)
-    if not num_prompts:
+def run_prompt_jobs(jobs: Sequence[PromptJob], encoders: PreparationEncoders) -> None:
+    """Runs jobs one after the other in this process; loads the encoder only if there are any."""
+    if not jobs:
         return
+    encoder = encoders.text_encoder(jobs[0].info)
+    num_prompts = sum(len(job.prompts) for job in jobs)
     num_ranks = launch.world_size()
     label = f"process 1 of {num_ranks}" if num_ranks > 1 else ""
     progress = ProgressDisplay(num_prompts, "prompts", label)

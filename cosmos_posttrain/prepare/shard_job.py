@@ -122,7 +122,7 @@ class ShardJob:
         """Why a source is not even read, as a sentence; None if it is."""
         if self.contract.text_encoder is None:
             return None
-        return missing_prompt(source.prompt)
+        return missing_prompt(source)
 
 
 def _printable(text: str) -> str:

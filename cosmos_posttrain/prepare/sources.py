@@ -33,12 +33,14 @@ class VideoSource:
         prompt: None without one.
         prompt_number: among the distinct prompts; None where prompts are not encoded, or this one
             cannot be.
+        line: the jsonl file and line of a source whose prompt cannot be encoded.
     """
 
     name: str
     path: Path
     prompt: str | None = None
     prompt_number: int | None = None
+    line: str | None = None
 
 
 def from_folder(folder: str | Path) -> list[VideoSource]:
@@ -105,7 +107,7 @@ def _one_name_a_file(sources: Sequence[VideoSource], folder: Path) -> list[Video
             if source.prompt in known:
                 continue
             known.add(source.prompt)
-            source = dataclasses.replace(earlier, prompt=source.prompt)
+            source = dataclasses.replace(earlier, prompt=source.prompt, line=source.line)
         distinct.append(source)
     return distinct
 
@@ -138,7 +140,8 @@ def _parse_line(line: str, path: Path, number: int) -> VideoSource:
             f'line {number} of {path} does not fit; write {{"visual_input": "a.mp4"}}, '
             'with "prompt": "..." where there is one.'
         )
-    return VideoSource(name, path.parent / name, prompt)
+    line_name = f"line {number} of {path}" if _prompt_problem(prompt) else None
+    return VideoSource(name, path.parent / name, prompt, line=line_name)
 
 
 def _is_path(name: object) -> TypeGuard[str]:
@@ -167,7 +170,7 @@ def number_prompts(sources: Sequence[VideoSource]) -> tuple[list[VideoSource], l
     numbers: dict[str, int] = {}
     numbered = []
     for source in sources:
-        if missing_prompt(source.prompt) is None:
+        if _prompt_problem(source.prompt) is None:
             assert source.prompt is not None
             number = numbers.setdefault(source.prompt, len(numbers))
             source = dataclasses.replace(source, prompt_number=number)
@@ -175,14 +178,22 @@ def number_prompts(sources: Sequence[VideoSource]) -> tuple[list[VideoSource], l
     return numbered, list(numbers)
 
 
-def missing_prompt(prompt: str | None) -> str | None:
+def missing_prompt(source: VideoSource) -> str | None:
     """Why a source has no prompt that can be encoded, as a sentence; None if it has."""
+    problem = _prompt_problem(source.prompt)
+    if problem is None:
+        return None
+    where = "its prompt" if source.line is None else f"its prompt on {source.line}"
+    return f"{where} {problem}."
+
+
+def _prompt_problem(prompt: str | None) -> str | None:
+    """What is wrong with a prompt, as the end of a sentence."""
     if prompt is None:
-        return 'it has no prompt; write "prompt": "..." into its line.'
+        return 'is missing; write "prompt": "..."'
     from cosmos_posttrain.text.prompts import prompt_problem
 
-    problem = prompt_problem(prompt)
-    return None if problem is None else f"its prompt {problem}."
+    return prompt_problem(prompt)
 
 
 def sources_sha256(sources: Sequence[VideoSource]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cosmos_posttrain.text.shipped import DEFAULT_TEXT_ENCODER, SHIPPED, TEXT_ENCODER_DTYPES
 
 if TYPE_CHECKING:
-    from cosmos_posttrain.text.loading import load_text_encoder
+    from cosmos_posttrain.text.loading import identify_text_encoder, load_text_encoder
     from cosmos_posttrain.text.text_encoder import TextEncoder
 
 __all__ = [
@@ -19,16 +19,17 @@ __all__ = [
     "SHIPPED",
     "TEXT_ENCODER_DTYPES",
     "TextEncoder",
+    "identify_text_encoder",
     "load_text_encoder",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Imports torch only when a text encoder is really used."""
-    if name == "load_text_encoder":
-        from cosmos_posttrain.text.loading import load_text_encoder
+    if name in ("identify_text_encoder", "load_text_encoder"):
+        from cosmos_posttrain.text import loading
 
-        return load_text_encoder
+        return getattr(loading, name)
     if name == "TextEncoder":
         from cosmos_posttrain.text.text_encoder import TextEncoder
 

@@ -11,6 +11,7 @@ hash is taken on the way.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,16 +55,7 @@ def load_text_encoder(
         TextError: it cannot be loaded, or is no T5 encoder.
         ConfigError: another dtype, or no such device.
     """
-    wanted = launch.parse_dtype(dtype)
-    if wanted is torch.float16:
-        raise ConfigError(
-            "the text encoder's dtype is float16, in which T5 overflows; use one of "
-            f"{', '.join(TEXT_ENCODER_DTYPES)}."
-        )
-    target = launch.device(device)
-    source = open_source(path)
-    own = source.readers[weights_io.EMBEDDING]().dtype
-    computed = computed_dtype(wanted, own, target)
+    computed, target, source = _open(path, device, dtype)
     weights = weights_io.read_weights(
         source.readers, source.shapes, computed, target, source.folder
     )
@@ -78,6 +70,65 @@ def load_text_encoder(
         model.config.d_model,
         source.context_len,
     )
+
+
+@dataclass(frozen=True)
+class TextEncoderIdentity:
+    """What there is to know of an encoder without its weights; see ``TextEncoder``."""
+
+    id: str
+    sha256: str
+    width: int
+    context_len: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def identify_text_encoder(
+    path: str | Path,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | str | None = None,
+    known: Mapping[str, str] | None = None,
+) -> TextEncoderIdentity:
+    """What ``load_text_encoder`` would load, with little memory: a tensor at a time is read.
+
+    Args:
+        path: see ``load_text_encoder``.
+        device: likewise.
+        dtype: likewise.
+        known: hashes by id; where the id names a commit, so that it cannot come to mean other
+            weights, its hash is taken from here and nothing is read.
+
+    Raises:
+        TextError: see ``load_text_encoder``.
+        ConfigError: likewise.
+    """
+    wanted, target, source = _open(path, device, dtype)
+    sha256 = (known or {}).get(source.id)
+    if sha256 is None or re.search("@[0-9a-f]{40}$", source.id) is None:
+        nowhere = torch.device("meta")
+        weights = weights_io.read_weights(
+            source.readers, source.shapes, torch.bfloat16, nowhere, source.folder
+        )
+        sha256 = weights_io.encoder_sha256(weights.digests)
+    width = int(source.model.config.d_model)
+    return TextEncoderIdentity(source.id, sha256, width, source.context_len, wanted, target)
+
+
+def _open(
+    path: str | Path, device: str | torch.device, dtype: torch.dtype | str | None
+) -> tuple[torch.dtype, torch.device, EncoderSource]:
+    """The dtype to compute in, where, and the encoder that was found."""
+    wanted = launch.parse_dtype(dtype)
+    if wanted is torch.float16:
+        raise ConfigError(
+            "the text encoder's dtype is float16, in which T5 overflows; use one of "
+            f"{', '.join(TEXT_ENCODER_DTYPES)}."
+        )
+    target = launch.device(device)
+    source = open_source(path)
+    own = source.readers[weights_io.EMBEDDING]().dtype
+    return computed_dtype(wanted, own, target), target, source
 
 
 def computed_dtype(

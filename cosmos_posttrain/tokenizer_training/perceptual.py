@@ -100,7 +100,10 @@ def read_weights(path: Path, remedy: str) -> dict[str, Tensor]:
             tensors = load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, pickle.PickleError) as e:
+    except (
+        *(SafetensorError, OSError, ValueError, RuntimeError, EOFError, pickle.PickleError),
+        LookupError,  # torch's reader, on some damage
+    ) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ConfigError(f"{path} is not a readable weights file ({reason}); {remedy}.") from e
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):

@@ -43,18 +43,27 @@ def check_crops(data: TokenizerDataConfig, network: DVConfig) -> None:
         ClipGeometry(data.num_frames, height, width, network.compression)
 
 
-def check_lengths(clips: ClipSource, num_frames: int) -> None:
-    """Refuses material that holds no whole training clip.
+def check_material(clips: ClipSource, data: TokenizerDataConfig) -> None:
+    """Refuses material that holds no whole training clip, or that a crop does not fit into.
 
     Raises:
-        ConfigError: if every video is too short.
+        ConfigError: if every video is too short, or one is too small.
     """
-    longest = max(video.levels[0].shape[1] for video in clips.videos)
-    if longest < num_frames:
-        raise ConfigError(
-            f"a training clip has {num_frames} frames, but the longest video leaves {longest} for "
-            "training; give longer videos or lower data.num_frames."
-        )
+    for videos in filter(None, (clips.videos, clips.extra)):
+        longest = max(video.levels[0].shape[1] for video in videos)
+        if longest < data.num_frames:
+            raise ConfigError(
+                f"a training clip has {data.num_frames} frames, but the longest video leaves "
+                f"{longest} for training; give longer videos or lower data.num_frames."
+            )
+    for source in (*clips.videos, *clips.extra, *clips.stills):
+        for height, width in data.crop_sizes:
+            largest = source.levels[-1]
+            if largest.shape[2] < height or largest.shape[3] < width:
+                raise ConfigError(
+                    f"{source.name} is {largest.shape[3]}x{largest.shape[2]}, smaller than the "
+                    f"training crop {width}x{height}; make data.crop_sizes smaller."
+                )
 
 
 def load_start(config: TokenizerTrainConfig) -> tuple[DVConfig, Mapping[str, Tensor] | None]:

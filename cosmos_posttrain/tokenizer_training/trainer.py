@@ -50,7 +50,7 @@ from cosmos_posttrain.tokenizer_training.run_log import TokenizerRunLog
 from cosmos_posttrain.tokenizer_training.start import (
     build_network,
     check_crops,
-    check_lengths,
+    check_material,
     load_start,
     seeded_generator,
     start_from_data,
@@ -110,7 +110,7 @@ class _Trainer:
         check_crops(config.data, network_config)
         self.objective = Objective(config.loss, self.device, config.precision, ranks)
         self.clips = ClipSource(config.data)
-        check_lengths(self.clips, config.data.num_frames)
+        check_material(self.clips, config.data)
         self.validation = self.clips.validation_clips(config.num_validation_clips)
         self.network = build_network(network_config, weights, config.seed).to(self.device)
         if weights is None:

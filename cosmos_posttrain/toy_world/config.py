@@ -32,6 +32,8 @@ PALETTE = {
 # The first of them stay apart after tokenizing: clips with several objects take theirs from these.
 NUM_DISTINCT = 4
 MAX_OBJECTS = 3
+# Share of the picture's shorter side that the camera moves at most.
+MAX_TRAVEL = 0.25
 # A number of 1.0 in an action changes a velocity by so many pixels a frame.
 ACTION_SCALE = 4.0
 
@@ -280,8 +282,13 @@ def _room_problems(settings: WorldSettings) -> list[str]:
     """Objects must fit into the picture, with their way where they may not reach the walls."""
     side, size = min(settings.height, settings.width), settings.diameter[1]
     problems = []
-    if size > side / 2:
-        problems.append(f"--diameter {size:g} must be at most half the picture's side of {side}")
+    # A diamond's tips lie 1.25 diameters apart, and walls may stand in from all sides.
+    largest = side * (0.5 if settings.camera == "still" else (1 - 2 * MAX_TRAVEL) / 1.254)
+    if size > largest:
+        problems.append(
+            f"--diameter {size:g} must be at most {largest:.1f} in a picture of "
+            f"{settings.width}x{settings.height} with a {settings.camera} camera"
+        )
     if settings.bounces or settings.friction == 1:
         return problems
     # Where the first frames are still, the place must not tell the direction: room for all of them.

@@ -18,7 +18,13 @@ import numpy as np
 
 from cosmos_posttrain.evaluation.positions import direction_name
 from cosmos_posttrain.evaluation.world_truth import WorldObject
-from cosmos_posttrain.toy_world.config import ACTION_SCALE, MAX_OBJECTS, PALETTE, WorldSettings
+from cosmos_posttrain.toy_world.config import (
+    ACTION_SCALE,
+    MAX_OBJECTS,
+    MAX_TRAVEL,
+    PALETTE,
+    WorldSettings,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -119,6 +125,7 @@ def _draw_velocity(settings: WorldSettings, rng: np.random.Generator) -> Array:
 def _draw_camera(settings: WorldSettings, rng: np.random.Generator) -> tuple[Array, Array]:
     """(T, 2) places, and the velocity (2,)."""
     turns, speed = float(rng.random()), rng.uniform(*_CAMERA_SPEED)
+    speed = min(speed, _camera_travel(settings) / max(settings.moving_steps, 1))
     if settings.camera == "still":
         return np.zeros((settings.num_frames, 2)), np.zeros(2)
     velocity = speed * np.array([math.cos(2 * math.pi * turns), math.sin(2 * math.pi * turns)])
@@ -126,12 +133,18 @@ def _draw_camera(settings: WorldSettings, rng: np.random.Generator) -> tuple[Arr
     return steps[:, None] * velocity, velocity
 
 
+def _camera_travel(settings: WorldSettings) -> float:
+    """Pixels that the camera moves at most: it leaves room for the objects in long clips too."""
+    side = min(settings.height, settings.width)
+    return min(_CAMERA_SPEED[1] * settings.moving_steps, MAX_TRAVEL * side)
+
+
 def _build_walls(settings: WorldSettings, camera: Array) -> Array:
     """(2, 2) the ground that the picture never leaves."""
     picture = np.array([settings.width - 1, settings.height - 1], np.float64)
     if settings.camera == "moving" and settings.still_frames > 1:
         # Walls at equal distances do not tell where the camera will go.
-        travel = math.ceil(_CAMERA_SPEED[1] * settings.moving_steps)
+        travel = _camera_travel(settings)
         return np.stack([np.full(2, travel), picture - travel])
     return np.stack([camera.max(0), camera.min(0) + picture])
 
@@ -153,10 +166,13 @@ def _draw_starts(
     middle = (low + high) / 2
     low, high = np.minimum(low, middle), np.maximum(high, middle)
     tries = rng.uniform(low, high, (_PLACING_TRIES if len(reach) > 1 else 1, *low.shape))
-    # Apart at first, and of a few such tries the one in which one passes closest behind another.
-    apart = [starts for starts in tries if _gap(starts, reach) >= 0][:_MEETING_TRIES]
+    apart = [starts for starts in tries if _gap(starts, reach) >= 0]
     if not apart:
         return max(tries, key=lambda starts: _gap(starts, reach))
+    if settings.still_frames > 1:
+        return apart[0]
+    # Of a few such tries the one in which one passes closest behind another.
+    apart = apart[:_MEETING_TRIES]
     ways = velocities * np.arange(settings.moving_steps + 1)[:, None, None]
     return min(apart, key=lambda starts: min(_gap(places, reach) for places in starts + ways))
 

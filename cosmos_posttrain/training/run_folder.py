@@ -2,6 +2,7 @@
 
     LOG_DIR/.lock                                            while a run writes here
     LOG_DIR/default/config.yaml                              resolved config
+    LOG_DIR/default/launches.jsonl                           one JSON object per start of the run
     LOG_DIR/default/metrics.jsonl                            one JSON object per step
     LOG_DIR/default/tb_logs/                                 TensorBoard
     LOG_DIR/default/checkpoints/epoch=E-step=S/weights       Megatron torch_dist
@@ -16,10 +17,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cosmos_posttrain import files
+from cosmos_posttrain import environment, files
 from cosmos_posttrain.checkpoint import context, dist
 from cosmos_posttrain.config import to_yaml
 from cosmos_posttrain.distributed import groups
@@ -105,11 +107,19 @@ class RunFolder:
                 f"{' and '.join(different)} differ); give the same --data_path, --split_string "
                 "and --seed, or a new --log_dir to start a run from one of its checkpoints."
             )
-        return dataclasses.replace(self.data, embedding_transfer=before.embedding_transfer)
+        return dataclasses.replace(
+            self.data,
+            embedding_transfer=before.embedding_transfer,
+            started_from=before.started_from,
+        )
 
     def record_transfer(self, described: dict[str, Any]) -> None:
         """Keeps in all checkpoints of the run how the rows of its tokens began."""
         self.data = dataclasses.replace(self.data, embedding_transfer=described)
+
+    def record_start(self, started_from: dict[str, Any]) -> None:
+        """Keeps in all checkpoints of the run which model it began with."""
+        self.data = dataclasses.replace(self.data, started_from=started_from)
 
     def start(self, config: TrainConfig, num_bytes: int) -> None:
         """Makes the folder, saves the config and removes what a killed run left.
@@ -128,6 +138,16 @@ class RunFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(self.checkpoints)
         files.write_text(self.run / "config.yaml", to_yaml(config))
+        self._record_launch()
+
+    def _record_launch(self) -> None:
+        """Adds how this start of the run was called and what it runs on."""
+        row = {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "environment": environment.describe(),
+        }
+        with (self.run / context.LAUNCHES_FILE).open("a", encoding="utf-8") as file:
+            file.write(files.json_text(row) + "\n")
 
     def _size(self, estimate: int) -> int:
         """Bytes of the newest checkpoint, which the next one will have too; else the estimate."""

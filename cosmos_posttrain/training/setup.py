@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from cosmos_posttrain.checkpoint.context import SplitInfo, TrainingData
 from cosmos_posttrain.checkpoint.dist import quiet_megatron_logging
 from cosmos_posttrain.checkpoint.source import CheckpointSource, open_source
 from cosmos_posttrain.data.dataset import TokenDataset
+from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.data.splits import parse_split_string
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.cpu_device import cpu_device
@@ -92,7 +92,8 @@ def open_inputs(
         config.parallel.pipeline_model_parallel_size,
         config.parallel.context_parallel_size,
     )
-    train_data, val_data = open_split(config.data, "train"), _open_validation(config)
+    train_data = open_split(config.data, "train")
+    val_data = _open_validation(config, train_data)
     texts.check_data(config, train_data, takes_text)
     groups.start()
     folder = RunFolder(config.log_dir, describe(train_data, config.data))
@@ -115,8 +116,10 @@ def open_inputs(
             f"vocabulary of {train_data.vocab_size}; use a tokenizer with the same number of "
             "codes, give --embedding_init aligned, mean or reset, or start from random:<size>."
         )
+    if resume_from is None:
+        folder.record_start(_describe_start(config, source, folder, transfer))
     inputs = Inputs(train_data, val_data, folder, resume_from, source, transfer, sizes)
-    _check_division(inputs, config.parallel.sequence_parallel)
+    check_division(inputs.model_config, sizes, config.parallel.sequence_parallel)
     return inputs
 
 
@@ -137,7 +140,7 @@ def open_split(config: DataConfig, split: str) -> TokenDataset:
     )
 
 
-def _open_validation(config: TrainConfig) -> TokenDataset | None:
+def _open_validation(config: TrainConfig, train_data: TokenDataset) -> TokenDataset | None:
     """The validation split; None where validation is off or no clip falls in it.
 
     Raises:
@@ -145,9 +148,7 @@ def _open_validation(config: TrainConfig) -> TokenDataset | None:
     """
     split = None
     if parse_split_string(config.data.split_string)[1] > 0 and config.limit_val_batches > 0:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said once, for the training split
-            split = open_split(config.data, "validation")
+        split = train_data.other_split("validation")
     if split is not None and len(split):
         return split
     if config.save_top_k is not None and config.save_top_k > 0:
@@ -185,9 +186,28 @@ def _plan_transfer(
     return transfer
 
 
-def _check_division(inputs: Inputs, sequence_parallel: bool) -> None:
-    """Refuses sizes that do not divide the model or a clip, before Megatron's groups exist."""
-    sizes, model = inputs.parallelism, inputs.model_config
+def _describe_start(
+    config: TrainConfig, source: CheckpointSource, folder: RunFolder, transfer: Transfer | None
+) -> dict[str, Any]:
+    """What the run's checkpoints record of the model that it begins with."""
+    described: dict[str, Any] = {"model_path": config.model.path}
+    if source.path is not None:
+        described["checkpoint"] = str(source.path)
+    if source.contract is not None:
+        described["tokenizer"] = to_plain(source.contract.tokenizer)
+    contract = folder.data.contract
+    tokenizer = None if contract is None else contract.tokenizer
+    if advised := advice.sentence(source, tokenizer, transfer):
+        described["embedding_start"] = advised
+    return described
+
+
+def check_division(model: ModelConfig, sizes: groups.Parallelism, sequence_parallel: bool) -> None:
+    """Refuses sizes that do not divide the model or a clip, before Megatron's groups exist.
+
+    Raises:
+        ConfigError: names the sizes.
+    """
     model.check_tensor_parallel(sizes.tensor)
     model.check_pipeline_parallel(sizes.pipeline)
     groups.check_world(sizes)

@@ -6,7 +6,7 @@ carries, the model gets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -37,12 +37,28 @@ def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, 
     return total, count.to(torch.int), {"sum": total.detach(), "count": count}
 
 
-def _forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+def forward(batches: Iterator[Batch], model: Any, with_labels: bool) -> tuple[Tensor, Batch]:
+    """Takes the next micro-batch through this rank's part of the model.
+
+    Args:
+        batches: whole ones.
+        model: of this rank.
+        with_labels: whether the last stage gives losses (B, S) or what it gives without labels.
+
+    Returns:
+        What the model gave, and this rank's part of the batch.
+    """
     with plain_torch(), cuda_calls_mean_cpu():
         batch = _own_part(next(batches), next(model.parameters()).device)
-        context = {} if batch.context is None else {"context": batch.context}
-        output = model(batch.tokens, None, None, labels=batch.labels, **context)
-    return output, partial(_loss, batch.loss_mask)
+        more = {} if batch.context is None else {"context": batch.context}
+        if with_labels:
+            more["labels"] = batch.labels
+        return model(batch.tokens, None, None, **more), batch
+
+
+def _forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+    losses, batch = forward(batches, model, with_labels=True)
+    return losses, partial(_loss, batch.loss_mask)
 
 
 def _reduce(outputs: list[dict[str, Tensor]], device: torch.device) -> tuple[float, int]:
@@ -70,25 +86,40 @@ def wire_gradients(ddp: DistributedDataParallel, optimizer: Any) -> None:
     config.finalize_model_grads_func = finalize_model_grads
 
 
+def run_schedule(
+    model: Any,
+    batches: list[Batch],
+    forward_step: Callable[[Iterator[Batch], Any], tuple[Tensor, Any]],
+    forward_only: bool,
+) -> list[Any]:
+    """Takes micro-batches through all pipeline stages, by Megatron's schedule.
+
+    Returns:
+        What ``forward_step``'s second part made of each, on the last stage; empty on others.
+    """
+    micro_batch_size, seq_length = batches[0].tokens.shape
+    with cpu_device():
+        outputs: list[Any] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[model],
+            num_microbatches=len(batches),
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=forward_only,
+        )
+    return outputs
+
+
 def run_batches(
     ddp: DistributedDataParallel, batches: list[Batch], forward_only: bool = False
 ) -> tuple[float, int]:
-    """Runs all micro-batches of a global batch through Megatron's schedule.
+    """Runs all micro-batches of a global batch.
 
     Returns:
         Mean loss in nats per predicted token over the whole global batch, and the number of
         predicted tokens; the same on every rank.
     """
     model: CosmosGPTModel = ddp.module
-    micro_batch_size, seq_length = batches[0].tokens.shape
-    with cpu_device():
-        outputs = get_forward_backward_func()(
-            forward_step_func=_forward_step,
-            data_iterator=iter(batches),
-            model=[ddp],
-            num_microbatches=len(batches),
-            seq_length=seq_length,
-            micro_batch_size=micro_batch_size,
-            forward_only=forward_only,
-        )
+    outputs = run_schedule(ddp, batches, _forward_step, forward_only)
     return _reduce(outputs, next(model.parameters()).device)

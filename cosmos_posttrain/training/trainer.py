@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,6 +154,8 @@ class Trainer:
                 f"stopped by {self.stop_reason} after {self.completed_steps} of {config.max_steps} "
                 f"steps, saved as {self.last_checkpoint}; the same command goes on."
             )
+        command = shlex.join(["python", "evaluate.py", "report", "--run", config.log_dir])
+        launch.say(f"a page about this run: {command}")
         return self.last_checkpoint
 
     def _finish_interrupted_step(self) -> None:

@@ -54,7 +54,7 @@ class Cooccurrence:
             OutputFolderError: it cannot be written.
         """
         from safetensors import SafetensorError
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         header = {
@@ -66,7 +66,8 @@ class Cooccurrence:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
-                save_file(arrays, temporary, {"cooccurrence": json.dumps(header)})
+                # save_file would make it unreadable for other users
+                temporary.write_bytes(save(arrays, {"cooccurrence": json.dumps(header)}))
         except (OSError, SafetensorError) as error:
             raise OutputFolderError(
                 f"{path} cannot be written ({error}); make room, or name another file."

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cosmos_posttrain.data.config import SPLITS
 from cosmos_posttrain.data.contract import Contract
 from cosmos_posttrain.data.documents import open_shards
 from cosmos_posttrain.data.manifest import DocumentRow, Manifest
 from cosmos_posttrain.data.shards import ShardSet
 from cosmos_posttrain.data.source_runs import SourceRuns
-from cosmos_posttrain.data.splits import SPLITS, split_digests
+from cosmos_posttrain.data.splits import split_digests
 from cosmos_posttrain.errors import DatasetError
 from cosmos_posttrain.runlog import ProgressDisplay
 from cosmos_posttrain.transfer.cooccurrence import Cooccurrence

@@ -67,12 +67,15 @@ class FrameFitter:
     """Turns frames into ``(height, width, 3) uint8``: resize so that both sides cover, then crop.
 
     Scaling is bicubic by FFmpeg's swscale, whose filter widens when it shrinks (no aliasing). One
-    instance keeps the scaler between frames; it belongs to one thread.
+    instance keeps the scaler between frames; it belongs to one thread. ``flags`` are swscale's.
     """
 
-    def __init__(self, height: int, width: int, pixel_aspect: float = 1.0) -> None:
+    def __init__(
+        self, height: int, width: int, pixel_aspect: float = 1.0, flags: int = SCALER_FLAGS
+    ) -> None:
         from av.video.reformatter import VideoReformatter
 
+        self._flags = flags
         self._size = (height, width)
         self._pixel_aspect = pixel_aspect
         self._reformatter = VideoReformatter()
@@ -91,7 +94,7 @@ class FrameFitter:
             width=coded[1],
             height=coded[0],
             format="rgb24",
-            interpolation=SCALER_FLAGS,
+            interpolation=self._flags,
             # RGB has no matrix, but PyAV sets up the source's only where the two differ.
             dst_colorspace=_BT601 if frame.colorspace == _BT709 else _BT709,
             src_color_range=_color_range(frame),

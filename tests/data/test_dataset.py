@@ -16,9 +16,10 @@ from helpers.prepared import make_videos, prepare_small
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from cosmos_posttrain.data import Manifest, TokenDataset
+from cosmos_posttrain.data.config import SPLITS
 from cosmos_posttrain.data.indexed import ShardReader, ShardWriter, token_dtype
 from cosmos_posttrain.data.source_runs import SourceRuns
-from cosmos_posttrain.data.splits import SPLITS, split_digests
+from cosmos_posttrain.data.splits import split_digests
 from cosmos_posttrain.errors import ConfigError, DatasetError
 
 

@@ -25,7 +25,7 @@ from cosmos_posttrain.video import read_clips, to_float, to_uint8, write_mp4
 
 REPOSITORY_DIR = Path(__file__).resolve().parents[2]
 TOKENIZER = "tiny-dv4x8x8"
-SPEEDS = ("_seconds", "_frames_per_second")
+SPEEDS = ("seconds", "_frames_per_second")
 
 
 def moving_frames(num_frames: int, height: int, width: int, shift: int) -> torch.Tensor:
@@ -183,7 +183,7 @@ def test_damaged_counts_are_counted_again(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(evaluation, "_draw_sheet", stop)
         evaluation.run(config)
-    (tmp_path / "out" / "code_counts.npz").write_bytes(damage)
+    (tmp_path / "out" / "sums.npz").write_bytes(damage)
     assert evaluation.run(config)["num_tokens"] == 144
 
 
@@ -304,7 +304,7 @@ def test_help_is_there_without_torch(script: list[str], arguments: list[str]) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "error: a command is missing; use evaluate.py tokenizer"),
+        ([], "error: a command is missing; use evaluate.py tokenbench or loss or"),
         (["picture"], "error: there is no command 'picture'"),
         (["tokenizer", "--colour", "1"], "error: unrecognized arguments: --colour"),
     ],

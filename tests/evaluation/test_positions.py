@@ -67,7 +67,7 @@ def test_diameters_need_not_be_known(tmp_path: Path) -> None:
 # the bounds leave room for the few clips of a test. DV8x16x16 has a token for 8x16x16 pixels.
 @pytest.mark.parametrize(
     ("name", "least_found", "median"),
-    [("tiny-dv4x8x8", 0.99, 1.0), ("tiny-dv8x8x8", 0.99, 1.0), ("tiny-dv8x16x16", 0.95, 2.0)],
+    [("tiny-dv4x8x8", 0.99, 1.0), ("tiny-dv8x8x8", 0.99, 1.0), ("tiny-dv8x16x16", 0.99, 1.0)],
 )
 def test_tokenizers_keep_objects_and_their_places(
     name: str, least_found: float, median: float, tmp_path: Path
@@ -91,8 +91,8 @@ def test_tokenizers_keep_several_objects_apart(name: str, level: str, tmp_path: 
     ]
     everything = np.concatenate(found)
     assert np.mean(np.isfinite(everything)) >= 0.99
-    assert np.nanmedian(everything) <= 1.0
-    assert np.mean(everything > 5) <= 0.02  # an object taken for another
+    assert np.nanmedian(everything) <= 1.25
+    assert np.mean(everything > 5) <= 0.05  # an object taken for another
 
 
 def test_every_shipped_tokenizer_is_measured() -> None:

@@ -36,11 +36,14 @@ def write_lines(folder: Path, prompts: list[str | None] | None = None) -> Path:
     return path
 
 
-def prepare_prompts(lines: Path, output: Path, **changes: object) -> Manifest:
+def prepare_prompts(
+    lines: Path, output: Path, tokenizer: BlockMean | None = None, **changes: object
+) -> Manifest:
     """Prepares the lines with the tiny text encoder: (3, 2, 3) latents, 64 codes."""
     settings = {"input_videos_dir": None, "input_jsonl": str(lines), "text_encoder_path": "tiny"}
     encoder = load_text_encoder("tiny", "cpu")
-    return prepare(config(lines.parent, output, **(settings | changes)), BlockMean(), encoder)
+    settings_of_all = config(lines.parent, output, **(settings | changes))
+    return prepare(settings_of_all, tokenizer or BlockMean(), encoder)
 
 
 def write_prompt_data(

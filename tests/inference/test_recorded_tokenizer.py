@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import infer_case
+from helpers.contracts import contract_of, make_tokenizer
 from helpers.infer_case import TOKENIZER, random_config
 from torch import Tensor, nn
 
 from cosmos_posttrain import load_tokenizer
 from cosmos_posttrain.errors import TokenizerError
 from cosmos_posttrain.inference.config import InferConfig
+from cosmos_posttrain.inference.contract import check_tokenizer
 from cosmos_posttrain.inference.session import Session
 from cosmos_posttrain.tokenizer.export import export_torchscript
 from cosmos_posttrain.tokenizer.loading import load_network
@@ -141,3 +143,13 @@ def test_a_native_folder_is_taken_by_its_hash(tmp_path: Path) -> None:
     write_native(native, network)
     with pytest.raises(TokenizerError, match="has other weights"):
         Session(config)
+
+
+def test_tokens_that_came_without_a_hash_are_compared_by_the_rest() -> None:
+    known = contract_of(make_tokenizer("imported", 64, (8, 8)))
+    unknown = dataclasses.replace(known, tokenizer=dataclasses.replace(known.tokenizer, sha256=""))
+    check_tokenizer(unknown, make_tokenizer("a", 64, (8, 8)))
+    with pytest.raises(TokenizerError, match="has other weights"):
+        check_tokenizer(known, make_tokenizer("a", 64, (8, 8)))
+    with pytest.raises(TokenizerError, match="has other weights"):
+        check_tokenizer(unknown, make_tokenizer("a", 64, (4, 4, 4)))

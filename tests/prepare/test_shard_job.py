@@ -17,6 +17,7 @@ from cosmos_posttrain.data import Manifest
 from cosmos_posttrain.errors import CosmosPosttrainError, PartialFailureError, VideoError
 from cosmos_posttrain.prepare import decoding
 from cosmos_posttrain.prepare.decoding import ClipSpec, DecodingPool, read_source
+from cosmos_posttrain.prepare.encoders import PreparationEncoders
 from cosmos_posttrain.prepare.prepare import Preparation, prepare
 from cosmos_posttrain.prepare.shard_job import SourceRejectedError
 from cosmos_posttrain.prepare.sources import VideoSource
@@ -30,7 +31,8 @@ def videos(tmp_path_factory):
 
 
 def jobs_of(videos, output, **changes):
-    preparation = Preparation(config(videos, output, **changes), BlockMean())
+    settings = config(videos, output, **changes)
+    preparation = Preparation(settings, PreparationEncoders(settings, BlockMean()))
     jobs = preparation.start()
     assert jobs is not None
     return preparation, jobs

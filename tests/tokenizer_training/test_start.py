@@ -172,6 +172,14 @@ def test_clips_that_do_not_fit_are_refused_and_nothing_is_written(
     short = small_config(write_videos(tmp_path / "short", 3), tmp_path / "run")
     with pytest.raises(UserError, match="has 5 frames, but the longest video leaves 3"):
         train(short)
+    extra = small_config(videos, tmp_path / "run")
+    extra.data.extra.videos = str(tmp_path / "short")
+    with pytest.raises(UserError, match="has 5 frames, but the longest video leaves 3"):
+        train(extra)
+    large = small_config(videos, tmp_path / "run")
+    large.data.crop_sizes = [[32, 32], [32, 80]]
+    with pytest.raises(UserError, match=r"mp4 is 64x40, smaller than the training crop 80x32"):
+        train(large)
     assert not (tmp_path / "run").exists()
 
 

@@ -28,6 +28,7 @@ from cosmos_posttrain.errors import (
 from cosmos_posttrain.tokenizer import load_tokenizer
 from cosmos_posttrain.tokenizer_training import trainer
 from cosmos_posttrain.tokenizer_training.config import (
+    ExtraFootageConfig,
     LossConfig,
     TokenizerDataConfig,
     TokenizerOptimizerConfig,
@@ -44,6 +45,7 @@ from cosmos_posttrain.tokenizer_training.losses import (
 )
 from cosmos_posttrain.tokenizer_training.objective import Losses, Objective
 from cosmos_posttrain.tokenizer_training.trainer import train
+from cosmos_posttrain.video import write_mp4
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -148,6 +150,8 @@ def test_a_complete_run_says_so_and_a_damaged_checkpoint_is_refused(
         {"data": TokenizerDataConfig(heights=[0])},
         {"data": TokenizerDataConfig(pan_probability=1.5)},
         {"data": TokenizerDataConfig(crop_sizes=[])},
+        {"data": TokenizerDataConfig(extra=ExtraFootageConfig(share=1.5))},
+        {"data": TokenizerDataConfig(extra=ExtraFootageConfig(max_stride=0))},
         {"optimizer": TokenizerOptimizerConfig(lr=float("nan"))},
         {"optimizer": TokenizerOptimizerConfig(warmup_steps=-1)},
         {"seed": -1},
@@ -319,6 +323,42 @@ def test_batches_depend_on_the_generator_alone(videos: Path) -> None:
     assert first.shape == (3, 3, 5, 32, 40)
     assert torch.equal(first, same) and not torch.equal(first, other)
     assert first.abs().max() <= 1
+
+
+def write_one_color(folder: Path, rgb: tuple[int, int, int], num_frames: int) -> Path:
+    """A video of 40x56 pixels that is never anything else than one colour."""
+    frames = torch.tensor(rgb, dtype=torch.uint8)[:, None, None, None]
+    write_mp4(folder / "0.mp4", frames.expand(3, num_frames, 40, 56), fps=10)
+    return folder
+
+
+def test_extra_footage_has_its_share_and_its_own_colors(videos: Path, tmp_path: Path) -> None:
+    extra = str(write_one_color(tmp_path, (200, 120, 40), num_frames=24))
+
+    def num_extra(**changes: Any) -> int:
+        data = small_config(videos, Path("unused")).data
+        data.color_strength, data.desaturation = 1.0, 1.0
+        data.extra = ExtraFootageConfig(videos=extra, **changes)
+        clips = ClipSource(data).batch(40, 5, (32, 32), torch.Generator().manual_seed(0))
+        wanted = torch.tensor([200.0, 120.0, 40.0]) / 127.5 - 1
+        error = clips - wanted[:, None, None, None]
+        return int((error.abs().flatten(1).amax(1) < 0.05).sum())
+
+    assert num_extra(share=0.0) == 0
+    assert num_extra(share=1.0) == 40
+    assert 10 <= num_extra() <= 30
+    assert num_extra(share=1.0, color_strength=1.0) < 5
+
+
+def test_extra_footage_is_held_out_where_it_is_long_enough(videos: Path, tmp_path: Path) -> None:
+    for num_frames, num_held_out in ((9, 2), (24, 3)):
+        extra = write_one_color(tmp_path / str(num_frames), (200, 120, 40), num_frames)
+        data = small_config(videos, Path("unused")).data
+        data.extra = ExtraFootageConfig(videos=str(extra))
+        source = ClipSource(data)
+        assert len(source.validation_videos) == num_held_out
+        most = max(video.levels[0].shape[1] for video in source.extra)
+        assert most == (9 if num_held_out == 2 else 18)
 
 
 def test_color_augmentation_keeps_the_range_and_can_be_off() -> None:

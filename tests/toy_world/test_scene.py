@@ -101,6 +101,29 @@ def test_still_frames_do_not_tell_the_direction() -> None:
         assert (np.abs(offset) < 4 * spread / np.sqrt(300)).all()
 
 
+@pytest.mark.parametrize("still_frames", [9, 0])
+def test_still_objects_are_not_placed_by_where_they_will_go(still_frames: int) -> None:
+    world = settings(level="bouncing", still_frames=still_frames)
+    headings = []
+    for number in range(400):
+        made = draw_scene(world, np.random.default_rng([8, number]))
+        way = made.positions[still_frames + 1] - made.positions[max(still_frames - 1, 0)]
+        to_other = made.positions[0, ::-1] - made.positions[0]
+        headings += list((way * to_other).sum(1) / np.hypot(*way.T) / np.hypot(*to_other.T))
+    error = np.std(headings) / np.sqrt(len(headings))
+    # Where motion is seen from the start, objects are placed so that they meet.
+    assert abs(np.mean(headings)) < 4 * error if still_frames else np.mean(headings) > 8 * error
+
+
+def test_the_camera_of_a_long_clip_leaves_room() -> None:
+    for still_frames in (0, 9):
+        clip = clips(1, level="rich", num_frames=60, diameter="38", still_frames=still_frames)[0]
+        assert np.ptp(clip.truth.camera, axis=0).max() <= 24
+        assert (clip.truth.visible > 0).any(0).all()
+        assert (clip.truth.positions > 0).all()
+        assert (clip.truth.positions < [WIDTH - 1, HEIGHT - 1]).all()
+
+
 def test_still_frames_do_not_tell_where_the_camera_goes() -> None:
     made = [
         draw_scene(settings(level="rich", still_frames=9), np.random.default_rng(number))

@@ -108,6 +108,11 @@ def test_resuming_needs_and_changes_no_rows(start: Path, tmp_path: Path) -> None
         transfer = recorded["embedding_transfer"]
         assert transfer["init"] == "aligned" and transfer["old_tokenizer"]["id"] == "block-mean"
         assert transfer["cooccurrence"]["num_clips"] > 0
+        began = recorded["started_from"]
+        assert began["tokenizer"]["id"] == "block-mean" and began["model_path"] == str(
+            start / "model"
+        )
+        assert began["embedding_start"].startswith("embedding_init aligned: every token")
         assert context.read_model_config(checkpoint).vocab_size == 40
         assert "embedding_init: aligned" in (checkpoint / "context" / "config.yaml").read_text()
 

@@ -48,6 +48,13 @@ def test_run_learns_and_records(reference_run: Path) -> None:
         "state.json",
     ]
     assert list((reference_run / "default" / "tb_logs").glob("events.*"))
+    launches = (reference_run / "default" / "launches.jsonl").read_text().splitlines()
+    assert len(launches) == 1
+    launched = json.loads(launches[0])
+    assert launched["started"] and launched["environment"]["num_processes"] == 1
+    assert {"command_line", "python", "torch"} <= set(launched["environment"])
+    recorded = json.loads((checkpoint / "context" / "data.json").read_text())
+    assert recorded["started_from"] == {"model_path": "random:tiny"}
 
 
 @pytest.mark.distributed

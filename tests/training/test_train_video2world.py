@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -12,22 +13,29 @@ import torch
 from helpers.distributed_run import run_distributed
 from helpers.prompts import prepare_prompts, write_lines, write_prompt_data
 from helpers.run_case import losses, make_config
+from helpers.two_tokenizers import Coarse
 
-from cosmos_posttrain.data.batch import BatchSizes, drops_prompt, training_batches
+from cosmos_posttrain.checkpoint import context
+from cosmos_posttrain.checkpoint.source import open_source
+from cosmos_posttrain.data.batch import Batch, BatchSizes, drops_prompt, training_batches
 from cosmos_posttrain.data.dataset import TokenDataset
 from cosmos_posttrain.data.manifest import Manifest
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.geometry import LatentShape
+from cosmos_posttrain.models.builder import CosmosGPTModel
+from cosmos_posttrain.models.naming import parameters_by_disk_name
 from cosmos_posttrain.models.presets import preset
 from cosmos_posttrain.models.sequence import sequence_layout
 from cosmos_posttrain.training.config import TrainConfig
-from cosmos_posttrain.training.trainer import train
+from cosmos_posttrain.training.trainer import Trainer, train
+from cosmos_posttrain.transfer.align import align
+from cosmos_posttrain.transfer.config import AlignConfig
 
-STEPS = 6
+STEPS = 20
 SETTINGS = {
     "model__path": "random:tiny-video2world",
     "max_steps": STEPS,
-    "save_every_n_steps": 3,
+    "save_every_n_steps": 10,
     "num_condition_latents": 1,
     "prompt_dropout": 0.3,
 }
@@ -68,7 +76,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "tp2")) for name in LAYOUTS],
+)
 def test_same_curve_at_every_layout(prompts, reference_run, tmp_path, layout) -> None:
     settings = SETTINGS
     expected = reference_run
@@ -81,19 +92,106 @@ def test_same_curve_at_every_layout(prompts, reference_run, tmp_path, layout) ->
     assert largest_difference(losses(expected), losses(tmp_path / "run")) <= 1e-5
 
 
+def stopped_half_way(reference_run: Path, log_dir: Path) -> Path:
+    """The run as it is when it is killed after its first checkpoint."""
+    shutil.copytree(reference_run, log_dir)
+    shutil.rmtree(next((log_dir / "default" / "checkpoints").glob("*step=19")))
+    return log_dir
+
+
 def test_resume_equals_uninterrupted(prompts, reference_run, tmp_path) -> None:
-    settings = SETTINGS | {"optimizer__lr_decay_style": "constant"}
-    settings |= {"optimizer__lr_warmup_steps": 0}
-    run(make_config(prompts, tmp_path / "whole", **settings))
-    run(make_config(prompts, tmp_path / "parts", **(settings | {"max_steps": 3})))
-    run(make_config(prompts, tmp_path / "parts", **settings))
-    assert largest_difference(losses(tmp_path / "whole"), losses(tmp_path / "parts")) <= 1e-6
+    run(make_config(prompts, stopped_half_way(reference_run, tmp_path / "run"), **SETTINGS))
+    assert losses(tmp_path / "run") == losses(reference_run)
+
+
+@pytest.mark.distributed
+def test_a_run_moves_from_layout_to_layout(prompts, reference_run, tmp_path) -> None:
+    """Ten steps at TP=2, then on from their checkpoint in one process, and at DP=2."""
+    first = SETTINGS | LAYOUTS["tp2"]
+    run_distributed(run, 2, make_config(prompts, tmp_path / "run", **first))
+    for name, num_processes in (("one", 1), ("dp2", 2)):
+        log_dir = stopped_half_way(tmp_path / "run", tmp_path / name)
+        run_distributed(run, num_processes, make_config(prompts, log_dir, **SETTINGS))
+        assert largest_difference(losses(reference_run), losses(log_dir)) <= 1e-5
+
+
+def test_recomputed_activations_change_nothing(prompts, reference_run, tmp_path) -> None:
+    run(make_config(prompts, tmp_path / "run", **SETTINGS, model__recompute=True))
+    assert largest_difference(losses(reference_run), losses(tmp_path / "run")) <= 1e-6
 
 
 def test_the_text_reaches_the_loss(prompts, reference_run, tmp_path) -> None:
     run(make_config(prompts, tmp_path / "run", **(SETTINGS | {"prompt_dropout": 0.0})))
     first, second = losses(reference_run), losses(tmp_path / "run")
+    # Not the first: which texts are dropped there is chance.
     assert all(abs(a - b) / a > 1e-6 for a, b in zip(first[1:], second[1:], strict=True))
+
+
+def test_there_is_no_loss_on_given_latents(prompts, tmp_path) -> None:
+    """The losses with n latents given are means over parts of the same clips."""
+    settings = SETTINGS | {"prompt_dropout": 0.0, "max_steps": 1, "save_every_n_steps": 1}
+    totals = []
+    for num_given in (0, 1, 2):
+        settings["num_condition_latents"] = num_given
+        config = make_config(prompts, tmp_path / str(num_given), **settings)
+        with contextlib.closing(Trainer(config, takes_text=True)) as trainer:
+            batches = next(trainer.batches())
+            by_place = torch.cat([losses_by_place(trainer.model, batch) for batch in batches])
+        run(config)
+        (loss,) = losses(tmp_path / str(num_given))
+        assert loss == pytest.approx(by_place[:, 6 * num_given : 18].mean().item(), rel=1e-5)
+        totals.append(by_place)
+    assert torch.equal(totals[0], totals[2])
+
+
+def losses_by_place(model: CosmosGPTModel, batch: Batch) -> torch.Tensor:
+    """(B, 18): nats of each token of the clips."""
+    layout = sequence_layout(model.model_config)
+    clips = batch.tokens[:, 1:19]
+    whole = layout.batch(clips, torch.ones(len(clips)), batch.context)
+    with torch.no_grad():
+        losses = model(whole.tokens, None, None, labels=whole.labels, context=batch.context)
+    return losses[:, :18]
+
+
+@pytest.fixture(scope="module")
+def swapped(tmp_path_factory: pytest.TempPathFactory, prompts: Path) -> Path:
+    """``new``, the data of ``prompts`` with 40 codes, and ``pairs`` of old and new tokens."""
+    folder = tmp_path_factory.mktemp("swapped")
+    lines = prompts.parent / "videos" / "prompts.jsonl"
+    prepare_prompts(lines, folder / "new", Coarse())
+    align(AlignConfig(str(prompts), str(folder / "new"), str(folder / "pairs"), "3,1,1"))
+    return folder
+
+
+@pytest.mark.parametrize("init", ["aligned", "mean"])
+def test_another_tokenizer_keeps_what_is_not_of_tokens(
+    swapped, reference_run, tmp_path, init
+) -> None:
+    settings = SETTINGS | {"model__path": str(reference_run), "model__embedding_init": init}
+    if init == "aligned":
+        settings["model__cooccurrence_path"] = str(swapped / "pairs")
+    config = make_config(swapped / "new", tmp_path / "run", **settings)
+    with contextlib.closing(Trainer(config, takes_text=True)) as trainer:
+        model, before = (
+            trainer.model,
+            dict(open_source(reference_run).open_weights().all_megatron()),
+        )
+        assert (model.model_config.vocab_size, model.model_config.bov_token) == (40, 40)
+        for name, parameter in parameters_by_disk_name(model):
+            if "embedding" not in name and "output" not in name:
+                assert torch.equal(parameter, before[name]), name
+        rows = model.embedding.word_embeddings.weight
+        old = before["embedding.word_embeddings.weight"]
+        assert torch.equal(rows[40 : 40 + 64], old[64 : 64 + 64])  # <bov>, <pad> and their kin
+        assert not rows[40 + 64 :].any() and rows[:40].any(dim=1).all()
+    run(config)
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    checkpoint = context.list_checkpoints(tmp_path / "run")[-1]
+    recorded = context.read_data(checkpoint)
+    assert recorded is not None and recorded.contract is not None
+    assert recorded.contract.tokenizer.id == "coarse"
+    assert recorded.contract.text_encoder == Manifest.load(swapped / "new").contract.text_encoder
 
 
 def test_dropped_texts_depend_on_the_place_alone(prompts: Path) -> None:
@@ -154,8 +252,14 @@ def test_a_text_of_another_size_or_encoder_is_refused(prompts, reference_run, tm
         (changed("other", sha256="0" * 64), "encoded by another"),
     ):
         settings = SETTINGS | {"model__path": str(reference_run)}
-        with pytest.raises(ConfigError, match=words):
+        with pytest.raises(ConfigError, match=words) as caught:
             run(make_config(folder, tmp_path / "run", **settings))
+        assert caught.value.exit_code == 2
+        log_dir = tmp_path / f"resumed-{folder.name}"
+        with pytest.raises(ConfigError, match="was trained on other data") as caught:
+            stopped = stopped_half_way(reference_run, log_dir)
+            run(make_config(folder, stopped, **SETTINGS))
+        assert caught.value.exit_code == 2
 
 
 def test_every_id_of_the_full_vocabulary_reaches_the_embedding(tmp_path: Path) -> None:

@@ -1,0 +1,264 @@
+"""The report in headless Chromium: no request, films in sync, usable by keyboard and by all.
+
+Skipped where Chromium, its driver or selenium are missing. ``AXE_CORE_JS`` names axe-core's script,
+which is looked for in ``node_modules`` otherwise; CI installs all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.report_case import NUM_FRAMES, write_generation, write_loss, write_run
+
+from cosmos_posttrain.evaluation.config.report import ReportConfig
+from cosmos_posttrain.evaluation.report import command
+
+pytestmark = pytest.mark.browser
+
+REPOSITORY_DIR = Path(__file__).resolve().parents[2]
+CHROMIUM, DRIVER = "chromium", "chromedriver"
+FPS = 8.0  # of the clips
+PATIENCE_SECONDS = 60.0
+
+# Per clip: whether it plays, the times of its films, its slider, and what is written beside it.
+STATE = """
+return [...document.querySelectorAll(".clip")].map((clip) => ({
+  playing: [...clip.querySelectorAll("video")].every((film) => !film.paused),
+  ready: [...clip.querySelectorAll("video")].every((film) => film.readyState >= 3 && !film.seeking),
+  times: [...clip.querySelectorAll("video")].map((film) => film.currentTime),
+  value: Number(clip.querySelector("input").value),
+  words: clip.querySelector("input").getAttribute("aria-valuetext"),
+  output: clip.querySelector("output").textContent,
+}));
+"""
+# The largest distance between films of a clip in so many pictures of the screen, and how far they
+# came; measured in the page, because a command takes longer than a frame.
+WATCH = """
+const [seconds, done] = arguments;
+const films = [...document.querySelector(".clip").querySelectorAll("video")];
+const started = performance.now();
+let largest = 0, last = films[0].currentTime, travelled = 0;
+const look = () => {
+  const times = films.map((film) => film.currentTime);
+  const others = films.some((film) => film.seeking || film.ended);
+  if (!others) largest = Math.max(largest, Math.max(...times) - Math.min(...times));
+  if (times[0] > last) travelled += times[0] - last;
+  last = times[0];
+  if (performance.now() - started < 1000 * seconds) requestAnimationFrame(look);
+  else done([largest, travelled]);
+};
+look();
+"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    run, other = write_run(folder / "swap"), write_run(folder / "fresh", final_loss=4.6)
+    write_loss(run / "evaluation" / "loss", run)
+    write_loss(other / "evaluation" / "loss", other, nats=5.3)
+    write_generation(run / "evaluation" / "generate", run)
+    config = ReportConfig(run=[str(run), str(other)], output=str(folder / "report.html"))
+    return command.run(config).resolve()
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Chromium without a window and without a way out."""
+    pytest.importorskip("selenium", reason="selenium is not installed (extra dev)")
+    missing = [name for name in (CHROMIUM, DRIVER) if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"needs {' and '.join(missing)} (Debian: chromium, chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which(CHROMIUM) or ""
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
+        options.add_argument(f"--{flag}")
+    options.add_argument("--window-size=1280,1000")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    service = webdriver.ChromeService(executable_path=shutil.which(DRIVER))
+    opened = webdriver.Chrome(options=options, service=service)
+    opened.set_script_timeout(PATIENCE_SECONDS)
+    opened.set_page_load_timeout(2 * PATIENCE_SECONDS)
+    yield opened
+    opened.quit()
+
+
+@pytest.fixture
+def browser(driver: Any, page: Path) -> Any:
+    """The page, just opened, its films loaded."""
+    driver.get(page.as_uri())
+    wait_for(lambda: all(clip["ready"] for clip in driver.execute_script(STATE)))
+    return driver
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not holds():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def first(browser: Any) -> dict[str, Any]:
+    return browser.execute_script(STATE)[0]
+
+
+def find(browser: Any, selector: str) -> Any:
+    return browser.find_element("css selector", selector)
+
+
+def test_no_error_and_no_request(driver: Any, page: Path) -> None:
+    import json
+
+    driver.get_log("performance")
+    driver.get_log("browser")
+    driver.get(page.as_uri())
+    find(driver, "#play-all").click()
+    time.sleep(1)
+    assert driver.get_log("browser") == []
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    addresses = [
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    ]
+    assert addresses[0] == page.as_uri()
+    assert [address for address in addresses[1:] if not address.startswith("data:")] == []
+    # The policy in the page would stop one, and the console would tell.
+    driver.execute_script("new Image().src = 'http://127.0.0.1:9/outside.png'")
+    wait_for(lambda: "Content Security Policy" in str(driver.get_log("browser")))
+
+
+def test_films_play_in_sync(browser: Any) -> None:
+    assert first(browser)["output"] == f"1 / {NUM_FRAMES}" and not first(browser)["playing"]
+    find(browser, ".clip .play").click()
+    wait_for(lambda: first(browser)["playing"])
+    largest, travelled = browser.execute_async_script(WATCH, 3)
+    assert travelled > 1  # seconds of film, in three seconds of time on a busy machine
+    assert largest < 1.5 / FPS  # a film is moved as soon as it is three quarters of a frame away
+    find(browser, ".clip .play").click()
+    wait_for(lambda: first(browser)["ready"])
+    state = first(browser)
+    assert not state["playing"] and len(set(state["times"])) == 1
+    assert state["times"][0] == pytest.approx((state["value"] + 0.5) / FPS, abs=1e-3)
+
+
+def test_the_slider_works_by_keyboard(browser: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    slider = find(browser, ".clip input[type=range]")
+    for keys, frame, words in (
+        ([Keys.ARROW_RIGHT] * 3, 3, "frame 4 of 17, given"),
+        ([Keys.END], 16, "frame 17 of 17, generated"),
+        ([Keys.ARROW_LEFT], 15, "frame 16 of 17, generated"),
+        ([Keys.HOME], 0, "frame 1 of 17, given"),
+    ):
+        slider.send_keys(*keys)
+        wait_for(lambda: first(browser)["ready"])
+        state = first(browser)
+        assert (state["value"], state["words"]) == (frame, words)
+        assert state["output"] == f"{frame + 1} / {NUM_FRAMES}"
+        assert state["times"] == pytest.approx([(frame + 0.5) / FPS] * 3, abs=1e-3)
+    slider.send_keys(" ")
+    wait_for(lambda: first(browser)["playing"])
+    slider.send_keys(" ")
+    wait_for(lambda: not first(browser)["playing"])
+
+
+def test_what_is_shown_at_a_frame_is_that_frame(browser: Any) -> None:
+    """The square of ``moving_square`` stands where it stands in the file."""
+    where = """
+    const film = [...document.querySelectorAll(".clip")].find(
+      (clip) => clip.textContent.includes("calm")).querySelector("video");
+    const canvas = document.createElement("canvas");
+    [canvas.width, canvas.height] = [film.videoWidth, film.videoHeight];
+    const context = canvas.getContext("2d");
+    context.drawImage(film, 0, 0);
+    const row = context.getImageData(0, 52, canvas.width, 1).data;
+    for (let x = 0; x < canvas.width; x += 1) if (row[4 * x] > 200) return x;
+    return -1;
+    """
+    slider = find(browser, ".clip:last-child input[type=range]")
+    for frame in (1, 4, 9, 16):
+        set_slider = (
+            "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))"
+        )
+        browser.execute_script(set_slider, slider, frame)
+        wait_for(lambda: all(clip["ready"] for clip in browser.execute_script(STATE)))
+        assert abs(browser.execute_script(where) - 8 * frame % (160 - 24)) <= 2
+
+
+def test_tables_are_sorted(browser: Any) -> None:
+    rows = """
+    const table = document.querySelector("#loss table");
+    return [...table.tBodies[0].rows].map((row) => row.cells[1].textContent.trim());
+    """
+    before = browser.execute_script(rows)
+    head = find(browser, "#loss table th:nth-child(2) button")
+    for order, reverse in (("descending", True), ("ascending", False)):
+        head.send_keys("\n")
+        assert find(browser, "#loss table th:nth-child(2)").get_attribute("aria-sort") == order
+        assert browser.execute_script(rows) == sorted(before, key=float, reverse=reverse)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark(browser: Any, scheme: str) -> None:
+    background = "return getComputedStyle(document.body).backgroundColor"
+    expected = {"light": "rgb(255, 255, 255)", "dark": "rgb(18, 22, 28)"}
+    prefers(browser, scheme)
+    browser.execute_script("try { localStorage.clear() } catch {}")
+    browser.refresh()
+    assert browser.execute_script(background) == expected[scheme]
+    find(browser, "#theme").click()
+    other = "dark" if scheme == "light" else "light"
+    assert browser.execute_script(background) == expected[other]
+    browser.execute_script("try { localStorage.clear() } catch {}")
+
+
+def prefers(browser: Any, scheme: str) -> None:
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(browser: Any, scheme: str) -> None:
+    named = os.environ.get("AXE_CORE_JS")
+    script = Path(named or REPOSITORY_DIR / "node_modules" / "axe-core" / "axe.min.js")
+    if not script.is_file():
+        pytest.skip("needs axe-core (npm install axe-core, or AXE_CORE_JS)")
+    prefers(browser, scheme)
+    browser.execute_script(
+        "for (const each of document.querySelectorAll('details')) each.open = true"
+    )
+    browser.execute_script(script.read_text(encoding="utf-8"))
+    found = browser.execute_async_script(
+        "const done = arguments[0]; axe.run().then(done, (error) => done(String(error)))"
+    )
+    assert isinstance(found, dict), found
+    assert len(found["passes"]) > 20
+    serious = [
+        (rule["id"], [node["html"][:200] for node in rule["nodes"]][:5])
+        for rule in found["violations"]
+        if rule["impact"] in ("serious", "critical")
+    ]
+    assert serious == []
+
+
+def test_paper_shows_everything(browser: Any) -> None:
+    printed = browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
+    assert len(printed["data"]) > 10_000
+    browser.execute_script("dispatchEvent(new Event('beforeprint'))")
+    assert (
+        browser.execute_script("return document.querySelectorAll('details:not([open])').length")
+        == 0
+    )
+    browser.execute_script("dispatchEvent(new Event('afterprint'))")
+    assert browser.execute_script("return document.querySelectorAll('details[open]').length") == 0
