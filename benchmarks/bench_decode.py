@@ -2,7 +2,8 @@
 
 Both have float32 weights of the same shape, one clip, greedy tokens after the same number of given
 ones. Hugging Face runs a `LlamaForCausalLM`, with each cache that is named. Runs alternate, so that
-a busy machine slows all of them; the ratio is of the medians.
+a busy machine slows all of them; the ratio is of the medians. With `--clock cpu` the time in which
+other programs had the core is not counted.
 
     python benchmarks/bench_decode.py --shape 30M --num_tokens 1280
     python benchmarks/bench_decode.py --shape 100M --num_tokens 1280 --peers dynamic,static,compiled
@@ -108,15 +109,16 @@ def _compiled(model):
     return other
 
 
-def times_of(jobs: dict[str, Job], runs: int) -> dict[str, list[float]]:
+def times_of(jobs: dict[str, Job], runs: int, clock: str) -> dict[str, list[float]]:
     """Seconds of each job, ``runs`` times in turn after one that is not counted."""
+    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for run in range(runs + 1):
         for name, job in jobs.items():
-            started = time.perf_counter()
+            started = now()
             job()
             if run:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(now() - started)
     return times
 
 
@@ -176,7 +178,7 @@ def compare_shape(args: argparse.Namespace) -> None:
     for way in ("modules", "sequential"):
         if way != "modules" or args.modules:
             jobs[f"ours, {way}"] = _ours(model, prompts[:1], args.num_tokens, way)
-    times = times_of(jobs, args.runs)
+    times = times_of(jobs, args.runs, args.clock)
     best = min(
         (name for name in jobs if name.startswith("Hugging")),
         key=lambda name: statistics.median(times[name]),
@@ -188,7 +190,7 @@ def compare_shape(args: argparse.Namespace) -> None:
             "1 clip": _ours(model, prompts[:1], few, "sequential"),
             f"{args.batch} clips": _ours(model, prompts, few, "sequential"),
         }
-        times = times_of(batches, args.runs)
+        times = times_of(batches, args.runs, args.clock)
         one, many = (statistics.median(values) for values in times.values())
         print(f"batch {args.batch} against 1: {args.batch * one / many:.2f}x the tokens/s")
 
@@ -246,7 +248,7 @@ def compare_run(args: argparse.Namespace) -> None:
         for way, window in ways:
             fixed = (few, num_tokens, sampling, chosen, way, window)
             jobs[f"{name}, {way} {window or ''}"] = partial(_decode, model, *fixed)
-    show(times_of(jobs, args.runs), num_tokens * len(few), next(iter(jobs)))
+    show(times_of(jobs, args.runs, args.clock), num_tokens * len(few), next(iter(jobs)))
 
 
 def _decode(
@@ -284,6 +286,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: of a thread")
     parser.add_argument("--run", help="a trained model, in place of a shape")
     parser.add_argument("--data_path", help="its data set")
     parser.add_argument("--split", default="validation")
