@@ -213,7 +213,7 @@ def compare_run(args: argparse.Namespace) -> None:
     print(
         f"{args.run}: grid {tuple(grid)}, {given} given, {num_tokens} decoded, {len(chosen)} clips"
     )
-    windows = [int(window) for window in args.windows.split(",")]
+    windows = [int(word) if word.isdigit() else None for word in args.windows.split(",")]
     for name, sampling in (("greedy", {"temperature": 0.0}), ("top_p 0.8", SAMPLED)):
         expected = _decode(model, prompts, num_tokens, sampling, chosen, "sequential", None)
         modules = _decode(model, prompts, num_tokens, sampling, chosen, "modules", None)
@@ -223,15 +223,15 @@ def compare_run(args: argparse.Namespace) -> None:
                 found = _decode(model, prompts, num_tokens, sampling, chosen, "jacobi", window)
             rate = len(chosen) * num_tokens / passes.count
             print(
-                f"{name}, window {window}: {rate:.2f} tokens a forward pass; clips that differ: "
-                f"{_differing(found, expected)}",
+                f"{name}, window {window or 'auto'}: {rate:.2f} tokens a forward pass; clips that "
+                f"differ: {_differing(found, expected)}",
                 flush=True,
             )
         size = len(chosen)
         with Passes() as passes:
-            found = _decode(model, prompts, num_tokens, sampling, chosen, "jacobi", 16, size)
+            found = _decode(model, prompts, num_tokens, sampling, chosen, "jacobi", None, size)
         print(
-            f"{name}, window 16, one batch: {num_tokens / passes.count:.2f} tokens of a clip a "
+            f"{name}, one batch of {size}: {num_tokens / passes.count:.2f} tokens of a clip a "
             f"pass; clips that differ: {_differing(found, expected)}",
             flush=True,
         )
@@ -247,7 +247,11 @@ def compare_run(args: argparse.Namespace) -> None:
         ways = [("sequential", None), *(("jacobi", window) for window in windows)]
         for way, window in ways:
             fixed = (few, num_tokens, sampling, chosen, way, window)
-            jobs[f"{name}, {way} {window or ''}"] = partial(_decode, model, *fixed)
+            label = "" if way == "sequential" else f" {window or 'auto'}"
+            jobs[f"{name}, {way}{label}"] = partial(_decode, model, *fixed)
+    for way in ("sequential", "jacobi"):
+        fixed = (few, num_tokens, {"temperature": 0.0}, chosen, way, None, len(few))
+        jobs[f"greedy, {way}, one batch"] = partial(_decode, model, *fixed)
     show(times_of(jobs, args.runs, args.clock), num_tokens * len(few), next(iter(jobs)))
 
 
@@ -294,7 +298,7 @@ def main() -> None:
     parser.add_argument("--given_latents", type=int, default=2)
     parser.add_argument("--clips", type=int, default=20)
     parser.add_argument("--timed_clips", type=int, default=3)
-    parser.add_argument("--windows", default="4,8,16,32,64")
+    parser.add_argument("--windows", default="auto,4,8,16,32,64")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.run:
