@@ -263,7 +263,7 @@ class Session:
                 seconds=dict(seconds),
                 decode=self.decode,
                 text_encoder=prompt.text_encoder,
-                decoding=self._decoding(len(requests)),
+                decoding=chosen_decoding(self._config.decoding),
             )
             for own, prompt, request, its_settings in zip(
                 tokens, prompts, requests, settings, strict=True
@@ -318,10 +318,6 @@ class Session:
             text_encoder=conditioner.identity if request.prompts else None,
         )
 
-    def _decoding(self, batch_size: int) -> str:
-        decoding = self._config.decoding
-        return chosen_decoding(batch_size) if decoding == "auto" else decoding
-
     def _continue(
         self,
         prompts: Sequence[Prompt],
@@ -355,7 +351,7 @@ class Session:
                 context=batch.context,
                 guidance_scale=sampling.guidance_scale,
                 negative_context=batch.negative_context,
-                decoding=self._decoding(len(requests)),
+                decoding=chosen_decoding(self._config.decoding),
                 window=self._config.decoding_window,
                 progress=progress,
                 observe=watch,
