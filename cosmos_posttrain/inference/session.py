@@ -39,6 +39,7 @@ from cosmos_posttrain.inference.conditioning import TextConditioner
 from cosmos_posttrain.inference.config import SESSION_FLAGS, SessionConfig
 from cosmos_posttrain.inference.decode_plan import lay_out
 from cosmos_posttrain.inference.engine import chosen_decoding, generate
+from cosmos_posttrain.inference.quantization import check_quantization, quantize
 from cosmos_posttrain.inference.request import IMAGE_FPS, GeneratedClip, Prompt, Request
 from cosmos_posttrain.inference.stacking import check_alike, stacked
 from cosmos_posttrain.inference.watching import OnTokens, Watch
@@ -71,6 +72,7 @@ class Session:
 
     def __init__(self, config: SessionConfig) -> None:
         check(config, flag_names(SESSION_FLAGS))
+        check_quantization(config.quantization, config.decoding)
         self._config = config
         source = opening.open_checkpoint(config)
         self.contract = contract = source.contract
@@ -142,6 +144,7 @@ class Session:
             "latent_shape": list(clip.latent_shape),
             "rope_scaling": config.rope_scaling,
             "rope_scale": config.rope_scale,
+            **({} if config.quantization is None else {"quantization": config.quantization}),
         }
 
     def check(self, request: Request) -> None:
@@ -201,6 +204,8 @@ class Session:
             self.tensor_model_parallel_size,
             self._config.layer_spec,
         )
+        if self._config.quantization is not None:
+            quantize(self._model)
         lay_out(self._model)
         if self._config.offload_ar_model:
             self._move_model("cpu")
