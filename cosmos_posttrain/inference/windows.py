@@ -4,7 +4,7 @@ Flows in: after each pass, how many tokens of each clip became known. Flows out:
 The tokens do not depend on it, only how long they take; tensor-parallel ranks see the same tokens,
 so they choose the same windows.
 
-    rate    tokens of a clip that a pass of w makes known, as seen; a bold guess of an untried size
+    rate    tokens of a clip that a pass of w makes known, as seen; of a wider one a bold guess
     cost    time of a pass of the M = w * clips rows, c(M), c(1) = 1
     chosen  the size of the largest rate / cost; left alone for some passes, then chosen again
 """
@@ -26,8 +26,8 @@ _COSTS = {"cpu": (1.4, 0.036), "cuda": (1.05, 0.003)}
 _STAY, _UNCOUNTED = 6, 2
 # A rate is a mean of about so many passes, and forgotten when it was not seen for so many.
 _MEMORY, _STALE = 16, 160
-# Guesses: what twice the window makes of a rate, and half.
-_TWICE, _HALF = 1.6, 0.95
+# What a window twice as wide is guessed to make of a rate, until it was tried.
+_WIDER = 1.6
 # Where drafts do not pay, windows of so many rows are tried again after so many passes.
 _TRIAL_ROWS, _PAUSE = 8, 192
 
@@ -51,6 +51,7 @@ class WindowChoice:
         self._sizes = tuple(size for size in _SIZES if size <= largest)
         self._rates: dict[int, float] = {}
         self._last_seen: dict[int, int] = {}
+        self._narrower = dict.fromkeys(self._sizes, 0.0)
         self._size = self._bold(_FIRST_ROWS)
         self._num_passes = self._num_here = 0
 
@@ -71,10 +72,15 @@ class WindowChoice:
         self._num_here += 1
         if self._num_here <= _UNCOUNTED:
             return
-        seen, size = sum(num_known) / len(num_known), self._size
         share = 1 / min(self._num_here - _UNCOUNTED, _MEMORY)
-        self._rates[size] = (1 - share) * self._rates.get(size, seen) + share * seen
-        self._last_seen[size] = self._num_passes
+        for size in self._sizes:
+            # A narrower window would have made known what lies in it.
+            seen = sum(min(count, size) for count in num_known) / len(num_known)
+            if size < self._size:
+                self._narrower[size] += share * (seen - self._narrower[size])
+            elif size == self._size:
+                self._rates[size] = (1 - share) * self._rates.get(size, seen) + share * seen
+                self._last_seen[size] = self._num_passes
 
     def _bold(self, rows: int) -> int:
         """The largest size of so many rows in all, at least 2 to learn from."""
@@ -83,14 +89,17 @@ class WindowChoice:
     def _go_to(self, size: int) -> None:
         if size != self._size:
             self._size, self._num_here = size, 0
+            self._narrower = dict.fromkeys(self._sizes, 0.0)
 
     def _best(self) -> int:
         fresh = self._num_passes - _STALE
-        rates = {size: rate for size, rate in self._rates.items() if self._last_seen[size] > fresh}
-        here = rates[self._size]
-        for size, guess in ((2 * self._size, _TWICE), (self._size // 2, _HALF)):
-            if size in self._sizes and self._size > 1:
-                rates.setdefault(size, here * guess)
+        rates = {size: rate for size, rate in self._narrower.items() if size < self._size}
+        for size, rate in self._rates.items():
+            if self._last_seen[size] > fresh:
+                rates[size] = rate
+        wider = 2 * self._size
+        if wider in self._sizes and self._size > 1:
+            rates.setdefault(wider, rates[self._size] * _WIDER)
         rates[1] = 1.0  # without drafts
         return max(rates, key=lambda size: rates[size] / self._cost(size * self._batch_size))
 

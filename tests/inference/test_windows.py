@@ -27,7 +27,7 @@ def test_windows_grow_where_drafts_are_right() -> None:
     found = sizes(WindowChoice(1, CPU, 64), world)
     # 10 tokens for 2.6 times the time of one are better than 13 for 3.7 times.
     assert found[0] == 32 and found[-80:] == [32] * 80
-    assert {16, 64} <= set(found)
+    assert 64 in found
     assert sizes(WindowChoice(1, CPU, 13), world)[-1] == 8  # no more than there is room for
     assert sizes(WindowChoice(1, GPU, 64), lambda size: size**0.5)[-1] == 64
 
