@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.errors import ConfigError, GeometryError, TextError
-from cosmos_posttrain.geometry import ClipGeometry, num_pixel_frames
+from cosmos_posttrain.geometry import ClipGeometry, num_latent_frames, num_pixel_frames
 from cosmos_posttrain.inference.sampling import check_guidance, check_sampling
 from cosmos_posttrain.text.prompts import prompt_problem
 from cosmos_posttrain.video import is_image
@@ -49,6 +49,12 @@ class Request:
         top_p: draws among the most likely tokens before which at most this mass lies.
         top_k: draws among this many most likely tokens.
         seed: the same seed gives the same tokens.
+        item: number of the input in its list; random numbers depend on it.
+        sample: number of the clip among the samples of its input; likewise.
+        num_rollout_chunks: how many lengths of the session's clips, one continuing the other.
+        rollout_overlap: latent frames at the end of what is there that each further chunk is given;
+            None means as many as the first was given.
+        with_log_probs: whether the clip says how probable its tokens were.
         fps: frames a second of the clip; None means the input's, and 25 where it has none.
 
     Raises:
@@ -68,6 +74,11 @@ class Request:
     top_p: float | None = None
     top_k: int | None = None
     seed: int = 0
+    item: int = 0
+    sample: int = 0
+    num_rollout_chunks: int = 1
+    rollout_overlap: int | None = None
+    with_log_probs: bool = False
     fps: float | None = None
 
     def __post_init__(self) -> None:
@@ -119,6 +130,29 @@ class Request:
         geometry.num_condition_tokens(count)
         return count
 
+    def num_overlapping(self, geometry: ClipGeometry) -> int:
+        """Latent frames that each further chunk is given of those before it.
+
+        Raises:
+            GeometryError: they leave nothing to generate.
+        """
+        time, _, _ = geometry.latent_shape
+        count = self.rollout_overlap
+        if count is None:
+            given = num_latent_frames(self.num_given(geometry), geometry.compression)
+            count = min(given, time - 1)
+        if not 1 <= count < time:
+            raise GeometryError(
+                f"rollout_overlap {count} leaves nothing to generate in a clip of {time} latent "
+                f"frames; use 1 to {time - 1}."
+            )
+        return count
+
+    def num_latents(self, geometry: ClipGeometry) -> int:
+        """Latent frames of the whole clip, all chunks together."""
+        time, more = geometry.latent_shape.time, self.num_rollout_chunks - 1
+        return time + more * (time - self.num_overlapping(geometry)) if more else time
+
     def settings(self, geometry: ClipGeometry) -> dict[str, Any]:
         """What determines the clip, apart from the session."""
         settings = {
@@ -128,8 +162,15 @@ class Request:
             "top_p": self.top_p,
             "top_k": self.top_k,
             "seed": self.seed,
+            "item": self.item,
+            "sample": self.sample,
             "fps": self.fps,
         }
+        if self.num_rollout_chunks > 1:
+            settings |= {
+                "num_rollout_chunks": self.num_rollout_chunks,
+                "rollout_overlap": self.num_overlapping(geometry),
+            }
         if self.has_text:
             settings |= {
                 "prompt": self.prompt,
@@ -204,8 +245,10 @@ class GeneratedClip:
         settings: what determines the clip.
         tensor_model_parallel_size: processes that shared the model.
         seconds: that each part took so far.
-        decode: makes frames of tokens.
+        decode: makes frames of tokens, part by part: (3, n, H, W) uint8 on the CPU each.
         text_encoder: id and sha256 of what encoded its texts; None where nothing did.
+        log_probs: (T, H, W) float32 on the CPU, how probable each token was among all at temperature
+            1, in nats, guidance included; NaN for given ones. None where that was not asked for.
     """
 
     tokens: Tensor
@@ -215,16 +258,31 @@ class GeneratedClip:
     settings: dict[str, Any]
     tensor_model_parallel_size: int
     seconds: dict[str, float]
-    decode: Callable[[Tensor], Tensor] = field(repr=False)
+    decode: Callable[[Tensor], Iterator[Tensor]] = field(repr=False)
     text_encoder: dict[str, str] | None = None
+    log_probs: Tensor | None = None
 
     @cached_property
     def frames(self) -> Tensor:
         """(3, T, H, W) uint8 on the CPU, decoded when they are first asked for."""
-        start = time.perf_counter()
-        frames = self.decode(self.tokens)
-        self.seconds["decode"] = time.perf_counter() - start
-        return frames
+        return torch.cat(list(self._decoded()), dim=1)
+
+    def frame_parts(self) -> Iterator[Tensor]:
+        """The frames part by part, so that a long clip is never held whole."""
+        if "frames" in self.__dict__:
+            return iter([self.frames])
+        return self._decoded()
+
+    def _decoded(self) -> Iterator[Tensor]:
+        self.seconds["decode"] = 0.0
+        parts = self.decode(self.tokens)
+        while True:
+            start = time.perf_counter()
+            part = next(parts, None)
+            self.seconds["decode"] += time.perf_counter() - start
+            if part is None:
+                return
+            yield part
 
     @property
     def num_generated_tokens(self) -> int:
