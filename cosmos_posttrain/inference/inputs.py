@@ -116,9 +116,7 @@ def _lines(config: InferConfig) -> list[BatchLine]:
     return lines
 
 
-def _path_items(
-    config: InferConfig, number: int, line: BatchLine, video: Path
-) -> Iterator[Item]:
+def _path_items(config: InferConfig, number: int, line: BatchLine, video: Path) -> Iterator[Item]:
     if config.side_by_side and is_image(line.path):
         raise ConfigError(
             f"{line.path} is an image, which has no truth to compare with; leave out "

@@ -130,7 +130,7 @@ def write(
     item: Item,
     result: GeneratedClip,
     side_by_side: Callable[[], Iterable[Tensor]],
-    command: str,
+    more: Callable[[], dict[str, object]],
 ) -> None:
     """Writes an item's files in place of older ones.
 
@@ -139,7 +139,7 @@ def write(
         result: the clip.
         side_by_side: makes the parts of the clip that has the truth at its right; called where that
             is wanted.
-        command: makes the clip again.
+        more: what else the record says; called when all is decoded.
 
     Raises:
         UserError: the folder cannot be written to, or the disk is full; what was there before is
@@ -148,8 +148,8 @@ def write(
 
     def write_record() -> None:
         with files.replacing(item.record) as temporary:
-            record = {**result.record, "command": command}
-            temporary.write_text(files.json_text(record, indent=2) + "\n", encoding="utf-8")
+            text = files.json_text({**result.record, **more()}, indent=2) + "\n"
+            temporary.write_text(text, encoding="utf-8")
             for path in (item.video, *map(item.extra, item.extras)):
                 path.unlink(missing_ok=True)
 

@@ -20,7 +20,12 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.errors import ConfigError, GeometryError, TextError
-from cosmos_posttrain.geometry import ClipGeometry, num_latent_frames, num_pixel_frames
+from cosmos_posttrain.geometry import (
+    ClipGeometry,
+    Compression,
+    num_latent_frames,
+    num_pixel_frames,
+)
 from cosmos_posttrain.inference.sampling import check_guidance, check_sampling
 from cosmos_posttrain.text.prompts import prompt_problem
 from cosmos_posttrain.video import is_image
@@ -247,8 +252,8 @@ class GeneratedClip:
         seconds: that each part took so far.
         decode: makes frames of tokens, part by part: (3, n, H, W) uint8 on the CPU each.
         text_encoder: id and sha256 of what encoded its texts; None where nothing did.
-        log_probs: (T, H, W) float32 on the CPU, how probable each token was among all at temperature
-            1, in nats, guidance included; NaN for given ones. None where that was not asked for.
+        log_probs: (T, H, W) float32 on the CPU, how probable each token was among all tokens at
+            temperature 1, in nats, guidance included; NaN for given ones. None where not asked for.
     """
 
     tokens: Tensor
@@ -283,6 +288,10 @@ class GeneratedClip:
             if part is None:
                 return
             yield part
+
+    def num_frames(self, compression: Compression) -> int:
+        """Frames that it decodes to."""
+        return num_pixel_frames(self.tokens.shape[0], compression)
 
     @property
     def num_generated_tokens(self) -> int:

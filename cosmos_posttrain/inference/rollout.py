@@ -27,9 +27,7 @@ from cosmos_posttrain.inference.request import GeneratedClip, Request
 
 Progress = Callable[[int], None]
 OnTokens = Callable[[int, Tensor], None]
-Generate = Callable[
-    [Sequence[Request], Progress | None, OnTokens | None], Sequence[GeneratedClip]
-]
+Generate = Callable[[Sequence[Request], Progress | None, OnTokens | None], Sequence[GeneratedClip]]
 
 
 def seed_of_chunk(seed: int, chunk: int) -> int:

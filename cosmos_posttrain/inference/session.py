@@ -38,7 +38,10 @@ from cosmos_posttrain.inference import opening
 from cosmos_posttrain.inference.conditioning import TextConditioner
 from cosmos_posttrain.inference.config import SESSION_FLAGS, SessionConfig
 from cosmos_posttrain.inference.engine import generate
+from cosmos_posttrain.inference.log_probs import LogProbs
+from cosmos_posttrain.inference.memory import Peaks
 from cosmos_posttrain.inference.request import IMAGE_FPS, GeneratedClip, Prompt, Request
+from cosmos_posttrain.inference.rollout import OnTokens, roll_out
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.sequence import sequence_layout
@@ -61,12 +64,14 @@ class Session:
         tokenizer_info: which tokenizer it is.
         tensor_model_parallel_size: processes that share the model.
         notes: sentences for the user.
+        peaks: memory of each stage so far.
 
     Raises:
         UserError: one of its children, for anything that does not fit together.
     """
 
     def __init__(self, config: SessionConfig) -> None:
+        self.peaks = Peaks()
         check(config, flag_names(SESSION_FLAGS))
         self._config = config
         source = opening.open_checkpoint(config)
@@ -149,6 +154,7 @@ class Session:
             ConfigError: a text for a base model, or none for a Video2World model.
         """
         request.num_given(self.geometry)
+        request.num_latents(self.geometry)
         contracts.check_text(request, self.model_config, self.name)
 
     def encode_prompts(
@@ -175,11 +181,12 @@ class Session:
             return
         if self._model is None:
             groups.initialize(groups.Parallelism(tensor=self.tensor_model_parallel_size))
-        groups.decide(
-            lambda: conditioner.encode(prompts, others, progress),
-            parallel_state.get_tensor_model_parallel_src_rank(),
-            parallel_state.get_tensor_model_parallel_group(),
-        )
+        with self.peaks.stage("text"):
+            groups.decide(
+                lambda: conditioner.encode(prompts, others, progress),
+                parallel_state.get_tensor_model_parallel_src_rank(),
+                parallel_state.get_tensor_model_parallel_group(),
+            )
 
     def load(self) -> None:
         """Loads the model's weights, once; all ranks of the job together.
@@ -202,13 +209,27 @@ class Session:
             self._move_model("cpu")
 
     def generate(
-        self, request: Request, progress: Callable[[int], None] | None = None
+        self,
+        request: Request,
+        progress: Callable[[int], None] | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> GeneratedClip:
-        """Generates one clip; all ranks that share the model together.
+        """Generates one clip; see ``generate_many``."""
+        return self.generate_many([request], progress, on_tokens)[0]
+
+    def generate_many(
+        self,
+        requests: Sequence[Request],
+        progress: Callable[[int], None] | None = None,
+        on_tokens: OnTokens | None = None,
+    ) -> list[GeneratedClip]:
+        """Generates clips; all ranks that share the model together.
 
         Args:
-            request: what is given of the clip.
-            progress: called with the number of tokens generated so far, after each.
+            requests: what is given of each clip; they have as many given frames, chunks and equal
+                settings of the sampling.
+            progress: called with the number of tokens of each clip that are generated so far.
+            on_tokens: called with the number of a request and its tokens so far.
 
         Raises:
             VideoError: the input cannot be decoded; on all of those ranks.
@@ -216,6 +237,26 @@ class Session:
             UserError: see ``check``.
             CosmosPosttrainError: the model's logits are not finite.
         """
+        if requests[0].num_rollout_chunks == 1:
+            return self._generate_chunk(requests, progress, on_tokens)
+        chunk = self._generate_chunk
+        clips = roll_out(chunk, requests, self.geometry, progress, on_tokens)
+        return [
+            dataclasses.replace(clip, settings=self.settings_of(request))
+            for clip, request in zip(clips, requests, strict=True)
+        ]
+
+    def _generate_chunk(
+        self,
+        requests: Sequence[Request],
+        progress: Callable[[int], None] | None,
+        on_tokens: OnTokens | None,
+    ) -> list[GeneratedClip]:
+        return [self._generate_one(request, progress) for request in requests]
+
+    def _generate_one(
+        self, request: Request, progress: Callable[[int], None] | None
+    ) -> GeneratedClip:
         settings = self.settings_of(request)
         start = time.perf_counter()
         self.encode_prompts(request.prompts)
@@ -224,7 +265,8 @@ class Session:
         start = time.perf_counter()
         prompt = self._prompt(request)
         encoded = time.perf_counter()
-        tokens = self._continue(prompt, request, progress)
+        with self.peaks.stage("generate"):
+            tokens, log_probs = self._continue(prompt, request, progress)
         return GeneratedClip(
             tokens=tokens.view(*self.geometry.latent_shape),
             num_condition_tokens=prompt.tokens.shape[1],
@@ -236,18 +278,31 @@ class Session:
                 "encode": text_seconds + encoded - start,
                 "generate": time.perf_counter() - encoded,
             },
-            decode=self.decode,
+            decode=self.decode_parts,
             text_encoder=prompt.text_encoder,
+            log_probs=None if log_probs is None else log_probs.view(*self.geometry.latent_shape),
         )
 
     def encode(self, frames: Tensor) -> Tensor:
         """Frames (3, T, H, W) uint8 -> tokens (t, h, w) int64 on the CPU."""
-        indices = self._get_tokenizer().encode(to_float(frames)[None])
-        return indices[0].long().cpu()
+        with self.peaks.stage("encode"):
+            indices = self._get_tokenizer().encode(to_float(frames)[None])
+            return indices[0].long().cpu()
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens (t, h, w) -> frames (3, T, H, W) uint8 on the CPU."""
-        return to_uint8(self._get_tokenizer().decode(tokens[None])[0]).cpu()
+        return torch.cat(list(self.decode_parts(tokens)), dim=1)
+
+    def decode_parts(self, tokens: Tensor) -> Iterator[Tensor]:
+        """The frames of ``decode`` part by part: of a long clip a part at a time is held."""
+        parts = self._get_tokenizer().decode_parts(tokens[None])
+        while True:
+            with self.peaks.stage("decode"):
+                part = next(parts, None)
+                if part is None:
+                    return
+                pixels = to_uint8(part[0]).cpu()
+            yield pixels
 
     def _prompt(self, request: Request) -> Prompt:
         """The request's prompt on every rank, or the same error on every rank."""
@@ -290,27 +345,33 @@ class Session:
 
     def _continue(
         self, prompt: Prompt, request: Request, progress: Callable[[int], None] | None
-    ) -> Tensor:
-        """(1, T * h * w): the prompt's tokens and what follows them, on the CPU."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """(1, T * h * w) on the CPU: the prompt's tokens, what follows, and how probable it was."""
         if self._config.offload_tokenizer:
             self._free_tokenizer()
         tokens = prompt.tokens
         prefix = torch.tensor([sequence_layout(self.model_config).prefix], dtype=torch.long)
+        num_tokens = self.geometry.seq_length - tokens.shape[1]
         with self._working_model() as model:
+            log_probs = LogProbs(1, num_tokens, model.device) if request.with_log_probs else None
             generated = generate(
                 model,
                 torch.cat([prefix, tokens], dim=1),
-                self.geometry.seq_length - tokens.shape[1],
+                num_tokens,
                 temperature=request.temperature,
                 top_p=request.top_p,
                 top_k=request.top_k,
                 seed=request.seed,
+                items=[request.item],
+                samples=[request.sample],
                 context=prompt.context,
                 guidance_scale=request.guidance_scale,
                 negative_context=prompt.negative_context,
                 progress=progress,
+                observe=log_probs,
             )
-            return torch.cat([tokens, generated.cpu()], dim=1)
+            found = None if log_probs is None else log_probs.of_clips(tokens.shape[1])
+            return torch.cat([tokens, generated.cpu()], dim=1), found
 
     # Memory: nothing else holds the tokenizer or the model.
 

@@ -175,8 +175,8 @@ class VideoTokenizer:
     def decode_parts(self, indices: Tensor) -> Iterator[Tensor]:
         """Tokens -> video, part by part: a long clip is never held whole.
 
-        The parts are those of one causal clip, equal to ``decode`` up to rounding. TorchScript knows
-        no parts and gives the whole clip as one.
+        The parts are those of one causal clip, equal to ``decode`` up to rounding. TorchScript
+        knows no parts and gives the whole clip as one.
 
         Args:
             indices: as ``decode`` takes them.

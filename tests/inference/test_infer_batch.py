@@ -24,7 +24,7 @@ from cosmos_posttrain import files, load_tokenizer
 from cosmos_posttrain.errors import ConfigError, OutputFolderError, PartialFailureError, UserError
 from cosmos_posttrain.inference.batch import run
 from cosmos_posttrain.inference.config import InferConfig
-from cosmos_posttrain.inference.outputs import BatchLine, output_names
+from cosmos_posttrain.inference.input_lists import BatchLine, output_names
 from cosmos_posttrain.inference.request import Request
 from cosmos_posttrain.inference.session import Session
 from cosmos_posttrain.video import probe, read_clips, to_float
@@ -211,6 +211,7 @@ def test_a_second_run_of_the_same_outputs_is_refused(tmp_path: Path, video: Path
                 f"--height={HEIGHT}",
                 f"--video_save_folder={out}",
                 "--disable_diffusion_decoder",
+                "--disable_guardrail",
                 "--overwrite",
             ]
         )
