@@ -162,8 +162,8 @@ def read_input(path: str | Path, num_frames: int, height: int, width: int) -> Cl
     least = (-(-height // MAX_ENLARGEMENT), -(-width // MAX_ENLARGEMENT))
     if info.height < least[0] or info.width < least[1]:
         raise VideoError(
-            f"{path} has {info.width}x{info.height} pixels, too few for a clip of {width}x{height}; "
-            f"give at least {least[1]}x{least[0]}."
+            f"{path} has {info.width}x{info.height} pixels, too few for a clip of "
+            f"{width}x{height}; give at least {least[1]}x{least[0]}."
         )
     if is_image(path):
         return Clip(read_image(path, height, width), 0, 1, 0, 0.0)
