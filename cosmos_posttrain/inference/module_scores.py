@@ -30,9 +30,9 @@ class ModuleScores:
         self._cache = StaticInferenceContext(batch_size, max_length)
         self.length = 0
 
-    def feed(self, tokens: Tensor, num_scores: int = 1) -> Tensor:
-        """See ``Scores``; ``num_scores`` must be 1."""
-        assert num_scores == 1 and self.length == self._cache.sequence_len_offset
+    def feed(self, tokens: Tensor, num_scores: int = 1, starts: list[int] | None = None) -> Tensor:
+        """See ``Scores``; for one token after another only."""
+        assert num_scores == 1 and starts is None and self.length == self._cache.sequence_len_offset
         scores = self._model.next_token_logits(tokens, self._cache, self._context)
         self._context = None  # its keys are in the cache
         self.length += tokens.shape[1]
@@ -59,6 +59,8 @@ class GuidedScores:
     def length(self, value: int) -> None:
         self._scores.length = value
 
-    def feed(self, tokens: Tensor, num_scores: int = 1) -> Tensor:
+    def feed(self, tokens: Tensor, num_scores: int = 1, starts: list[int] | None = None) -> Tensor:
         """Feeds both rows of each clip the same; see ``Scores``."""
-        return guide(self._scores.feed(tokens.repeat(2, 1), num_scores), self._guidance_scale)
+        twice = None if starts is None else starts * 2
+        found = self._scores.feed(tokens.repeat(2, 1), num_scores, twice)
+        return guide(found, self._guidance_scale)
