@@ -26,8 +26,8 @@ class LogProbs:
 
     def __call__(self, found: Decoded) -> None:
         """Takes in tokens and the scores that they were drawn from."""
-        chosen = found.scores.gather(-1, found.tokens[..., None])[..., 0]
-        values = chosen - found.scores.logsumexp(-1)
+        scores = found.scores.float()
+        values = scores.gather(-1, found.tokens[..., None])[..., 0] - scores.logsumexp(-1)
         stop = found.first + values.shape[1]
         self._values[found.clips.start : found.clips.stop, found.first : stop] = values
 

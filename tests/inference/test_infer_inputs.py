@@ -181,14 +181,15 @@ def test_a_folder_of_images_and_videos_in_batches(tmp_path: Path) -> None:
     config = random_config(
         folder, out, input_image_or_video_path=None, batch_input_path=str(folder), batch_size=2
     )
-    run(config)
-    assert sorted(path.name for path in out.glob("*.mp4")) == ["a.mp4", "b.mp4", "c.mp4"]
+    run(dataclasses.replace(config, video_save_folder=str(tmp_path / "one"), batch_size=1))
+    for _ in range(2):  # the second time, with its own outputs below the inputs
+        run(config)
+        assert sorted(path.name for path in out.glob("*.mp4")) == ["a.mp4", "b.mp4", "c.mp4"]
     assert record_of(out / "b.json")["num_condition_tokens"] == 6
     records = {name: record_of(out / f"{name}.json") for name in "abc"}
     assert [records[name]["settings"]["item"] for name in "abc"] == [0, 1, 2]
     # The same input in another place has other random numbers.
     assert records["a"]["tokens_sha256"] != records["c"]["tokens_sha256"]
-    run(dataclasses.replace(config, video_save_folder=str(tmp_path / "one"), batch_size=1))
     for name in "abc":
         alone = record_of(tmp_path / "one" / f"{name}.json")
         assert alone["tokens_sha256"] == records[name]["tokens_sha256"]
