@@ -47,7 +47,7 @@ class _Places:
 
 
 class DecodeState:
-    """Some clips that are decoded together; see ``Scores``.
+    """Some clips that are decoded together; see ``NextScores``.
 
     Args:
         plan: the model.
@@ -67,9 +67,12 @@ class DecodeState:
         context: Tensor | None = None,
     ) -> None:
         self.plan = plan
-        shape = (len(plan.layers), 2, batch_size, plan.groups, max_length, plan.width)
+        shape = (len(plan.layers), batch_size, plan.groups, max_length, plan.width)
         # Zeros: what is hidden by a mask is multiplied by nothing, and must be a number.
-        self._cache = torch.zeros(shape, dtype=plan.dtype, device=plan.device)
+        self._values = torch.zeros(shape, dtype=plan.dtype, device=plan.device)
+        self._keys = torch.zeros_like(self._values)
+        if not self._keys.is_cuda:  # as the product of queries and keys is fastest there
+            self._keys = self._keys.view(*shape[:-2], plan.width, max_length).transpose(-1, -2)
         self._rows = torch.arange(batch_size, device=plan.device)[:, None]
         self._texts: list[tuple[Tensor, Tensor]] = []
         if context is not None:
@@ -82,7 +85,7 @@ class DecodeState:
         self.length = 0
 
     def feed(self, tokens: Tensor, num_scores: int = 1, starts: list[int] | None = None) -> Tensor:
-        """See ``Scores``."""
+        """See ``NextScores``."""
         plan = self.plan
         batch, count = tokens.shape
         if starts is None:
@@ -140,7 +143,7 @@ class DecodeState:
         swapped = turned.roll(plan.width // 2, -1)
         turned = turned.mul_(places.cosines).addcmul_(swapped, places.sines)
         query, key, value = turned[..., :-1, :], turned[..., -1, :], packed[..., -1, :]
-        keys, values = self._cache[number]
+        keys, values = self._keys[number], self._values[number]
         if places.numbers is None:
             keys[:, :, places.start : places.end] = key.transpose(1, 2)
             values[:, :, places.start : places.end] = value.transpose(1, 2)
@@ -184,7 +187,7 @@ def _attend(
             mask = mask.flatten(0, 2)[:, None] if mask.ndim == 5 else mask
         found = F.scaled_dot_product_attention(
             query.flatten(2, 3).transpose(1, 2),
-            keys,
+            keys if query.is_cuda else keys.contiguous(),
             values,
             attn_mask=mask,
             is_causal=is_causal and mask is None and count > 1,

@@ -1,6 +1,6 @@
 """Ways to decode: what is fed to the model next, and which tokens are kept.
 
-Flows in: scores of what comes next (a ``Scores``), the given tokens (B, P), and how a token is
+Flows in: scores of what comes next (a ``NextScores``), the given tokens (B, P), and how a token is
 drawn. Flows out: the next N tokens (B, N).
 
 A token is drawn from the scores at its place by random numbers of that place alone (``noise.py``).
@@ -46,7 +46,7 @@ class Decoded:
 Observe = Callable[[Decoded], None]
 
 
-class Scores(Protocol):
+class NextScores(Protocol):
     """A model with a cache of the tokens that it was fed.
 
     Attributes:
@@ -82,7 +82,7 @@ def check_finite(scores: Tensor) -> None:
 
 
 def decode_one_by_one(
-    scores: Scores,
+    scores: NextScores,
     prompt: Tensor,
     num_tokens: int,
     draw: Draw,
@@ -125,7 +125,7 @@ def decode_one_by_one(
 
 
 def decode_in_windows(
-    scores: Scores,
+    scores: NextScores,
     prompt: Tensor,
     num_tokens: int,
     draw: Draw,

@@ -3,7 +3,7 @@
 Flows in: an ``ARModel`` and the tokens of the first latent frames (B, P). Flows out: the next N
 tokens (B, N), the same on every rank.
 
-    model --DecodePlan, or its own modules--> Scores --a way of decoding--> tokens
+    model --DecodePlan, or its own modules--> NextScores --a way of decoding--> tokens
 
 With guidance each clip has two rows, (2 B, ...): one with its text and one with another; both are
 fed the same tokens, and one is drawn from their scores together.
@@ -20,11 +20,12 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from cosmos_posttrain.errors import ConfigError, GeometryError
+from cosmos_posttrain.inference.config import DECODINGS
 from cosmos_posttrain.inference.decode_plan import DecodePlan
 from cosmos_posttrain.inference.decode_state import DecodeState
 from cosmos_posttrain.inference.decoding import (
     Decoded,
-    Scores,
+    NextScores,
     decode_in_windows,
     decode_one_by_one,
 )
@@ -34,7 +35,6 @@ from cosmos_posttrain.inference.sampling import Draw, check_guidance, check_samp
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.builder import CosmosGPTModel
 
-DECODINGS = ("auto", "sequential", "jacobi", "modules")
 DEFAULT_WINDOW = 16
 
 # Attributes by which Megatron's modules split their sequences over the tensor-parallel ranks.
@@ -271,10 +271,10 @@ def _open_scores(
     contexts: Tensor | None,
     guidance_scale: float,
     batch_size: int,
-) -> Scores:
+) -> NextScores:
     """The model with an empty cache."""
     rows = batch_size if guidance_scale == 1 else 2 * batch_size
-    scores: Scores
+    scores: NextScores
     if decoding == "modules":
         scores = ModuleScores(model, rows, max_length, contexts)
     else:

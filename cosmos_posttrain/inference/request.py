@@ -53,9 +53,9 @@ class Request:
         temperature: 0 takes the most likely token each time, 1.0 is the model's own distribution.
         top_p: draws among the most likely tokens before which at most this mass lies.
         top_k: draws among this many most likely tokens.
-        seed: the same seed gives the same tokens.
-        item: number of the input in its list; random numbers depend on it.
-        sample: number of the clip among the samples of its input; likewise.
+        seed: the same seed gives the same tokens; of a clip of a list, with the next two.
+        item: number of the clip in its list, 0 alone.
+        sample: number of the sample among those of its item.
         num_rollout_chunks: how many lengths of the session's clips, one continuing the other.
         rollout_overlap: latent frames at the end of what is there that each further chunk is given;
             None means as many as the first was given.
@@ -99,6 +99,9 @@ class Request:
         for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
             if text is not None and (problem := prompt_problem(text)):
                 raise TextError(f"{name} {problem}.")
+        for name in ("seed", "item", "sample"):
+            if not 0 <= (number := getattr(self, name)) < 2**63:
+                raise ConfigError(f"{name} {number} must lie in [0, 2**63).")
         check_sampling(self.temperature, self.top_p, self.top_k)
         check_guidance(self.guidance_scale, self.negative_prompt is not None)
 
@@ -249,8 +252,9 @@ class GeneratedClip:
         fps: frames a second.
         settings: what determines the clip.
         tensor_model_parallel_size: processes that shared the model.
-        seconds: that each part took so far.
+        seconds: that each part took so far; of a batch of clips, this one's share.
         decode: makes frames of tokens, part by part: (3, n, H, W) uint8 on the CPU each.
+        decoding: how the tokens were found; see ``SessionConfig``.
         text_encoder: id and sha256 of what encoded its texts; None where nothing did.
         log_probs: (T, H, W) float32 on the CPU, how probable each token was among all tokens at
             temperature 1, in nats, guidance included; NaN for given ones. None where not asked for.
@@ -266,6 +270,7 @@ class GeneratedClip:
     decode: Callable[[Tensor], Iterator[Tensor]] = field(repr=False)
     text_encoder: dict[str, str] | None = None
     log_probs: Tensor | None = None
+    decoding: str = "sequential"
 
     @cached_property
     def frames(self) -> Tensor:
@@ -311,6 +316,7 @@ class GeneratedClip:
             "tokens_sha256": _sha256(self.tokens),
             "num_repeated": self.num_repeated,
             "fps": self.fps,
+            "decoding": self.decoding,
             "tensor_model_parallel_size": self.tensor_model_parallel_size,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "tokens_per_second": round(self.num_generated_tokens / self.seconds["generate"], 2),

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from cosmos_posttrain.geometry import ClipGeometry
 from cosmos_posttrain.inference.request import GeneratedClip, Request
+from cosmos_posttrain.inference.watching import OnTokens
 
 Progress = Callable[[int], None]
-OnTokens = Callable[[int, Tensor], None]
 Generate = Callable[[Sequence[Request], Progress | None, OnTokens | None], Sequence[GeneratedClip]]
 
 

@@ -37,11 +37,14 @@ from cosmos_posttrain.inference import contract as contracts
 from cosmos_posttrain.inference import opening
 from cosmos_posttrain.inference.conditioning import TextConditioner
 from cosmos_posttrain.inference.config import SESSION_FLAGS, SessionConfig
-from cosmos_posttrain.inference.engine import generate
+from cosmos_posttrain.inference.decode_plan import lay_out
+from cosmos_posttrain.inference.engine import chosen_decoding, generate
 from cosmos_posttrain.inference.log_probs import LogProbs
 from cosmos_posttrain.inference.memory import Peaks
 from cosmos_posttrain.inference.request import IMAGE_FPS, GeneratedClip, Prompt, Request
-from cosmos_posttrain.inference.rollout import OnTokens, roll_out
+from cosmos_posttrain.inference.rollout import roll_out
+from cosmos_posttrain.inference.stacking import check_alike, stacked
+from cosmos_posttrain.inference.watching import OnTokens, Watch, all_of
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.sequence import sequence_layout
@@ -205,6 +208,7 @@ class Session:
             self.tensor_model_parallel_size,
             self._config.layer_spec,
         )
+        lay_out(self._model)
         if self._config.offload_ar_model:
             self._move_model("cpu")
 
@@ -223,20 +227,25 @@ class Session:
         progress: Callable[[int], None] | None = None,
         on_tokens: OnTokens | None = None,
     ) -> list[GeneratedClip]:
-        """Generates clips; all ranks that share the model together.
+        """Generates clips in one batch; all ranks that share the model together.
+
+        A clip is what it would be alone, up to rounding.
 
         Args:
-            requests: what is given of each clip; they have as many given frames, chunks and equal
-                settings of the sampling.
-            progress: called with the number of tokens of each clip that are generated so far.
-            on_tokens: called with the number of a request and its tokens so far.
+            requests: what is given of each clip, as many frames, and how it is sampled: the same
+                temperature, top_p, top_k and guidance_scale.
+            progress: called with the number of tokens of a clip so far, as they come.
+            on_tokens: called with the number of a request and its clip's tokens so far, given ones
+                included, (n,) int64 on the CPU: once a latent frame, on every rank.
 
         Raises:
+            ConfigError: requests that cannot be one batch.
             VideoError: the input cannot be decoded; on all of those ranks.
             TextError: the text encoder is missing, damaged or not the model's.
             UserError: see ``check``.
             CosmosPosttrainError: the model's logits are not finite.
         """
+        check_alike(requests, self.geometry)
         if requests[0].num_rollout_chunks == 1:
             return self._generate_chunk(requests, progress, on_tokens)
         chunk = self._generate_chunk
@@ -252,36 +261,38 @@ class Session:
         progress: Callable[[int], None] | None,
         on_tokens: OnTokens | None,
     ) -> list[GeneratedClip]:
-        return [self._generate_one(request, progress) for request in requests]
-
-    def _generate_one(
-        self, request: Request, progress: Callable[[int], None] | None
-    ) -> GeneratedClip:
-        settings = self.settings_of(request)
+        """Generates clips of the session's length."""
+        settings = [self.settings_of(request) for request in requests]
         start = time.perf_counter()
-        self.encode_prompts(request.prompts)
+        self.encode_prompts([text for request in requests for text in request.prompts])
         text_seconds = time.perf_counter() - start
         self.load()
         start = time.perf_counter()
-        prompt = self._prompt(request)
+        prompts = [self._prompt(request) for request in requests]
         encoded = time.perf_counter()
         with self.peaks.stage("generate"):
-            tokens, log_probs = self._continue(prompt, request, progress)
-        return GeneratedClip(
-            tokens=tokens.view(*self.geometry.latent_shape),
-            num_condition_tokens=prompt.tokens.shape[1],
-            num_repeated=prompt.num_repeated,
-            fps=request.fps or (prompt.fps if 0 < prompt.fps < 1000 else IMAGE_FPS),
-            settings=settings,
-            tensor_model_parallel_size=self.tensor_model_parallel_size,
-            seconds={
-                "encode": text_seconds + encoded - start,
-                "generate": time.perf_counter() - encoded,
-            },
-            decode=self.decode_parts,
-            text_encoder=prompt.text_encoder,
-            log_probs=None if log_probs is None else log_probs.view(*self.geometry.latent_shape),
-        )
+            tokens, log_probs = self._continue(prompts, requests, progress, on_tokens)
+        seconds = {
+            "encode": (text_seconds + encoded - start) / len(requests),
+            "generate": (time.perf_counter() - encoded) / len(requests),
+        }
+        shape = self.geometry.latent_shape
+        return [
+            GeneratedClip(
+                tokens=tokens[number].view(*shape),
+                num_condition_tokens=prompt.tokens.shape[1],
+                num_repeated=prompt.num_repeated,
+                fps=request.fps or (prompt.fps if 0 < prompt.fps < 1000 else IMAGE_FPS),
+                settings=settings[number],
+                tensor_model_parallel_size=self.tensor_model_parallel_size,
+                seconds=dict(seconds),
+                decode=self.decode_parts,
+                text_encoder=prompt.text_encoder,
+                log_probs=None if log_probs is None else log_probs[number].view(*shape),
+                decoding=self._decoding(len(requests)),
+            )
+            for number, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
+        ]
 
     def encode(self, frames: Tensor) -> Tensor:
         """Frames (3, T, H, W) uint8 -> tokens (t, h, w) int64 on the CPU."""
@@ -343,32 +354,49 @@ class Session:
             text_encoder=conditioner.identity if request.prompts else None,
         )
 
+    def _decoding(self, batch_size: int) -> str:
+        decoding = self._config.decoding
+        return chosen_decoding(batch_size) if decoding == "auto" else decoding
+
     def _continue(
-        self, prompt: Prompt, request: Request, progress: Callable[[int], None] | None
+        self,
+        prompts: Sequence[Prompt],
+        requests: Sequence[Request],
+        progress: Callable[[int], None] | None,
+        on_tokens: OnTokens | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(1, T * h * w) on the CPU: the prompt's tokens, what follows, and how probable it was."""
+        """(B, T * h * w) on the CPU: the prompts' tokens, what follows, and how probable it was."""
         if self._config.offload_tokenizer:
             self._free_tokenizer()
-        tokens = prompt.tokens
-        prefix = torch.tensor([sequence_layout(self.model_config).prefix], dtype=torch.long)
+        batch = stacked(prompts)
+        tokens = batch.tokens
         num_tokens = self.geometry.seq_length - tokens.shape[1]
+        prefix = torch.tensor([sequence_layout(self.model_config).prefix], dtype=torch.long)
+        sampling = requests[0]
         with self._working_model() as model:
-            log_probs = LogProbs(1, num_tokens, model.device) if request.with_log_probs else None
+            watch = log_probs = None
+            if on_tokens is not None:
+                frame = self.geometry.latent_shape.tokens_per_frame
+                watch = Watch(tokens.to(model.device), num_tokens, frame, on_tokens)
+            if sampling.with_log_probs:
+                log_probs = LogProbs(len(tokens), num_tokens, model.device)
             generated = generate(
                 model,
-                torch.cat([prefix, tokens], dim=1),
+                torch.cat([prefix.expand(len(tokens), -1), tokens], dim=1),
                 num_tokens,
-                temperature=request.temperature,
-                top_p=request.top_p,
-                top_k=request.top_k,
-                seed=request.seed,
-                items=[request.item],
-                samples=[request.sample],
-                context=prompt.context,
-                guidance_scale=request.guidance_scale,
-                negative_context=prompt.negative_context,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=[request.seed for request in requests],
+                items=[request.item for request in requests],
+                samples=[request.sample for request in requests],
+                context=batch.context,
+                guidance_scale=sampling.guidance_scale,
+                negative_context=batch.negative_context,
+                decoding=self._decoding(len(requests)),
+                window=self._config.decoding_window,
                 progress=progress,
-                observe=log_probs,
+                observe=all_of(watch, log_probs),
             )
             found = None if log_probs is None else log_probs.of_clips(tokens.shape[1])
             return torch.cat([tokens, generated.cpu()], dim=1), found
