@@ -55,7 +55,8 @@ class SessionConfig:
         decoding: how tokens are found, the same ones by each way: sequential, one after another;
             jacobi, a window of drafts at a time; modules, one after another through Megatron's own
             modules, slow; auto, the fastest.
-        decoding_window: tokens that jacobi feeds at once; by default the fastest number.
+        decoding_window: tokens that jacobi feeds at once; by default chosen from pass to pass, by
+            how many of them are right.
         rope_scaling: positions where the clip's grid is larger than the checkpoint's.
         rope_scale: replaces the ratio of the two grids.
         allow_tokenizer_mismatch: run with another tokenizer, text encoder or geometry than the
