@@ -114,7 +114,8 @@ class InferConfig(SessionConfig):
         sample: only this one of them, counted from 0.
         num_rollout_chunks: lengths of the model's clip, one continuing the other.
         rollout_overlap: latent frames at the end of what is there that each further chunk is given;
-            by default as many as the first chunk was given.
+            by default as many as the first chunk was given, the anchor counted in.
+        rollout_anchor: also give each further chunk the clip's first latent frame.
         batch_size: clips that are generated together.
         video_save_name: output of a single run; a bare name lies in --video_save_folder.
         video_save_folder: folder of the outputs.
@@ -151,6 +152,7 @@ class InferConfig(SessionConfig):
     sample: int | None = setting(None, at_least=0)
     num_rollout_chunks: int = setting(1, at_least=1)
     rollout_overlap: int | None = setting(None, at_least=1)
+    rollout_anchor: bool = True
     batch_size: int = setting(1, at_least=1)
     video_save_name: str = "output"
     video_save_folder: str = "outputs/"
@@ -227,6 +229,7 @@ FLAGS = (
     Flag("--sample"),
     Flag("--num_rollout_chunks"),
     Flag("--rollout_overlap"),
+    Flag("--rollout_anchor"),
     Flag("--batch_size"),
     Flag("--video_save_name"),
     Flag("--video_save_folder"),

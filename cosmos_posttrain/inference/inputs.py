@@ -176,6 +176,7 @@ def _request(config: InferConfig, item: int, sample: int, **given: Any) -> Reque
         sample=sample,
         num_rollout_chunks=config.num_rollout_chunks,
         rollout_overlap=config.rollout_overlap,
+        rollout_anchor=config.rollout_anchor,
         with_log_probs=config.save_log_probs,
         fps=config.fps,
         **given,

@@ -58,7 +58,8 @@ class Request:
         sample: number of the sample among those of its item.
         num_rollout_chunks: how many lengths of the session's clips, one continuing the other.
         rollout_overlap: latent frames at the end of what is there that each further chunk is given;
-            None means as many as the first was given.
+            None means as many as the first was given, the anchor counted in.
+        rollout_anchor: whether each further chunk is given the clip's first latent frame, too.
         with_log_probs: whether the clip says how probable its tokens were.
         fps: frames a second of the clip; None means the input's, and 25 where it has none.
 
@@ -83,6 +84,7 @@ class Request:
     sample: int = 0
     num_rollout_chunks: int = 1
     rollout_overlap: int | None = None
+    rollout_anchor: bool = True
     with_log_probs: bool = False
     fps: float | None = None
 
@@ -139,27 +141,30 @@ class Request:
         return count
 
     def num_overlapping(self, geometry: ClipGeometry) -> int:
-        """Latent frames that each further chunk is given of those before it.
+        """Latent frames at the end of what is there that each further chunk is given.
 
         Raises:
             GeometryError: they leave nothing to generate.
         """
-        time, _, _ = geometry.latent_shape
-        count = self.rollout_overlap
+        most, count = geometry.latent_shape.time - 1 - self.rollout_anchor, self.rollout_overlap
         if count is None:
             given = num_latent_frames(self.num_given(geometry), geometry.compression)
-            count = min(given, time - 1)
-        if not 1 <= count < time:
+            count = max(given - self.rollout_anchor, 1)
+        if not 1 <= count <= most:
+            fix = f"use 1 to {most}" if most else "leave out the anchor with --no-rollout_anchor"
             raise GeometryError(
-                f"rollout_overlap {count} leaves nothing to generate in a clip of {time} latent "
-                f"frames; use 1 to {time - 1}."
+                f"rollout_overlap {count}{' beside the anchor' * self.rollout_anchor} leaves "
+                f"nothing to generate in a clip of {geometry.latent_shape.time} latent frames; "
+                f"{fix}."
             )
         return count
 
     def num_latents(self, geometry: ClipGeometry) -> int:
         """Latent frames of the whole clip, all chunks together."""
         time, more = geometry.latent_shape.time, self.num_rollout_chunks - 1
-        return time + more * (time - self.num_overlapping(geometry)) if more else time
+        if not more:
+            return time
+        return time + more * (time - self.rollout_anchor - self.num_overlapping(geometry))
 
     def settings(self, geometry: ClipGeometry) -> dict[str, Any]:
         """What determines the clip, apart from the session."""
@@ -178,6 +183,7 @@ class Request:
             settings |= {
                 "num_rollout_chunks": self.num_rollout_chunks,
                 "rollout_overlap": self.num_overlapping(geometry),
+                "rollout_anchor": self.rollout_anchor,
             }
         if self.has_text:
             settings |= {

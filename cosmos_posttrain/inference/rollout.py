@@ -3,12 +3,13 @@
 Flows in: requests for several chunks, and what generates one chunk. Flows out: clips whose tokens
 are those of one long causal clip; nothing is decoded and encoded again in between.
 
-    chunk 1    given  G | generated T - G
-    chunk 2                 given O | generated T - O        the last O latent frames so far
-    ...                             given O | generated T - O
+    chunk 1    given  G          | generated T - G
+    chunk 2    given  1 and  O   | generated T - 1 - O     the first latent frame, and the last O
+    ...        given  1 and  O   | generated T - 1 - O
 
-At the start of a clip a model expects a latent frame that stands for one frame; what it gets there
-from chunk 2 on stands for several. docs/inference.md has what that costs.
+At the start of a clip a model expects a latent frame that stands for one frame; the last ones of a
+chunk stand for several. So the clip's own first one is kept in front, as an anchor. What that is
+worth, and what plain shifting costs, was measured: docs/inference.md.
 """
 
 from __future__ import annotations
@@ -57,20 +58,26 @@ def roll_out(
         One for each request, with the settings of its first chunk.
     """
     first = [dataclasses.replace(r, num_rollout_chunks=1, rollout_overlap=None) for r in requests]
-    overlap = requests[0].num_overlapping(geometry)
+    overlap, anchor = requests[0].num_overlapping(geometry), requests[0].rollout_anchor
+    num_given = overlap + anchor
     clips = list(generate(first, progress, on_tokens))
     for chunk in range(1, requests[0].num_rollout_chunks):
         done = clips[0].num_generated_tokens
         going_on = [
-            _next_request(request, clip.tokens[-overlap:], chunk)
+            _next_request(request, _carried(clip.tokens, overlap, anchor), chunk)
             for request, clip in zip(first, clips, strict=True)
         ]
         show = None if progress is None else partial(_shifted, progress, done)
-        num_given = overlap * geometry.latent_shape.tokens_per_frame
-        tell = None if on_tokens is None else partial(_joined, on_tokens, clips, num_given)
+        count = num_given * geometry.latent_shape.tokens_per_frame
+        tell = None if on_tokens is None else partial(_joined, on_tokens, clips, count)
         found = generate(going_on, show, tell)
-        clips = [_append(clip, new, overlap) for clip, new in zip(clips, found, strict=True)]
+        clips = [_append(clip, new, num_given) for clip, new in zip(clips, found, strict=True)]
     return clips
+
+
+def _carried(tokens: Tensor, overlap: int, anchor: bool) -> Tensor:
+    """What the next chunk is given of the tokens so far."""
+    return torch.cat([tokens[:1], tokens[-overlap:]]) if anchor else tokens[-overlap:]
 
 
 def _next_request(request: Request, given: Tensor, chunk: int) -> Request:
@@ -94,18 +101,18 @@ def _joined(
     on_tokens(number, torch.cat([clips[number].tokens.flatten(), tokens[num_given:]]))
 
 
-def _append(clip: GeneratedClip, new: GeneratedClip, overlap: int) -> GeneratedClip:
+def _append(clip: GeneratedClip, new: GeneratedClip, num_given: int) -> GeneratedClip:
     """The clip with what is new of its next chunk."""
     log_probs = None
     if clip.log_probs is not None and new.log_probs is not None:
-        log_probs = torch.cat([clip.log_probs, new.log_probs[overlap:]])
+        log_probs = torch.cat([clip.log_probs, new.log_probs[num_given:]])
     seconds = {
         name: clip.seconds.get(name, 0.0) + new.seconds.get(name, 0.0)
         for name in clip.seconds | new.seconds
     }
     return dataclasses.replace(
         clip,
-        tokens=torch.cat([clip.tokens, new.tokens[overlap:]]),
+        tokens=torch.cat([clip.tokens, new.tokens[num_given:]]),
         log_probs=log_probs,
         seconds=seconds,
     )

@@ -15,7 +15,7 @@ from cosmos_posttrain.inference.request import Prompt, Request
 
 _ALIKE = (
     *("temperature", "top_p", "top_k", "guidance_scale"),
-    *("num_rollout_chunks", "rollout_overlap", "with_log_probs"),
+    *("num_rollout_chunks", "rollout_overlap", "rollout_anchor", "with_log_probs"),
 )
 
 

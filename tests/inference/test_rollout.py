@@ -34,42 +34,49 @@ def given(session: Session) -> torch.Tensor:
     return session.encode(infer_case.moving_bar(9))
 
 
+@pytest.mark.parametrize("anchor", [True, False])
 def test_each_chunk_continues_the_tokens_of_the_one_before(
-    session: Session, given: torch.Tensor
+    session: Session, given: torch.Tensor, anchor: bool
 ) -> None:
+    overlap = 3 - anchor
     request = Request(tokens=given, seed=3, item=4, sample=1, top_p=0.9)
     one = session.generate(request).tokens
     shown: list[int] = []
     seen: list[torch.Tensor] = []
     long = session.generate(
-        dataclasses.replace(request, num_rollout_chunks=3, rollout_overlap=3),
+        dataclasses.replace(
+            request, num_rollout_chunks=3, rollout_overlap=overlap, rollout_anchor=anchor
+        ),
         shown.append,
         lambda _, tokens: seen.append(tokens.clone()),
     )
     assert long.tokens.shape == (5 + 2 + 2, 2, 3)
     assert torch.equal(long.tokens[:5], one)
     for chunk, start in ((1, 2), (2, 4)):
-        part = session.generate(
-            dataclasses.replace(
-                request, tokens=long.tokens[start : start + 3], seed=seed_of_chunk(3, chunk)
-            )
-        )
-        assert torch.equal(part.tokens, long.tokens[start : start + 5])
+        told = long.tokens[start : start + 3]
+        if anchor:
+            told = torch.cat([long.tokens[:1], told[1:]])
+        seed = seed_of_chunk(3, chunk)
+        part = session.generate(dataclasses.replace(request, tokens=told, seed=seed))
+        assert torch.equal(part.tokens[3:], long.tokens[start + 3 : start + 5])
     assert (long.num_condition_tokens, long.num_generated_tokens) == (12, 42)
-    assert long.settings["num_rollout_chunks"] == 3 and long.settings["rollout_overlap"] == 3
+    settings = {"num_rollout_chunks": 3, "rollout_overlap": overlap, "rollout_anchor": anchor}
+    assert settings.items() <= long.settings.items()
     assert long.settings["seed"] == 3 and long.settings["num_input_frames"] == 9
     assert shown[-1] == 42 and shown == sorted(shown)
     assert torch.equal(seen[-1], long.tokens.flatten())
     assert all(torch.equal(tokens, seen[-1][: len(tokens)]) for tokens in seen)
-    # Without an overlap, each chunk is given as many latent frames as the first.
-    long = session.generate(dataclasses.replace(request, num_rollout_chunks=2))
-    assert long.settings["rollout_overlap"] == 2 and long.tokens.shape[0] == 5 + 3
+    # Where it is not said, each chunk is given as many latent frames as the first.
+    long = session.generate(
+        dataclasses.replace(request, num_rollout_chunks=2, rollout_anchor=anchor)
+    )
+    assert long.settings["rollout_overlap"] == 2 - anchor and long.tokens.shape[0] == 5 + 3
 
 
 def test_it_is_decoded_as_one_clip_and_never_held_whole(
     session: Session, given: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = Request(tokens=given, num_rollout_chunks=4, rollout_overlap=2)
+    request = Request(tokens=given, num_rollout_chunks=4)
     clip = session.generate(request)
     tokenizer = load_tokenizer(TOKENIZER)
     whole = to_uint8(tokenizer.decode(clip.tokens[None])[0])
@@ -102,12 +109,15 @@ def test_how_probable_each_token_was(session: Session, given: torch.Tensor) -> N
     assert session.generate(Request(tokens=given)).log_probs is None
 
 
-@pytest.mark.parametrize("overlap", [5, 9])
+@pytest.mark.parametrize("overlap", [4, 9])
 def test_an_overlap_that_leaves_nothing_is_refused(
     session: Session, given: torch.Tensor, overlap: int
 ) -> None:
     request = Request(tokens=given, num_rollout_chunks=2, rollout_overlap=overlap)
-    with pytest.raises(GeometryError, match=rf"{overlap} leaves nothing.*use 1 to 4"):
+    with pytest.raises(GeometryError, match=rf"{overlap} beside the anchor leaves.*use 1 to 3"):
+        session.generate(request)
+    request = dataclasses.replace(request, rollout_overlap=5, rollout_anchor=False)
+    with pytest.raises(GeometryError, match=r"5 leaves nothing.*use 1 to 4"):
         session.generate(request)
 
 
@@ -125,14 +135,14 @@ def test_a_run_of_several_chunks_beside_the_truth(tmp_path: Path) -> None:
     )
     run(config)
     info = probe(out / "output.mp4")
-    # 3 latent frames, and 2 for each further chunk.
-    assert (info.num_frames, info.width, info.height) == (1 + 8 * 8, WIDTH, HEIGHT)
+    # 3 latent frames, and 1 for each further chunk.
+    assert (info.num_frames, info.width, info.height) == (1 + 5 * 8, WIDTH, HEIGHT)
     assert probe(out / "output_sample_1.side_by_side.mp4").width == 2 * WIDTH
     tokens = [np.load(out / f"output{name}.tokens.npy") for name in ("", "_sample_1")]
-    assert tokens[0].shape == (9, 2, 3)
+    assert tokens[0].shape == (6, 2, 3)
     assert (tokens[0][:2] == tokens[1][:2]).all() and (tokens[0] != tokens[1]).any()
     record = json.loads((out / "output.json").read_text())
-    assert record["num_generated_tokens"] == 7 * 6
+    assert record["num_generated_tokens"] == 4 * 6
     assert "--num_rollout_chunks 4 --rollout_overlap 1" in record["command"]
 
 
