@@ -189,10 +189,12 @@ def compare_shape(args: argparse.Namespace) -> None:
         batches = {
             "1 clip": _ours(model, prompts[:1], few, "sequential"),
             f"{args.batch} clips": _ours(model, prompts, few, "sequential"),
+            f"{args.batch} clips, auto": _ours(model, prompts, few, "auto"),
         }
         times = times_of(batches, args.runs, args.clock)
-        one, many = (statistics.median(values) for values in times.values())
+        one, many, drafts = (statistics.median(values) for values in times.values())
         print(f"batch {args.batch} against 1: {args.batch * one / many:.2f}x the tokens/s")
+        print(f"auto against one after another, drafts never right: {many / drafts:.2f}x")
 
 
 def _ours(model: ARModel, prompts: torch.Tensor, num_tokens: int, way: str) -> Job:

@@ -26,6 +26,7 @@ TOKENS = "tokens"
 INPUT_TYPES = (*PLAIN_INPUT_TYPES, *TEXT_INPUT_TYPES, TOKENS)
 # Ways to decode; they differ in speed alone.
 DECODINGS = ("auto", "sequential", "jacobi", "modules")
+QUANTIZATIONS = ("int8",)
 # torch's generators take seeds up to this.
 _SEED_LIMIT = 2**63
 
@@ -57,6 +58,8 @@ class SessionConfig:
             modules, slow; auto, the fastest.
         decoding_window: tokens that jacobi feeds at once; by default chosen from pass to pass, by
             how many of them are right.
+        quantization: int8 keeps the layers' matrices as whole numbers of 8 bits, for memory; needs
+            torchao.
         rope_scaling: positions where the clip's grid is larger than the checkpoint's.
         rope_scale: replaces the ratio of the two grids.
         allow_tokenizer_mismatch: run with another tokenizer, text encoder or geometry than the
@@ -81,6 +84,7 @@ class SessionConfig:
     dtype: str | None = setting(None, choices=DTYPES)
     decoding: str = setting("auto", choices=DECODINGS)
     decoding_window: int | None = setting(None, at_least=2)
+    quantization: str | None = setting(None, choices=QUANTIZATIONS)
     rope_scaling: str = setting("none", choices=ROPE_SCALINGS)
     rope_scale: float | None = setting(None, at_least=1)
     allow_tokenizer_mismatch: bool = False
@@ -206,6 +210,7 @@ SESSION_FLAGS = (
     Flag("--dtype"),
     Flag("--decoding"),
     Flag("--decoding_window"),
+    Flag("--quantization"),
     Flag("--rope_scaling"),
     Flag("--rope_scale"),
     Flag("--allow_tokenizer_mismatch"),

@@ -184,7 +184,7 @@ def decode_in_windows(
         drawn = draw(found, places + 1)
         before, known = known, drafts.take(fed, drawn, places)
         pairs = zip(before, known, strict=True)
-        choice.learn([new - old - 1 for old, new in pairs if old < end], count - 1)
+        choice.learn([new - old for old, new in pairs if old < end])
         if observe is not None:
             for clip, (old, new) in enumerate(zip(before, known, strict=True)):
                 if new > old:

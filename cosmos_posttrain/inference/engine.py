@@ -192,8 +192,7 @@ def generate(
         return _agreed(own_draw(scores, positions))
 
     length = prompt.shape[1] + num_tokens
-    if decoding == "auto":
-        decoding = chosen_decoding(len(prompt))
+    decoding = chosen_decoding(decoding)
     model.module.eval()
     with torch.inference_mode(), _whole_sequences(model.module):
         if decoding == "jacobi":
@@ -210,12 +209,9 @@ def generate(
     return generated.clone()
 
 
-def chosen_decoding(batch_size: int) -> str:
-    """What ``auto`` means: what is fastest, by the figures of docs/decoding.md.
-
-    A window costs least where one clip leaves the machine's arithmetic idle.
-    """
-    return "jacobi" if torch.cuda.is_available() or batch_size == 1 else "sequential"
+def chosen_decoding(decoding: str) -> str:
+    """What ``auto`` means: windows, which become single tokens where drafts do not pay."""
+    return "jacobi" if decoding == "auto" else decoding
 
 
 def _agreed(tokens: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ from cosmos_posttrain.inference.decode_plan import lay_out
 from cosmos_posttrain.inference.engine import chosen_decoding, generate
 from cosmos_posttrain.inference.log_probs import LogProbs
 from cosmos_posttrain.inference.memory import Peaks
+from cosmos_posttrain.inference.quantization import check_quantization, quantize
 from cosmos_posttrain.inference.request import IMAGE_FPS, GeneratedClip, Prompt, Request
 from cosmos_posttrain.inference.rollout import roll_out
 from cosmos_posttrain.inference.stacking import check_alike, stacked
@@ -76,6 +77,7 @@ class Session:
     def __init__(self, config: SessionConfig) -> None:
         self.peaks = Peaks()
         check(config, flag_names(SESSION_FLAGS))
+        check_quantization(config.quantization, config.decoding)
         self._config = config
         source = opening.open_checkpoint(config)
         self.contract = contract = source.contract
@@ -147,6 +149,7 @@ class Session:
             "latent_shape": list(clip.latent_shape),
             "rope_scaling": config.rope_scaling,
             "rope_scale": config.rope_scale,
+            **({} if config.quantization is None else {"quantization": config.quantization}),
         }
 
     def check(self, request: Request) -> None:
@@ -208,6 +211,8 @@ class Session:
             self.tensor_model_parallel_size,
             self._config.layer_spec,
         )
+        if self._config.quantization is not None:
+            quantize(self._model)
         lay_out(self._model)
         if self._config.offload_ar_model:
             self._move_model("cpu")
@@ -289,7 +294,7 @@ class Session:
                 decode=self.decode_parts,
                 text_encoder=prompt.text_encoder,
                 log_probs=None if log_probs is None else log_probs[number].view(*shape),
-                decoding=self._decoding(len(requests)),
+                decoding=chosen_decoding(self._config.decoding),
             )
             for number, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
         ]
@@ -354,10 +359,6 @@ class Session:
             text_encoder=conditioner.identity if request.prompts else None,
         )
 
-    def _decoding(self, batch_size: int) -> str:
-        decoding = self._config.decoding
-        return chosen_decoding(batch_size) if decoding == "auto" else decoding
-
     def _continue(
         self,
         prompts: Sequence[Prompt],
@@ -393,7 +394,7 @@ class Session:
                 context=batch.context,
                 guidance_scale=sampling.guidance_scale,
                 negative_context=batch.negative_context,
-                decoding=self._decoding(len(requests)),
+                decoding=chosen_decoding(self._config.decoding),
                 window=self._config.decoding_window,
                 progress=progress,
                 observe=all_of(watch, log_probs),

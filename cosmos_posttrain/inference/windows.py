@@ -1,12 +1,12 @@
-"""How many drafts to feed at once, from how often they have been right.
+"""How many tokens to feed at once, from how many of them came to be known.
 
-Flows in: after each pass, how many drafts of each clip were right. Flows out: the next window. The
-tokens do not depend on it, only how long they take; tensor-parallel ranks see the same tokens, so
-they choose the same windows.
+Flows in: after each pass, how many tokens of each clip became known. Flows out: the next window.
+The tokens do not depend on it, only how long they take; tensor-parallel ranks see the same tokens,
+so they choose the same windows.
 
-    tokens of a pass of w    E(w) = 1 + sum over j < w of P(the first j drafts are right)
-    its time                 c(M) of the M = w * clips rows that go through the model, c(1) = 1
-    chosen                   the w of the largest E(w) / c(M)
+    rate    tokens of a clip that a pass of w makes known, as seen; of a wider one a bold guess
+    cost    time of a pass of the M = w * clips rows, c(M), c(1) = 1
+    chosen  the size of the largest rate / cost; left alone for some passes, then chosen again
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ import torch
 
 LARGEST_WINDOW = 64
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
-_FIRST_SIZE = 16
+# Rows that the first window and every trial have at most.
+_FIRST_ROWS = 32
 # c(M) = first + second * M for M > 1. On the CPU measured, see docs/decoding.md; on a GPU assumed:
 # some hundred rows cost what one does, which waits for the weights.
 _COSTS = {"cpu": (1.4, 0.036), "cuda": (1.05, 0.003)}
-# What was seen so many passes ago counts for a third.
-_MEMORY = 24
-_FORGOTTEN = 0.1
-# Where drafts do not pay, they are tried again after so many passes, as many as this.
-_PAUSE, _TRIAL = 32, 8
+# Passes of one size, of which the first few are not counted: drafts get better by being fed.
+_STAY, _UNCOUNTED = 6, 2
+# A rate is a mean of about so many passes, and forgotten when it was not seen for so many.
+_MEMORY, _STALE = 16, 160
+# What a window twice as wide is guessed to make of a rate, until it was tried.
+_WIDER = 1.6
+# Where drafts do not pay, windows of so many rows are tried again after so many passes.
+_TRIAL_ROWS, _PAUSE = 8, 192
 
 
 class WindowChoice:
@@ -44,54 +48,60 @@ class WindowChoice:
         self._batch_size, self._fixed = batch_size, fixed
         self._first, self._second = _COSTS.get(device.type, _COSTS["cuda"])
         self._largest = largest
-        # How often the first 1, 2, ... drafts were fed, and how often all of them were right.
-        self._fed = [0.0] * LARGEST_WINDOW
-        self._right = [0.0] * LARGEST_WINDOW
-        self._num_without, self._is_new = 0, True
+        self._sizes = tuple(size for size in _SIZES if size <= largest)
+        self._rates: dict[int, float] = {}
+        self._last_seen: dict[int, int] = {}
+        self._narrower = dict.fromkeys(self._sizes, 0.0)
+        self._size = self._bold(_FIRST_ROWS)
+        self._num_passes = self._num_here = 0
 
     def next(self) -> int:
         """Tokens of each clip to feed at once, the known one included."""
         if self._fixed is not None:
             return min(self._fixed, self._largest)
-        if self._is_new:
-            size = _FIRST_SIZE
-        elif self._num_without >= _PAUSE:
-            size = _TRIAL
-        else:
-            expected = self._expected()
-            size = max(_SIZES, key=lambda w: expected[w - 1] / self._cost(w * self._batch_size))
-        return max(1, min(size, self._largest))
+        num_here = self._num_here
+        if self._size == 1 and num_here >= _PAUSE:
+            self._go_to(self._bold(_TRIAL_ROWS))
+        elif num_here >= _STAY:
+            self._go_to(self._best())
+        return self._size
 
-    def learn(self, num_right: Sequence[int], num_drafts: int) -> None:
-        """Takes in a pass.
-
-        Args:
-            num_right: of each clip that was not complete, drafts that were right.
-            num_drafts: that each had.
-        """
-        if self._fixed is not None:
+    def learn(self, num_known: Sequence[int]) -> None:
+        """Takes in a pass: of each clip that was not complete, tokens that became known."""
+        self._num_passes += 1
+        self._num_here += 1
+        if self._num_here <= _UNCOUNTED:
             return
-        self._num_without = self._num_without + 1 if num_drafts == 0 else 0
-        self._is_new = False
-        keep = 1 - 1 / _MEMORY
-        for number in range(LARGEST_WINDOW):
-            is_fed = number < num_drafts
-            reached = sum(count > number for count in num_right) if is_fed else 0
-            self._fed[number] = keep * self._fed[number] + is_fed * len(num_right)
-            self._right[number] = keep * self._right[number] + reached
+        share = 1 / min(self._num_here - _UNCOUNTED, _MEMORY)
+        for size in self._sizes:
+            # A narrower window would have made known what lies in it.
+            seen = sum(min(count, size) for count in num_known) / len(num_known)
+            if size < self._size:
+                self._narrower[size] += share * (seen - self._narrower[size])
+            elif size == self._size:
+                self._rates[size] = (1 - share) * self._rates.get(size, seen) + share * seen
+                self._last_seen[size] = self._num_passes
 
-    def _expected(self) -> list[float]:
-        """Tokens of a pass with windows of 1, 2, ...: seen where drafts were fed, else guessed."""
-        total, chance, found, step = 1.0, 1.0, [1.0], 0.5
-        for number, (fed, right) in enumerate(zip(self._fed, self._right, strict=True), 1):
-            if fed > _FORGOTTEN:
-                chance = min(chance, right / fed)
-                step = chance ** (1 / number)
-            else:
-                chance *= step
-            total += chance
-            found.append(total)
-        return found
+    def _bold(self, rows: int) -> int:
+        """The largest size of so many rows in all, at least 2 to learn from."""
+        return max(size for size in self._sizes if size <= max(2, rows // self._batch_size))
+
+    def _go_to(self, size: int) -> None:
+        if size != self._size:
+            self._size, self._num_here = size, 0
+            self._narrower = dict.fromkeys(self._sizes, 0.0)
+
+    def _best(self) -> int:
+        fresh = self._num_passes - _STALE
+        rates = {size: rate for size, rate in self._narrower.items() if size < self._size}
+        for size, rate in self._rates.items():
+            if self._last_seen[size] > fresh:
+                rates[size] = rate
+        wider = 2 * self._size
+        if wider in self._sizes and self._size > 1:
+            rates.setdefault(wider, rates[self._size] * _WIDER)
+        rates[1] = 1.0  # without drafts
+        return max(rates, key=lambda size: rates[size] / self._cost(size * self._batch_size))
 
     def _cost(self, rows: int) -> float:
         return 1.0 if rows == 1 else self._first + self._second * rows

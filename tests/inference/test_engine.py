@@ -220,7 +220,7 @@ def test_guidance_1_is_plain_sampling_and_costs_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, tokens, text = tiny_with_text(), with_bov(prompts()), texts()
-    settings = {"top_p": 0.9, "seed": 3, "context": text}
+    settings = {"top_p": 0.9, "seed": 3, "context": text, "decoding": "sequential"}
     plain = generate(model, tokens, 10, **settings)
     rows = count_calls(monkeypatch, DecodeState, "feed")
     guided = generate(model, tokens, 10, **settings, guidance_scale=1.0)
@@ -241,6 +241,7 @@ def test_guidance_draws_from_both_scores(
         tokens,
         num_tokens,
         temperature=0,
+        decoding="sequential",
         context=text,
         guidance_scale=3.0,
         negative_context=other if has_negative else None,

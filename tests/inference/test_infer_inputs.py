@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import infer_case, onex
-from helpers.distributed_run import run_script
 from helpers.infer_case import FRAMES, HEIGHT, TOKENIZER, WIDTH, random_config
 
 from cosmos_posttrain import TokenDataset, load_tokenizer
@@ -228,8 +227,8 @@ def test_a_record_has_the_command_that_makes_the_clip_again(
     words = shlex.split(record["command"])
     assert words[:2] == ["python", "infer.py"]
     (tmp_path / "out" / "b_sample_1.mp4").unlink()
-    finished = run_script(words[1:])
-    assert finished.returncode == 0, finished.stderr
+    monkeypatch.chdir("/")
+    run(parse(InferConfig, FLAGS, words[2:], "infer.py", ""))
     again = record_of(tmp_path / "out" / "b_sample_1.json")
     assert again["command"] == record["command"]
     assert again["settings"] == record["settings"]
@@ -302,15 +301,10 @@ def test_inputs_that_nothing_can_be_made_of(tmp_path: Path) -> None:
     assert "text.mp4 holds text, not video" in text
     assert [path.name for path in out.glob("*.mp4")] == ["good.mp4"]
     for name in names[:3]:
-        arguments = ["infer.py", "--input_image_or_video_path", tmp_path / name]
-        arguments += ["--ar_model_dir", "random:tiny", "--encoder_path", TOKENIZER]
-        arguments += ["--width", "48", "--height", "32", "--num_context_frames", "17"]
-        arguments += ["--disable_diffusion_decoder", "--disable_guardrail"]
-        if name == names[0]:  # one process is enough: the others raise the same class
-            finished = run_script([*arguments, "--video_save_folder", tmp_path / "single"])
-            assert finished.returncode == 2
-            assert "too few for a clip" in finished.stderr
-            assert not list((tmp_path / "single").glob("*.mp4"))
+        with pytest.raises(UserError, match=name) as alone:
+            run(random_config(tmp_path / name, tmp_path / "single"))
+        assert alone.value.exit_code == 2
+    assert not list((tmp_path / "single").glob("*.mp4"))
 
 
 def test_a_gpu_count_is_the_tensor_parallel_size(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_weights_and_cache_are_what_a_model_holds(name: str) -> None:
         assert model.config.context_dim is not None
         context = torch.zeros(batch, model.config.context_len, model.config.context_dim)
     state = DecodeState(DecodePlan(model), batch, rows, context)
-    tensors = [state._cache, *(tensor for pair in state._texts for tensor in pair)]
+    tensors = [state._keys, state._values, *(tensor for pair in state._texts for tensor in pair)]
     found = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     # The cache has a place for every token of a clip; the plan counts <bov> and what pads it too.
     assert found == pytest.approx(cache_bytes(model.config, batch), rel=0.12)
