@@ -5,13 +5,13 @@ stages of ``infer.py`` come one after another; what is not offloaded stays for a
 
     text       the text encoder
     encode     the tokenizer, and what its widest layers hold
+    load       the weights, as int8 too first in bfloat16
     generate   the weights, keys and values of all tokens, and what one pass holds
     decode     as encode
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from cosmos_posttrain.models.config import ModelConfig
@@ -41,6 +41,7 @@ class InferenceMemory:
         work: what a pass over the prompt holds.
         tokenizer: weights, and what its layers hold.
         text_encoder: weights; 0 of base models.
+        loading: weights of the model while they are read.
     """
 
     weights: float
@@ -48,17 +49,19 @@ class InferenceMemory:
     work: float
     tokenizer: float
     text_encoder: float
+    loading: float
 
     @property
     def together(self) -> float:
         """The peak where nothing is offloaded."""
-        return _with_overhead(sum(dataclasses.astuple(self)))
+        model = max(self.loading, self.weights + self.cache + self.work)
+        return _with_overhead(self.text_encoder + self.tokenizer + model)
 
     @property
     def offloaded(self) -> float:
         """The peak where each stage has the GPU to itself (every ``--offload_*`` flag)."""
-        stages = (self.text_encoder, self.tokenizer, self.weights + self.cache + self.work)
-        return _with_overhead(max(stages))
+        generating = self.weights + self.cache + self.work
+        return _with_overhead(max(self.text_encoder, self.tokenizer, self.loading, generating))
 
 
 def _with_overhead(num_bytes: float) -> float:
@@ -84,6 +87,7 @@ def inference_memory(
         tokenizer=_BF16 * _TOKENIZER_PARAMETERS
         + _TOKENIZER_LAYERS * _TOKENIZER_BYTES_PER_PIXEL * _CHUNK_PIXELS,
         text_encoder=_BF16 * _T5_PARAMETERS if model.is_video2world else 0,
+        loading=weight_bytes(model, "bf16"),
     )
 
 

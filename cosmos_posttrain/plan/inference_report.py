@@ -74,7 +74,7 @@ def show(
     table = Table(
         "model", "as", title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0)
     )
-    for name in ("weights", "cache", "work", "tokenizer", "T5", "together", "offloaded"):
+    for name in ("weights", "cache", "work", "tokenizer", "T5", "loading", "together", "offloaded"):
         table.add_column(name, justify="right", no_wrap=True)
     for size in sizes:
         table.add_column(f"{size:g} GB", justify="right", no_wrap=True)
@@ -86,6 +86,7 @@ def show(
     console.print(
         "together: nothing is offloaded; offloaded: every --offload_* flag, so that each stage has "
         f"the GPU to itself. Both with {FRAMEWORK_BYTES / _GIB:g} GiB for CUDA and "
-        f"{FRAGMENTATION:.0%} for fragmentation. int8: --quantization int8. T5: T5-11B in bfloat16 "
+        f"{FRAGMENTATION:.0%} for fragmentation. int8: --quantization int8, made of bfloat16 after "
+        "loading. T5: T5-11B in bfloat16 "
         "(--text_encoder_dtype). Guidance doubles cache and work. All are estimates."
     )
