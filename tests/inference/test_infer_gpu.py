@@ -136,3 +136,15 @@ def test_offloading_frees_memory(tmp_path: Path) -> None:
     assert freed >= 0.9 * tokenizer_bytes
     for stage in ("encode", "decode_parts"):
         assert kept[stage] - used["model"][stage] >= 0.9 * model_bytes
+
+
+def test_ways_of_decoding_agree_on_a_gpu() -> None:
+    model = load_model(AR_CASE, dtype="float32")
+    given = prompt().repeat(3, 1)
+    for settings in ({"temperature": 0.0}, {"top_p": 0.8, "seed": 3}, {"top_k": 50}):
+        with full_float32():
+            found = [
+                generate(model, given, rest(model), decoding=way, **settings)
+                for way in ("modules", "sequential", "jacobi")
+            ]
+        assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2]), settings
