@@ -13,7 +13,10 @@ from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.geometry import ClipGeometry
 from cosmos_posttrain.inference.request import Prompt, Request
 
-_ALIKE = ("temperature", "top_p", "top_k", "guidance_scale")
+_ALIKE = (
+    *("temperature", "top_p", "top_k", "guidance_scale"),
+    *("num_rollout_chunks", "rollout_overlap", "rollout_anchor", "with_log_probs"),
+)
 
 
 def check_alike(requests: Sequence[Request], geometry: ClipGeometry) -> None:

@@ -1,0 +1,150 @@
+"""The guardrail: what it refuses, what it blurs, and what it says where nothing is checked.
+
+Its package brings detectors and a language model that few install. Where it is missing, a module
+of the same names stands in for it; where it is there, ``test_the_package_itself`` runs it on
+weights without training.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError, TextError
+from cosmos_posttrain.inference.guardrail import Guardrail
+
+NAME = "cosmos_guardrail.cosmos_guardrail"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("custom", "exact_match", "whitelist"):
+        (tmp_path / "weights" / "blocklist" / name).mkdir(parents=True)
+        (tmp_path / "weights" / "blocklist" / name / "words.txt").write_text(f"{name}word\n")
+    (tmp_path / "weights" / "face_blur_filter").mkdir()
+    (tmp_path / "weights" / "face_blur_filter" / "Resnet50_Final.pth").write_bytes(b"weights")
+    return tmp_path / "weights"
+
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+    """The package's names: words of the lists are blocked, bright pixels are faces."""
+    module = types.ModuleType(NAME)
+
+    class Blocklist:
+        def __init__(self) -> None:
+            root = Path(module.snapshot_download("a/b", allow_patterns=["blocklist/*"]))
+            self.words = (root / "blocklist/custom/words.txt").read_text().split()
+
+        def is_safe(self, text: str) -> tuple[bool, str]:
+            return not any(word in text for word in self.words), "words"
+
+    class Qwen3Guard(torch.nn.Module):
+        def __init__(self, path: str) -> None:
+            super().__init__()
+            self.is_broken = "broken" in (Path(path) / "config.json").read_text()
+
+        def is_safe(self, text: str) -> tuple[bool, str]:
+            if self.is_broken:
+                return True, "Unexpected error occurred when running Qwen3Guard guardrail."
+            return "rude" not in text, ""
+
+    class RetinaFaceFilter(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            root = Path(module.snapshot_download("a/b"))
+            if (root / "face_blur_filter/Resnet50_Final.pth").read_bytes() != b"weights":
+                raise RuntimeError("invalid load key.\nand more")
+
+        def postprocess(self, frames: np.ndarray) -> np.ndarray:
+            assert frames.ndim == 4 and frames.shape[3] == 3 and frames.dtype == np.uint8
+            frames[frames > 200] = 0
+            return frames
+
+    def snapshot_download(*_args: object, **_options: object) -> str:
+        raise AssertionError("the hub is not asked")
+
+    for value in (Blocklist, Qwen3Guard, RetinaFaceFilter, snapshot_download):
+        setattr(module, value.__name__, value)
+    monkeypatch.setitem(sys.modules, "cosmos_guardrail", types.ModuleType("cosmos_guardrail"))
+    monkeypatch.setitem(sys.modules, NAME, module)
+    yield module
+    assert module.snapshot_download is snapshot_download  # put back
+
+
+def test_without_weights_one_sentence_says_that_nothing_was_checked() -> None:
+    guardrail = Guardrail(None)
+    assert len(guardrail.notes) == 1 and guardrail.notes[0].startswith("nothing was checked: ")
+    assert Guardrail(None, is_disabled=True).notes == ()
+    frames = torch.full((3, 2, 4, 4), 255, dtype=torch.uint8)
+    guardrail.check_prompt("customword")
+    assert guardrail.blur_faces(frames) is frames and not guardrail.is_active
+
+
+@pytest.mark.parametrize(
+    "missing", ["blocklist/custom/words.txt", "face_blur_filter/Resnet50_Final.pth", ""]
+)
+def test_a_folder_without_weights_is_refused(folder: Path, missing: str) -> None:
+    if missing:
+        (folder / missing).unlink()
+        named = missing.removesuffix("/words.txt")
+    else:
+        folder, named = folder / "elsewhere", "blocklist/custom"
+    with pytest.raises(ConfigError, match=rf"--guardrail_dir .* has no {named}") as caught:
+        Guardrail(folder)
+    assert str(caught.value).count("\n") == 0
+
+
+@pytest.mark.skipif("cosmos_guardrail" in sys.modules, reason="the package is there")
+def test_a_missing_package_is_named_with_its_extra(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cosmos_guardrail", None)
+    with pytest.raises(ConfigError, match=r"pip install '\.\[guardrail\]'"):
+        Guardrail(folder)
+
+
+def test_prompts_are_blocked_by_words_and_by_the_judge(
+    folder: Path, package: types.ModuleType
+) -> None:
+    guardrail = Guardrail(folder)
+    assert "word lists only" in guardrail.notes[0]
+    guardrail.check_prompt("a rude ball")
+    with pytest.raises(TextError, match="blocks the prompt 'a customword ball'"):
+        guardrail.check_prompt("a customword ball")
+    judge = folder.parent / "Qwen3Guard-Gen-0.6B"
+    judge.mkdir()
+    (judge / "config.json").write_text("{}")
+    judged = Guardrail(folder)
+    assert judged.notes == ()
+    judged.check_prompt("a ball")
+    with pytest.raises(TextError, match="blocks the prompt"):
+        judged.check_prompt("a rude ball")
+    # The package calls a prompt safe that it failed to judge.
+    (judge / "config.json").write_text('"broken"')
+    judged.release()
+    with pytest.raises(CosmosPosttrainError, match="could not judge"):
+        judged.check_prompt("a ball")
+
+
+def test_faces_are_blurred_and_the_frames_that_came_in_stay(
+    folder: Path, package: types.ModuleType
+) -> None:
+    frames = torch.randint(0, 256, (3, 37, 4, 6), dtype=torch.uint8)
+    before = frames.clone()
+    blurred = Guardrail(folder).blur_faces(frames)
+    assert torch.equal(frames, before)
+    assert torch.equal(blurred, torch.where(before > 200, 0, before))
+
+
+def test_damaged_weights_are_one_sentence(folder: Path, package: types.ModuleType) -> None:
+    (folder / "face_blur_filter" / "Resnet50_Final.pth").write_bytes(b"other")
+    with pytest.raises(ConfigError, match=r"cannot be used \(invalid load key\)") as caught:
+        Guardrail(folder).blur_faces(torch.zeros(3, 1, 4, 4, dtype=torch.uint8))
+    assert "\n" not in str(caught.value)
