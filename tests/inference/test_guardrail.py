@@ -148,3 +148,53 @@ def test_damaged_weights_are_one_sentence(folder: Path, package: types.ModuleTyp
     with pytest.raises(ConfigError, match=r"cannot be used \(invalid load key\)") as caught:
         Guardrail(folder).blur_faces(torch.zeros(3, 1, 4, 4, dtype=torch.uint8))
     assert "\n" not in str(caught.value)
+
+
+def write_real_weights(package: types.ModuleType, folder: Path) -> None:
+    """Word lists, nltk's data without words, and a detector that takes everything for a face."""
+    for name, word in (("custom", "forbidden"), ("exact_match", "barred thing")):
+        (folder / "blocklist" / name / "words.txt").write_text(f"{word}\n")
+    data = folder / "blocklist" / "nltk_data"
+    english, wordnet = data / "tokenizers/punkt_tab/english", data / "corpora/wordnet"
+    for place, names in (
+        (english, "collocations.tab sent_starters.txt abbrev_types.txt ortho_context.tab"),
+        (wordnet, "index.sense"),
+        *(
+            (wordnet, f"index.{kind} data.{kind} {kind}.exc")
+            for kind in "noun verb adj adv".split()
+        ),
+    ):
+        place.mkdir(parents=True, exist_ok=True)
+        for name in names.split():
+            (place / name).write_text("")
+    (wordnet / "lexnames").write_text("00\tadj.all\t3\n")
+    net = package.RetinaFace(cfg={**package.cfg_re50, "pretrain": False}, phase="test")
+    heads = {
+        f"module.{name}": torch.zeros_like(value)
+        for name, value in net.state_dict().items()
+        if name.startswith(("ClassHead", "BboxHead"))
+    }
+    for name, value in heads.items():
+        if "ClassHead" in name and name.endswith("bias"):
+            value.view(-1, 2)[:] = torch.tensor([-5.0, 5.0])
+    torch.save(heads, folder / "face_blur_filter" / "Resnet50_Final.pth")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_package_itself(folder: Path) -> None:
+    reason = "the extra guardrail is not installed"
+    package = pytest.importorskip(NAME, reason=reason, exc_type=ImportError)
+    write_real_weights(package, folder)
+    guardrail = Guardrail(folder)
+    guardrail.check_prompt("a red ball rolls")
+    for text in ("a forbidden ball", "the barred thing"):
+        with pytest.raises(TextError, match="blocks the prompt"):
+            guardrail.check_prompt(text)
+    frames = torch.randint(0, 256, (3, 5, 64, 96), dtype=torch.uint8)
+    blurred = guardrail.blur_faces(frames)
+    assert blurred.shape == frames.shape and blurred.dtype == torch.uint8
+    assert (blurred != frames).float().mean() > 0.5
+    guardrail.release()
+    (folder / "face_blur_filter" / "Resnet50_Final.pth").write_bytes(b"junk")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        guardrail.blur_faces(frames)
