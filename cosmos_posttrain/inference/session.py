@@ -234,6 +234,7 @@ class Session:
         Args:
             request: what is given of the clip.
             progress: called with the number of tokens generated so far, after each.
+            on_tokens: see ``generate_many``.
 
         Raises:
             VideoError: the input cannot be decoded; on all of those ranks.

@@ -164,10 +164,10 @@ class JobQueue:
             self._tell_places()
             return taken
 
-    def cancel(self, job: Job) -> None:
-        """Ends a job that waits; asks one that is generated to end."""
+    def cancel(self, job: Job, also_running: bool = False) -> None:
+        """Ends a job that waits; one that is generated is asked to end, where that is wanted."""
         with self._changed:
-            job.wants_end = True
+            job.wants_end = also_running
             if job in self._waiting:
                 self._waiting.remove(job)
                 self._num_places -= 1
