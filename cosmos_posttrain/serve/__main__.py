@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import importlib
 
 from cosmos_posttrain.cli import parse
 from cosmos_posttrain.errors import ConfigError
@@ -22,12 +22,20 @@ def main() -> None:
         "Serves a model: a page, and an HTTP interface, that take images and clips.",
     )
     validate(config)
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"the service needs {', '.join(missing)}; run pip install '.[serve]'.")
+    _check_packages()
     from cosmos_posttrain.serve.server import run
 
     run(config)
+
+
+def _check_packages() -> None:
+    for name in _PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(
+                f"the service needs the package {name}; run pip install '.[serve]'."
+            ) from error
 
 
 if __name__ == "__main__":

@@ -176,19 +176,21 @@ def _add_clips(app: FastAPI, desk: Desk) -> None:
 
     @app.post("/api/clips")
     async def make(request: Request) -> Response:
+        max_bytes = desk.config.max_upload_mb * 10**6 + _FORM_BYTES
+        body = uploads.Body(request.receive, max_bytes)
         try:
             desk.queue.take_place()
         except QueueFullError as error:
             desk.metrics.count_refused("full")
-            await uploads.drain(request.receive)
+            await body.drain()
             return JSONResponse({"problem": str(error)}, 429, headers={"retry-after": "30"})
         is_used = False
         try:
-            job = await _take_in(desk, request)
+            job = await _take_in(desk, Request(request.scope, body))
             is_used = True
         except RefusedError as error:
             desk.metrics.count_refused(error.reason)
-            await uploads.drain(request.receive)
+            await body.drain()
             return JSONResponse({"problem": error.problem}, error.status)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
@@ -196,7 +198,6 @@ def _add_clips(app: FastAPI, desk: Desk) -> None:
             if not is_used:
                 desk.queue.give_back()
         desk.jobs[job.name] = job
-        job.say("accepted", name=job.name, file=job.file, num_given=job.found.num_given)
         desk.queue.put(job)
         desk.forget_old()
         return ClipLines(job, desk.queue)
@@ -225,16 +226,14 @@ async def _take_in(desk: Desk, request: Request) -> Job:
     Raises:
         RefusedError: with a sentence for the client.
     """
-    max_bytes = desk.config.max_upload_mb * 10**6
     announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > max_bytes + _FORM_BYTES:
+    if announced.isdigit() and int(announced) > desk.config.max_upload_mb * 10**6 + _FORM_BYTES:
         raise _too_large(desk, f"has {int(announced) / 1e6:,.0f} MB")
-    form = Request(request.scope, uploads.limited(request.receive, max_bytes + _FORM_BYTES))
     folder = desk.folder / secrets.token_urlsafe(16)
     try:
         async with (
             asyncio.timeout(_UPLOAD_SECONDS),
-            form.form(max_files=1, max_fields=20, max_part_size=64 * 1024) as fields,
+            request.form(max_files=1, max_fields=20, max_part_size=64 * 1024) as fields,
         ):
             values = dict(fields)
             file = values.pop("file", None)

@@ -60,7 +60,7 @@ class Gate:
             await self._app(scope, receive, send_safely)
             return
         status, problem = refusal
-        await uploads.drain(receive)
+        await uploads.Body(receive).drain()
         headers = {"www-authenticate": "Bearer"} if status == 401 else None
         answer = JSONResponse({"problem": problem}, status, headers)
         await answer(scope, receive, send_safely)

@@ -132,6 +132,7 @@ class JobQueue:
         with self._changed:
             self._num_jobs += 1
             job.number = self._num_jobs
+            job.say("accepted", name=job.name, number=job.number, num_given=job.found.num_given)
             if not self._is_open:
                 self._num_places -= 1
                 job.end("cancelled", problem="the service is ending.")

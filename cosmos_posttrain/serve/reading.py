@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-MEMORY_BYTES = 2 * 2**30
-CPU_SECONDS = 20
 FRAMES_FILE = "given.npy"
 _IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 
@@ -39,6 +37,8 @@ class Wanted:
         width: likewise.
         max_side: pixels of the longer side that are let in.
         max_seconds: of a clip that are let in.
+        memory_bytes: of the process; it ends where it needs more.
+        cpu_seconds: likewise.
     """
 
     name: str
@@ -47,6 +47,8 @@ class Wanted:
     width: int
     max_side: int
     max_seconds: float
+    memory_bytes: int = 2 * 2**30
+    cpu_seconds: int = 20
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,12 @@ class Found:
     fps: float
 
 
-def limit_process() -> None:
+def limit_process(wanted: Wanted) -> None:
     """Takes memory, time and files away from this process, for good."""
     for kind, amount in (
-        (resource.RLIMIT_AS, MEMORY_BYTES),
-        (resource.RLIMIT_CPU, CPU_SECONDS),
-        (resource.RLIMIT_FSIZE, MEMORY_BYTES),
+        (resource.RLIMIT_AS, wanted.memory_bytes),
+        (resource.RLIMIT_CPU, wanted.cpu_seconds),
+        (resource.RLIMIT_FSIZE, wanted.memory_bytes),
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
     ):
@@ -143,10 +145,12 @@ def _check_side(path: Path, width: int, height: int, max_side: int) -> None:
 
 def main(argument: str) -> dict[str, Any]:
     """Reads an upload and leaves its frames; returns what is printed."""
+    wanted = Wanted(**json.loads(argument))
+    limit_process(wanted)
     import numpy as np
 
     try:
-        found, frames = read(Wanted(**json.loads(argument)))
+        found, frames = read(wanted)
     except VideoError as error:
         return {"problem": str(error)}
     np.save(FRAMES_FILE, frames)
@@ -154,6 +158,5 @@ def main(argument: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    limit_process()
     warnings.simplefilter("ignore")
     print(json.dumps(main(sys.argv[1])), flush=True)

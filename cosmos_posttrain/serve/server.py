@@ -12,7 +12,7 @@ import contextlib
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -124,8 +124,18 @@ async def serve(
     notes: tuple[str, ...],
     bound: socket.socket,
     folder: Path,
+    hand_out: Callable[[Callable[[], None]], None] = lambda end: None,
 ) -> None:
     """Answers at a bound socket until a signal comes.
+
+    Args:
+        config: of the service.
+        session: opened and loaded; from here on the worker's.
+        guardrail: likewise.
+        notes: sentences for the page.
+        bound: from ``bind``.
+        folder: of the clips.
+        hand_out: given what ends the service, to be called in its event loop.
 
     Raises:
         CosmosPosttrainError: generation ended by itself.
@@ -164,6 +174,7 @@ async def serve(
         server.should_exit = True
         queue.close()
 
+    hand_out(end)
     with _signals(loop, end):
         worker.start()
         await server.serve([bound])
@@ -174,12 +185,12 @@ async def serve(
 
 
 @contextlib.contextmanager
-def _signals(loop: asyncio.AbstractEventLoop, end: object) -> Iterator[None]:
+def _signals(loop: asyncio.AbstractEventLoop, end: Callable[[], None]) -> Iterator[None]:
     """Calls ``end`` on SIGTERM and Ctrl-C, where this is the main thread."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     with contextlib.suppress(RuntimeError, ValueError):
         for number in numbers:
-            loop.add_signal_handler(number, end)  # type: ignore[arg-type]
+            loop.add_signal_handler(number, end)
     try:
         yield
     finally:
@@ -188,6 +199,6 @@ def _signals(loop: asyncio.AbstractEventLoop, end: object) -> Iterator[None]:
                 loop.remove_signal_handler(number)
 
 
-def _tell(loop: asyncio.AbstractEventLoop, function: object) -> None:
+def _tell(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
     with contextlib.suppress(RuntimeError):  # the loop has ended
-        loop.call_soon_threadsafe(function)  # type: ignore[arg-type]
+        loop.call_soon_threadsafe(function)

@@ -37,29 +37,37 @@ class TooLargeError(Exception):
     """A body has more bytes than are let in."""
 
 
-def limited(receive: Receive, max_bytes: int) -> Receive:
-    """The same body, which ends with an error when it gets too long."""
-    num_bytes = 0
+class Body:
+    """A request's body, counted as it comes; takes the place of ASGI's ``receive``.
 
-    async def receive_some() -> Message:
-        nonlocal num_bytes
-        message = await receive()
-        num_bytes += len(message.get("body", b""))
-        if num_bytes > max_bytes:
+    Args:
+        receive: ASGI's own.
+        max_bytes: it may have; more of them raise ``TooLargeError``.
+    """
+
+    def __init__(self, receive: Receive, max_bytes: int = sys.maxsize) -> None:
+        self._receive, self._max_bytes = receive, max_bytes
+        self._num_bytes, self._is_over = 0, False
+
+    async def __call__(self) -> Message:
+        """The next part."""
+        message = await self._next()
+        if self._num_bytes > self._max_bytes:
             raise TooLargeError
         return message
 
-    return receive_some
+    async def drain(self) -> None:
+        """Throws away what is left; a sender reads no answer before it has sent all."""
+        end = time.monotonic() + _DRAIN_SECONDS
+        with contextlib.suppress(TimeoutError):
+            while not self._is_over and (left := end - time.monotonic()) > 0:
+                await asyncio.wait_for(self._next(), left)
 
-
-async def drain(receive: Receive) -> None:
-    """Throws away what is left of a body; a sender reads no answer before it has sent."""
-    end = time.monotonic() + _DRAIN_SECONDS
-    with contextlib.suppress(TimeoutError):
-        while (left := end - time.monotonic()) > 0:
-            message = await asyncio.wait_for(receive(), left)
-            if message["type"] != "http.request" or not message.get("more_body"):
-                return
+    async def _next(self) -> Message:
+        message = await self._receive()
+        self._num_bytes += len(message.get("body", b""))
+        self._is_over = not message.get("more_body", False)
+        return message
 
 
 def safe_name(name: str | None) -> str:
@@ -104,8 +112,8 @@ async def read(folder: Path, wanted: Wanted) -> Found:
         answer = json.loads(said)
     except (TimeoutError, ValueError) as error:
         raise VideoError(
-            f"{wanted.name} cannot be decoded with {reading.MEMORY_BYTES // 2**30} GiB of memory "
-            f"in {reading.CPU_SECONDS} s; send a smaller one."
+            f"{wanted.name} cannot be decoded with {wanted.memory_bytes // 2**20:,} MiB of memory "
+            f"in {wanted.cpu_seconds} s; send a smaller one."
         ) from error
     finally:
         if process.returncode is None:

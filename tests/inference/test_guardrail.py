@@ -12,70 +12,28 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from helpers import guardrail_case
+from helpers.guardrail_case import NAME
 
 from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError, TextError
 from cosmos_posttrain.inference.guardrail import Guardrail
 
-NAME = "cosmos_guardrail.cosmos_guardrail"
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in ("custom", "exact_match", "whitelist"):
-        (tmp_path / "weights" / "blocklist" / name).mkdir(parents=True)
-        (tmp_path / "weights" / "blocklist" / name / "words.txt").write_text(f"{name}word\n")
-    (tmp_path / "weights" / "face_blur_filter").mkdir()
-    (tmp_path / "weights" / "face_blur_filter" / "Resnet50_Final.pth").write_bytes(b"weights")
-    return tmp_path / "weights"
+    return guardrail_case.write_folder(tmp_path / "weights")
 
 
 @pytest.fixture
 def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
-    """The package's names: words of the lists are blocked, bright pixels are faces."""
-    module = types.ModuleType(NAME)
-
-    class Blocklist:
-        def __init__(self) -> None:
-            root = Path(module.snapshot_download("a/b", allow_patterns=["blocklist/*"]))
-            self.words = (root / "blocklist/custom/words.txt").read_text().split()
-
-        def is_safe(self, text: str) -> tuple[bool, str]:
-            return not any(word in text for word in self.words), "words"
-
-    class Qwen3Guard(torch.nn.Module):
-        def __init__(self, path: str) -> None:
-            super().__init__()
-            self.is_broken = "broken" in (Path(path) / "config.json").read_text()
-
-        def is_safe(self, text: str) -> tuple[bool, str]:
-            if self.is_broken:
-                return True, "Unexpected error occurred when running Qwen3Guard guardrail."
-            return "rude" not in text, ""
-
-    class RetinaFaceFilter(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            root = Path(module.snapshot_download("a/b"))
-            if (root / "face_blur_filter/Resnet50_Final.pth").read_bytes() != b"weights":
-                raise RuntimeError("invalid load key.\nand more")
-
-        def postprocess(self, frames: np.ndarray) -> np.ndarray:
-            assert frames.ndim == 4 and frames.shape[3] == 3 and frames.dtype == np.uint8
-            frames[frames > 200] = 0
-            return frames
-
-    def snapshot_download(*_args: object, **_options: object) -> str:
-        raise AssertionError("the hub is not asked")
-
-    for value in (Blocklist, Qwen3Guard, RetinaFaceFilter, snapshot_download):
-        setattr(module, value.__name__, value)
-    monkeypatch.setitem(sys.modules, "cosmos_guardrail", types.ModuleType("cosmos_guardrail"))
-    monkeypatch.setitem(sys.modules, NAME, module)
-    yield module
-    assert module.snapshot_download is snapshot_download  # put back
+    modules = guardrail_case.stand_in()
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    download = modules[NAME].snapshot_download
+    yield modules[NAME]
+    assert modules[NAME].snapshot_download is download  # put back
 
 
 def test_without_weights_one_sentence_says_that_nothing_was_checked() -> None:
