@@ -34,7 +34,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from cosmos_posttrain.errors import ConfigError, UserError
+from cosmos_posttrain.errors import ConfigError, UserError, VideoError
 from cosmos_posttrain.geometry import num_pixel_frames
 from cosmos_posttrain.inference.session import Session
 from cosmos_posttrain.serve import uploads
@@ -251,7 +251,7 @@ async def _take_in(desk: Desk, request: Request) -> Job:
             problem = f"the upload took longer than {_UPLOAD_SECONDS:.0f} s; send a smaller file."
             raise RefusedError(408, problem, "size") from error
         if isinstance(error, UserError):
-            reason = "settings" if isinstance(error, ConfigError) else "file"
+            reason = "file" if isinstance(error, VideoError) else "settings"
             raise RefusedError(422, str(error), reason) from error
         raise
     loop = asyncio.get_running_loop()
