@@ -37,7 +37,6 @@ from cosmos_posttrain.inference import contract as contracts
 from cosmos_posttrain.inference import opening
 from cosmos_posttrain.inference.conditioning import TextConditioner
 from cosmos_posttrain.inference.config import SESSION_FLAGS, SessionConfig
-from cosmos_posttrain.inference.decoding import Decoded
 from cosmos_posttrain.inference.engine import generate
 from cosmos_posttrain.inference.request import IMAGE_FPS, GeneratedClip, Prompt, Request
 from cosmos_posttrain.models.ar_model import ARModel
@@ -202,39 +201,14 @@ class Session:
         if self._config.offload_ar_model:
             self._move_model("cpu")
 
-    def generate_many(
-        self,
-        requests: Sequence[Request],
-        progress: Callable[[int], None] | None = None,
-        on_tokens: Callable[[int, Tensor], None] | None = None,
-    ) -> list[GeneratedClip]:
-        """Generates clips; all ranks that share the model together.
-
-        Args:
-            requests: of equal settings of the sampling.
-            progress: called with the number of tokens generated so far.
-            on_tokens: called with the number of a request and the tokens known so far of its clip,
-                (n,) int64 on the CPU, given ones included, at the end of each latent frame.
-        """
-        return [
-            self.generate(
-                request, progress, None if on_tokens is None else partial(on_tokens, number)
-            )
-            for number, request in enumerate(requests)
-        ]
-
     def generate(
-        self,
-        request: Request,
-        progress: Callable[[int], None] | None = None,
-        on_tokens: Callable[[Tensor], None] | None = None,
+        self, request: Request, progress: Callable[[int], None] | None = None
     ) -> GeneratedClip:
         """Generates one clip; all ranks that share the model together.
 
         Args:
             request: what is given of the clip.
             progress: called with the number of tokens generated so far, after each.
-            on_tokens: see ``generate_many``.
 
         Raises:
             VideoError: the input cannot be decoded; on all of those ranks.
@@ -250,7 +224,7 @@ class Session:
         start = time.perf_counter()
         prompt = self._prompt(request)
         encoded = time.perf_counter()
-        tokens = self._continue(prompt, request, progress, on_tokens)
+        tokens = self._continue(prompt, request, progress)
         return GeneratedClip(
             tokens=tokens.view(*self.geometry.latent_shape),
             num_condition_tokens=prompt.tokens.shape[1],
@@ -315,26 +289,12 @@ class Session:
         )
 
     def _continue(
-        self,
-        prompt: Prompt,
-        request: Request,
-        progress: Callable[[int], None] | None,
-        on_tokens: Callable[[Tensor], None] | None,
+        self, prompt: Prompt, request: Request, progress: Callable[[int], None] | None
     ) -> Tensor:
         """(1, T * h * w): the prompt's tokens and what follows them, on the CPU."""
         if self._config.offload_tokenizer:
             self._free_tokenizer()
         tokens = prompt.tokens
-        known = [tokens[0]]
-
-        def observe(found: Decoded) -> None:
-            assert on_tokens is not None
-            known.append(found.tokens[0].cpu())
-            length = sum(map(len, known))
-            per_frame = self.geometry.latent_shape.tokens_per_frame
-            if length // per_frame > (length - len(known[-1])) // per_frame:
-                on_tokens(torch.cat(known))
-
         prefix = torch.tensor([sequence_layout(self.model_config).prefix], dtype=torch.long)
         with self._working_model() as model:
             generated = generate(
@@ -349,7 +309,6 @@ class Session:
                 guidance_scale=request.guidance_scale,
                 negative_context=prompt.negative_context,
                 progress=progress,
-                observe=None if on_tokens is None else observe,
             )
             return torch.cat([tokens, generated.cpu()], dim=1)
 
