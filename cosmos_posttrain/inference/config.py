@@ -19,6 +19,8 @@ from cosmos_posttrain.text.shipped import TEXT_ENCODER_DTYPES
 # Of base models, and of Video2World models.
 PLAIN_INPUT_TYPES = ("video", "image")
 TEXT_INPUT_TYPES = ("text_and_video", "text_and_image")
+# Ways to decode; they differ in speed alone.
+DECODINGS = ("auto", "sequential", "jacobi", "modules")
 # torch's generators take seeds up to this.
 _SEED_LIMIT = 2**63
 
@@ -45,6 +47,10 @@ class SessionConfig:
             started.
         layer_spec: layers of the model.
         dtype: of the model; by default the checkpoint's on a GPU and float32 on the CPU.
+        decoding: how tokens are found, the same ones by each way: sequential, one after another;
+            jacobi, a window of drafts at a time; modules, one after another through Megatron's own
+            modules, slow; auto, the fastest.
+        decoding_window: tokens that jacobi feeds at once; by default the fastest number.
         rope_scaling: positions where the clip's grid is larger than the checkpoint's.
         rope_scale: replaces the ratio of the two grids.
         allow_tokenizer_mismatch: run with another tokenizer, text encoder or geometry than the
@@ -67,6 +73,8 @@ class SessionConfig:
     tensor_model_parallel_size: int | None = setting(None, at_least=1)
     layer_spec: str = setting("torch", choices=LAYER_SPECS)
     dtype: str | None = setting(None, choices=DTYPES)
+    decoding: str = setting("auto", choices=DECODINGS)
+    decoding_window: int | None = setting(None, at_least=2)
     rope_scaling: str = setting("none", choices=ROPE_SCALINGS)
     rope_scale: float | None = setting(None, at_least=1)
     allow_tokenizer_mismatch: bool = False
@@ -150,6 +158,8 @@ SESSION_FLAGS = (
     Flag("--tensor_model_parallel_size"),
     Flag("--layer_spec"),
     Flag("--dtype"),
+    Flag("--decoding"),
+    Flag("--decoding_window"),
     Flag("--rope_scaling"),
     Flag("--rope_scale"),
     Flag("--allow_tokenizer_mismatch"),

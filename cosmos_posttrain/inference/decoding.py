@@ -1,6 +1,6 @@
 """Ways to decode: what is fed to the model next, and which tokens are kept.
 
-Flows in: scores of what comes next (a ``Scores``), the given tokens (B, P), and how a token is
+Flows in: scores of what comes next (a ``NextScores``), the given tokens (B, P), and how a token is
 drawn. Flows out: the next N tokens (B, N).
 
 A token is drawn from the scores at its place by random numbers of that place alone (``noise.py``).
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.errors import CosmosPosttrainError
-from cosmos_posttrain.inference.sampling import Draw
 
 Progress = Callable[[int], None]
+# Tokens (B, N) from scores (B, N, vocab_size) and their positions, (N,) or (B, N).
+Draw = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Decoded:
         clips: of the batch that they belong to, B of them.
         first: number of the first of them among those decoded.
         tokens: (B, N) int64.
-        scores: (B, N, vocab_size) float32 that they were drawn from; valid until the next pass.
+        scores: (B, N, vocab_size) that they were drawn from; valid until the next pass.
     """
 
     clips: range
@@ -45,7 +46,7 @@ class Decoded:
 Observe = Callable[[Decoded], None]
 
 
-class Scores(Protocol):
+class NextScores(Protocol):
     """A model with a cache of the tokens that it was fed.
 
     Attributes:
@@ -54,11 +55,17 @@ class Scores(Protocol):
 
     length: int
 
-    def feed(self, tokens: Tensor, num_scores: int = 1) -> Tensor:
-        """Feeds (B, N) tokens behind those in the cache.
+    def feed(self, tokens: Tensor, num_scores: int = 1, starts: list[int] | None = None) -> Tensor:
+        """Feeds (B, N) tokens.
+
+        Args:
+            tokens: int64.
+            num_scores: of so many of the last of them scores are wanted.
+            starts: of each clip where its first token stands; None is behind those in the cache,
+                which are then more.
 
         Returns:
-            (B, num_scores, vocab_size) float32: scores of what follows each of the last of them.
+            (B, num_scores, vocab_size): scores of what follows each of the last of them.
         """
 
 
@@ -75,7 +82,7 @@ def check_finite(scores: Tensor) -> None:
 
 
 def decode_one_by_one(
-    scores: Scores,
+    scores: NextScores,
     prompt: Tensor,
     num_tokens: int,
     draw: Draw,
@@ -100,10 +107,11 @@ def decode_one_by_one(
     """
     batch_size, length = prompt.shape
     decoded = prompt.new_empty(batch_size, num_tokens)
+    places = torch.arange(length, length + num_tokens, device=prompt.device)
     found = scores.feed(prompt)
     check_finite(found)
     for number in range(num_tokens):
-        token = draw(found, length + number)
+        token = draw(found, places[number : number + 1])
         decoded[:, number : number + 1] = token
         if observe is not None:
             observe(Decoded(range(batch_size), number, token, found))
@@ -117,7 +125,7 @@ def decode_one_by_one(
 
 
 def decode_in_windows(
-    scores: Scores,
+    scores: NextScores,
     prompt: Tensor,
     num_tokens: int,
     draw: Draw,
@@ -130,58 +138,120 @@ def decode_in_windows(
 
     A draft starts as the token at the same place of the latent frame before. After a forward pass
     it becomes what was drawn at its place, but not at once where the same had been drawn before:
-    a draft that was confirmed is left when two passes in a row contradict it.
+    a draft that was confirmed is left when two passes in a row contradict it. Each clip goes on
+    from its own last known token.
 
     Args:
         scores: with an empty cache that has room for ``window`` tokens more than the clip.
-        prompt: (1, P) int64.
+        prompt: (B, P) int64.
         num_tokens: to decode.
-        draw: of a token.
-        window: tokens that are fed at once, at least 2.
+        draw: of tokens.
+        window: tokens that are fed at once, at least 2; no more than a latent frame and one.
         tokens_per_frame: of a latent frame.
-        progress: called with the number of tokens so far, after each pass.
-        observe: called with the tokens that each pass makes known.
+        progress: called with the number of tokens so far, the clips' mean, after each pass.
+        observe: called with the tokens that each pass makes known, clip by clip.
 
     Returns:
-        (1, num_tokens) int64.
+        (B, num_tokens) int64.
 
     Raises:
         CosmosPosttrainError: scores that are not finite.
     """
-    first = prompt.shape[1]
+    batch_size, first = prompt.shape
     end = first + num_tokens
-    tokens = torch.cat([prompt, prompt.new_zeros(1, num_tokens)], 1)
-    confirmed = torch.zeros(end, dtype=torch.bool, device=prompt.device)
+    # What a new draft is copied from is known then.
+    window = min(window, tokens_per_frame + 1)
     found = scores.feed(prompt)
     check_finite(found)
-    tokens[:, first : first + 1] = draw(found, first)
+    drafts = _Drafts(prompt, num_tokens, window, tokens_per_frame)
+    token = draw(found, torch.tensor([first], device=prompt.device))
+    drafts.begin(token)
     if observe is not None:
-        observe(Decoded(range(1), 0, tokens[:, first : first + 1], found))
-    known = drafted = first + 1  # tokens that are right, and tokens that are at least a draft
-    while known < end:
-        stop = min(known - 1 + window, end)
-        for place in range(drafted, stop):
-            tokens[:, place] = tokens[:, max(place - tokens_per_frame, 0)]
-        drafted = max(drafted, stop)
-        scores.length = known - 1
-        fed = tokens[:, known - 1 : stop]
-        found = scores.feed(fed, fed.shape[1])
-        drawn = draw(found, known)[0]
-        drafts = tokens[0, known:stop]
-        is_same = drawn[: len(drafts)] == drafts
-        num_right = int(is_same.long().cumprod(0).sum())
-        # The token behind the right drafts is right as well: all that it was drawn from is.
-        num_new = min(num_right + 1, end - known)
-        keeps = ~is_same & confirmed[known:stop]
-        confirmed[known:stop] = is_same
-        drafts[:] = torch.where(keeps, drafts, drawn[: len(drafts)])
-        tokens[0, known : known + num_new] = drawn[:num_new]
+        observe(Decoded(range(batch_size), 0, token, found))
+    known = [first + 1] * batch_size
+    while min(known) < end:
+        count = min(window, end - min(known))
+        starts = [number - 1 for number in known]
+        fed, places = drafts.window(count)
+        if min(starts) == max(starts):
+            scores.length = starts[0]
+            found = scores.feed(fed, count)
+        else:
+            found = scores.feed(fed, count, starts)
+        drawn = draw(found, places + 1)
+        before, known = known, drafts.take(fed, drawn, places)
         if observe is not None:
-            new = tokens[:, known : known + num_new]
-            observe(Decoded(range(1), known - first, new, found[:, :num_new]))
-        known += num_new
-        drafted = max(drafted, known)
+            for clip, (old, new) in enumerate(zip(before, known, strict=True)):
+                if new > old:
+                    new_tokens, scored = (x[clip : clip + 1, : new - old] for x in (drawn, found))
+                    clips = range(clip, clip + 1)
+                    observe(Decoded(clips, old - first, new_tokens, scored))
         if progress is not None:
-            progress(known - first)
+            progress(sum(known) // batch_size - first)
     check_finite(found)
-    return tokens[:, first:]
+    return drafts.tokens[:, first:end]
+
+
+class _Drafts:
+    """Tokens of some clips, known ones and drafts of those behind them.
+
+    Args:
+        prompt: (B, P) int64.
+        num_tokens: to decode.
+        window: tokens that are fed at once at most.
+        tokens_per_frame: of a latent frame.
+
+    Attributes:
+        tokens: (B, P + num_tokens + window) int64.
+    """
+
+    def __init__(self, prompt: Tensor, num_tokens: int, window: int, tokens_per_frame: int) -> None:
+        self._end = prompt.shape[1] + num_tokens
+        self._tokens_per_frame = tokens_per_frame
+        self.tokens = torch.nn.functional.pad(prompt, (0, num_tokens + window))
+        self._confirmed = torch.zeros_like(self.tokens, dtype=torch.bool)
+        # Of each clip, (B, 1): tokens that are right, and those that are at least a draft.
+        self._known = self._drafted = prompt.new_full((len(prompt), 1), prompt.shape[1])
+        self._steps = torch.arange(window, device=prompt.device)
+
+    def begin(self, token: Tensor) -> None:
+        """The first token (B, 1) behind the prompt."""
+        self.tokens.scatter_(1, self._known, token)
+        self._known = self._drafted = self._known + 1
+
+    def window(self, count: int) -> tuple[Tensor, Tensor]:
+        """The last known token of each clip and drafts behind it, (B, count), and their places."""
+        places = self._known - 1 + self._steps[:count]
+        fed = self.tokens.gather(1, places)
+        older = self.tokens.gather(1, (places - self._tokens_per_frame).clamp_(min=0))
+        fed = torch.where(places < self._drafted, fed, older)
+        self._drafted = self._drafted.maximum(places[:, -1:] + 1)
+        return fed, places
+
+    def take(self, fed: Tensor, drawn: Tensor, places: Tensor) -> list[int]:
+        """Keeps what is right of a window, and makes better drafts of the rest.
+
+        Args:
+            fed: (B, N), see ``window``.
+            drawn: (B, N) int64, what follows each of them if they are right.
+            places: of what was fed.
+
+        Returns:
+            Tokens of each clip that are known now.
+        """
+        is_same = drawn[:, :-1] == fed[:, 1:]
+        num_right = is_same.long().cumprod(1).sum(1, keepdim=True)
+        # The token behind the right drafts is right as well: all that it was drawn from is.
+        num_new = (num_right + 1).minimum(self._end - self._known)
+        inner = places[:, 1:]
+        # A draft that was confirmed is left by the second pass that contradicts it.
+        keeps = ~is_same & self._confirmed.gather(1, inner)
+        keeps &= self._steps[: inner.shape[1]] >= num_new
+        self._confirmed.scatter_(1, inner, is_same)
+        self.tokens.scatter_(1, inner, torch.where(keeps, fed[:, 1:], drawn[:, :-1]))
+        # Behind the window stands no draft yet, but what is known now.
+        last = places[:, -1:] + 1
+        self.tokens.scatter_(1, last, drawn[:, -1:])
+        self._known = self._known + num_new
+        self._drafted = self._drafted.maximum(self._known)
+        return self._known.flatten().tolist()

@@ -3,7 +3,7 @@
 Flows in: an ``ARModel`` and the tokens of the first latent frames (B, P). Flows out: the next N
 tokens (B, N), the same on every rank.
 
-    model --DecodePlan, or its own modules--> Scores --a way of decoding--> tokens
+    model --DecodePlan, or its own modules--> NextScores --a way of decoding--> tokens
 
 With guidance each clip has two rows, (2 B, ...): one with its text and one with another; both are
 fed the same tokens, and one is drawn from their scores together.
@@ -12,9 +12,7 @@ fed the same tokens, and one is drawn from their scores together.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +20,12 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from cosmos_posttrain.errors import ConfigError, GeometryError
-from cosmos_posttrain.inference.decode_plan import DecodePlan, DecodeState
+from cosmos_posttrain.inference.config import DECODINGS
+from cosmos_posttrain.inference.decode_plan import DecodePlan
+from cosmos_posttrain.inference.decode_state import DecodeState
 from cosmos_posttrain.inference.decoding import (
     Decoded,
-    Scores,
+    NextScores,
     decode_in_windows,
     decode_one_by_one,
 )
@@ -35,7 +35,6 @@ from cosmos_posttrain.inference.sampling import Draw, check_guidance, check_samp
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.builder import CosmosGPTModel
 
-DECODINGS = ("sequential", "jacobi", "modules")
 DEFAULT_WINDOW = 16
 
 # Attributes by which Megatron's modules split their sequences over the tensor-parallel ranks.
@@ -126,14 +125,14 @@ def generate(
     temperature: float = 1.0,
     top_p: float | None = None,
     top_k: int | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     items: Sequence[int] | None = None,
     samples: Sequence[int] | None = None,
     context: Tensor | None = None,
     guidance_scale: float = 1.0,
     negative_context: Tensor | None = None,
-    decoding: str = "sequential",
-    window: int = DEFAULT_WINDOW,
+    decoding: str = "auto",
+    window: int | None = None,
     progress: Callable[[int], None] | None = None,
     observe: Callable[[Decoded], None] | None = None,
 ) -> Tensor:
@@ -147,8 +146,9 @@ def generate(
         temperature: 0 takes the most likely token, 1.0 the model's own distribution.
         top_p: draws among the most likely tokens before which at most this mass lies.
         top_k: draws among this many most likely tokens.
-        seed: a token depends on the scores at its place and on (seed, item, sample, place) alone:
-            the same at any tensor parallel size, batch size and way of decoding, up to rounding.
+        seed: of all clips, or one of each. A token depends on the scores at its place and on (seed,
+            item, sample, place) alone: the same at any tensor parallel size, batch size and way of
+            decoding, up to rounding.
         items: number of each clip in its list, B of them; None counts from 0.
         samples: number of each clip among the samples of its item; None is 0 for all.
         context: (B, L, context_dim) text embeddings of a Video2World model.
@@ -156,10 +156,10 @@ def generate(
             logits with ``context`` and those with ``negative_context``; 1 draws from the former,
             without computing the latter.
         negative_context: as ``context``; None is the null context, all zeros.
-        decoding: ``sequential``, one token at a time; ``jacobi``, a window of drafts at a time,
-            clip by clip; ``modules``, sequential through Megatron's own modules, slow, to compare
-            with.
-        window: drafts of ``jacobi`` that go through the model at once.
+        decoding: ``sequential``, one token at a time; ``jacobi``, a window of drafts at a time;
+            ``modules``, sequential through Megatron's own modules, slow, to compare with; ``auto``,
+            the fastest of the first two.
+        window: drafts of ``jacobi`` that go through the model at once; None is the fastest number.
         progress: called with the number of tokens generated so far, as they come.
         observe: called with tokens as they are known and the scores that they were drawn from, the
             same on every rank.
@@ -181,91 +181,87 @@ def generate(
     _check_decoding(decoding, window)
     _check_layout()
     prompt = prompt_tokens.long().to(model.device)
-    draw = Draw(
+    own_draw = Draw(
         _keys(len(prompt), seed, items, samples).to(model.device),
         1 if model.config.is_video2world else 0,
         temperature,
         top_p,
         top_k,
     )
+
+    def draw(scores: Tensor, positions: Tensor) -> Tensor:
+        return _agreed(own_draw(scores, positions))
+
+    length = prompt.shape[1] + num_tokens
+    if decoding == "auto":
+        decoding = chosen_decoding(len(prompt))
     model.module.eval()
     with torch.inference_mode(), _whole_sequences(model.module):
         if decoding == "jacobi":
-            generated = _in_windows(
-                model, prompt, num_tokens, contexts, guidance_scale, draw, window, progress, observe
+            window = window or DEFAULT_WINDOW
+            scores = _open_scores(
+                model, decoding, length + window, contexts, guidance_scale, len(prompt)
+            )
+            frame = model.latent_shape.tokens_per_frame
+            generated = decode_in_windows(
+                scores, prompt, num_tokens, draw, window, frame, progress, observe
             )
         else:
-            scores = _open_scores(
-                model, decoding, prompt.shape[1] + num_tokens, contexts, guidance_scale, len(prompt)
-            )
+            scores = _open_scores(model, decoding, length, contexts, guidance_scale, len(prompt))
             generated = decode_one_by_one(scores, prompt, num_tokens, draw, progress, observe)
     # Tensors made in inference mode cannot take part in training; a copy of one can.
     return generated.clone()
 
 
-def _check_decoding(decoding: str, window: int) -> None:
+def chosen_decoding(batch_size: int) -> str:
+    """What ``auto`` means: what is fastest, by the figures of docs/decoding.md.
+
+    A window costs least where one clip leaves the machine's arithmetic idle.
+    """
+    return "jacobi" if torch.cuda.is_available() or batch_size == 1 else "sequential"
+
+
+def _agreed(tokens: Tensor) -> Tensor:
+    """The first tensor-parallel rank's tokens on all of them.
+
+    Ranks compute the same draws from the same gathered scores, but on GPUs of different kinds a
+    logarithm may round differently, and two ranks that go on from different tokens decode noise or
+    wait for each other forever. A few bytes beside the layers' own sums.
+    """
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        tokens = tokens.contiguous()
+        torch.distributed.broadcast(
+            tokens,
+            parallel_state.get_tensor_model_parallel_src_rank(),
+            parallel_state.get_tensor_model_parallel_group(),
+        )
+    return tokens
+
+
+def _check_decoding(decoding: str, window: int | None) -> None:
     if decoding not in DECODINGS:
         raise ConfigError(f"there is no decoding {decoding!r}; use {', '.join(DECODINGS)}.")
-    if window < 2:
+    if window is not None and window < 2:
         raise ConfigError(f"window {window} must be at least 2: a known token and a draft.")
 
 
 def _keys(
-    batch_size: int, seed: int, items: Sequence[int] | None, samples: Sequence[int] | None
+    batch_size: int,
+    seed: int | Sequence[int],
+    items: Sequence[int] | None,
+    samples: Sequence[int] | None,
 ) -> Tensor:
     """(B,) int64, see ``stream_keys``."""
     numbers = [
+        [seed] * batch_size if isinstance(seed, int) else list(seed),
         list(range(batch_size) if items is None else items),
         [0] * batch_size if samples is None else list(samples),
     ]
     if any(len(some) != batch_size for some in numbers):
         raise ConfigError(
-            f"items and samples must have a number for each of the {batch_size} clips."
+            f"seeds, items and samples must have a number for each of the {batch_size} clips."
         )
-    return stream_keys(seed, *map(torch.tensor, numbers))
-
-
-def _in_windows(
-    model: ARModel,
-    prompt: Tensor,
-    num_tokens: int,
-    contexts: Tensor | None,
-    guidance_scale: float,
-    draw: Draw,
-    window: int,
-    progress: Callable[[int], None] | None,
-    observe: Callable[[Decoded], None] | None,
-) -> Tensor:
-    """Clip by clip: each keeps another number of its drafts."""
-    size = len(prompt)
-    frame = model.latent_shape.height * model.latent_shape.width
-    rows = []
-    for number in range(size):
-        own = None if contexts is None else contexts[number::size]
-        show = None
-        if progress is not None:
-            show = partial(_show_share, progress, number * num_tokens, size)
-        look = None if observe is None else partial(_show_clip, observe, number)
-        scores = _open_scores(
-            model, "jacobi", prompt.shape[1] + num_tokens + window, own, guidance_scale, 1
-        )
-        given = prompt[number : number + 1]
-        rows.append(
-            decode_in_windows(
-                scores, given, num_tokens, draw.row(number), window, frame, show, look
-            )
-        )
-    return torch.cat(rows)
-
-
-def _show_share(progress: Callable[[int], None], before: int, size: int, count: int) -> None:
-    """All clips together have so many tokens each."""
-    progress((before + count) // size)
-
-
-def _show_clip(observe: Callable[[Decoded], None], number: int, found: Decoded) -> None:
-    """A clip decoded alone, as the clip of the batch that it is."""
-    observe(dataclasses.replace(found, clips=range(number, number + 1)))
+    return stream_keys(*map(torch.tensor, numbers))
 
 
 def _open_scores(
@@ -275,10 +271,10 @@ def _open_scores(
     contexts: Tensor | None,
     guidance_scale: float,
     batch_size: int,
-) -> Scores:
+) -> NextScores:
     """The model with an empty cache."""
     rows = batch_size if guidance_scale == 1 else 2 * batch_size
-    scores: Scores
+    scores: NextScores
     if decoding == "modules":
         scores = ModuleScores(model, rows, max_length, contexts)
     else:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
-from cosmos_posttrain.inference.decoding import Scores
+from cosmos_posttrain.inference.decoding import NextScores
 from cosmos_posttrain.inference.sampling import guide
 from cosmos_posttrain.models.ar_model import ARModel
 
 
 class ModuleScores:
-    """An ``ARModel`` with Megatron's cache; see ``Scores``. Scores the last token only.
+    """An ``ARModel`` with Megatron's cache; see ``NextScores``. Scores the last token only.
 
     Args:
         model: the model.
@@ -30,9 +30,9 @@ class ModuleScores:
         self._cache = StaticInferenceContext(batch_size, max_length)
         self.length = 0
 
-    def feed(self, tokens: Tensor, num_scores: int = 1) -> Tensor:
-        """See ``Scores``; ``num_scores`` must be 1."""
-        assert num_scores == 1 and self.length == self._cache.sequence_len_offset
+    def feed(self, tokens: Tensor, num_scores: int = 1, starts: list[int] | None = None) -> Tensor:
+        """See ``NextScores``; for one token after another only."""
+        assert num_scores == 1 and starts is None and self.length == self._cache.sequence_len_offset
         scores = self._model.next_token_logits(tokens, self._cache, self._context)
         self._context = None  # its keys are in the cache
         self.length += tokens.shape[1]
@@ -47,7 +47,7 @@ class GuidedScores:
         guidance_scale: see ``guide``.
     """
 
-    def __init__(self, scores: Scores, guidance_scale: float) -> None:
+    def __init__(self, scores: NextScores, guidance_scale: float) -> None:
         self._scores, self._guidance_scale = scores, guidance_scale
 
     @property
@@ -59,6 +59,8 @@ class GuidedScores:
     def length(self, value: int) -> None:
         self._scores.length = value
 
-    def feed(self, tokens: Tensor, num_scores: int = 1) -> Tensor:
-        """Feeds both rows of each clip the same; see ``Scores``."""
-        return guide(self._scores.feed(tokens.repeat(2, 1), num_scores), self._guidance_scale)
+    def feed(self, tokens: Tensor, num_scores: int = 1, starts: list[int] | None = None) -> Tensor:
+        """Feeds both rows of each clip the same; see ``NextScores``."""
+        twice = None if starts is None else starts * 2
+        found = self._scores.feed(tokens.repeat(2, 1), num_scores, twice)
+        return guide(found, self._guidance_scale)

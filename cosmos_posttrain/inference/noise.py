@@ -1,7 +1,7 @@
 """Random numbers by place: each is a pure function of where it is used.
 
 Flows in: a seed, the number of an item in its list, of a sample, and positions. Flows out: Gumbel
-numbers for every token that could stand there, the same for every batch size, tensor parallel size
+numbers for tokens that could stand there, the same for every batch size, tensor parallel size
 and way of decoding, on every device (up to rounding of the logarithm).
 
     bits = splitmix64(key of (seed, item, sample, position), token)    counter-based, no state
@@ -12,7 +12,6 @@ key; the key is the seed and the numbers, each mixed in by the same finalizer.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 _STEP = 0x9E3779B97F4A7C15 - 2**64  # the golden ratio in 64 bits, as torch's signed integers
@@ -31,35 +30,34 @@ def _mixed(bits: Tensor) -> Tensor:
     return bits ^ _shifted(bits, 31)
 
 
-def stream_keys(seed: int, items: Tensor, samples: Tensor) -> Tensor:
+def stream_keys(seeds: Tensor, items: Tensor, samples: Tensor) -> Tensor:
     """A key for every clip that is generated.
 
     Args:
-        seed: of the run, in [0, 2**63).
+        seeds: (B,) int64, of the run, at least 0.
         items: (B,) int64, number of each clip's input in its list; 0 alone.
         samples: (B,) int64, number of the sample of that input.
 
     Returns:
         (B,) int64.
     """
-    key = _mixed(torch.full_like(items, seed) + _STEP)
+    key = _mixed(seeds + _STEP)
     return _mixed(_mixed(key + _STEP * (items + 1)) + _STEP * (samples + 1))
 
 
-def gumbel(keys: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Gumbel numbers ``-log(-log u)`` for every token at some positions of some clips.
+def gumbel(keys: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """Gumbel numbers ``-log(-log u)`` for some tokens at some positions of some clips.
 
     Args:
         keys: (B,) int64, see ``stream_keys``.
-        positions: (N,) int64, places in the clip.
-        vocab_size: tokens.
+        positions: (N,) or (B, N) int64, places in the clip.
+        tokens: (V,) or (B, N, V) int64.
 
     Returns:
-        (B, N, vocab_size) float32; the largest possible number is 22.2.
+        (B, N, V) float32; the largest possible number is 22.2.
     """
     places = _mixed(keys[:, None] + _STEP * (positions + 1))
-    tokens = torch.arange(1, vocab_size + 1, device=keys.device) * _STEP
-    bits = _mixed(places[..., None] + tokens)
+    bits = _mixed(places[..., None] + (tokens + 1) * _STEP)
     # 1 - u from 31 bits: its smallest values, which make the largest numbers, are the finest.
     rest = _shifted(bits, 33).float().mul_(2.0**-31).add_(2.0**-32)
     return rest.neg_().log1p_().neg_().log_().neg_()

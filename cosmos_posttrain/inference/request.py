@@ -48,7 +48,9 @@ class Request:
         temperature: 0 takes the most likely token each time, 1.0 is the model's own distribution.
         top_p: draws among the most likely tokens before which at most this mass lies.
         top_k: draws among this many most likely tokens.
-        seed: the same seed gives the same tokens.
+        seed: the same seed gives the same tokens; of a clip of a list, with the next two.
+        item: number of the clip in its list, 0 alone.
+        sample: number of the sample among those of its item.
         fps: frames a second of the clip; None means the input's, and 25 where it has none.
 
     Raises:
@@ -68,6 +70,8 @@ class Request:
     top_p: float | None = None
     top_k: int | None = None
     seed: int = 0
+    item: int = 0
+    sample: int = 0
     fps: float | None = None
 
     def __post_init__(self) -> None:
@@ -83,6 +87,9 @@ class Request:
         for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
             if text is not None and (problem := prompt_problem(text)):
                 raise TextError(f"{name} {problem}.")
+        for name in ("seed", "item", "sample"):
+            if not 0 <= (number := getattr(self, name)) < 2**63:
+                raise ConfigError(f"{name} {number} must lie in [0, 2**63).")
         check_sampling(self.temperature, self.top_p, self.top_k)
         check_guidance(self.guidance_scale, self.negative_prompt is not None)
 
@@ -128,6 +135,8 @@ class Request:
             "top_p": self.top_p,
             "top_k": self.top_k,
             "seed": self.seed,
+            "item": self.item,
+            "sample": self.sample,
             "fps": self.fps,
         }
         if self.has_text:
@@ -203,8 +212,9 @@ class GeneratedClip:
         fps: frames a second.
         settings: what determines the clip.
         tensor_model_parallel_size: processes that shared the model.
-        seconds: that each part took so far.
+        seconds: that each part took so far; of a batch of clips, this one's share.
         decode: makes frames of tokens.
+        decoding: how the tokens were found; see ``SessionConfig``.
         text_encoder: id and sha256 of what encoded its texts; None where nothing did.
     """
 
@@ -217,6 +227,7 @@ class GeneratedClip:
     seconds: dict[str, float]
     decode: Callable[[Tensor], Tensor] = field(repr=False)
     text_encoder: dict[str, str] | None = None
+    decoding: str = "sequential"
 
     @cached_property
     def frames(self) -> Tensor:
@@ -244,6 +255,7 @@ class GeneratedClip:
             "tokens_sha256": _sha256(self.tokens),
             "num_repeated": self.num_repeated,
             "fps": self.fps,
+            "decoding": self.decoding,
             "tensor_model_parallel_size": self.tensor_model_parallel_size,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "tokens_per_second": round(self.num_generated_tokens / self.seconds["generate"], 2),

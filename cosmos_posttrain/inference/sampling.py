@@ -1,7 +1,7 @@
 """One token out of the scores of all.
 
-Flows in: logits (..., V) and a Gumbel number for every one of them (``noise.py``). Flows out:
-tokens (...).
+Flows in: logits (B, N, V), and Gumbel numbers of the places that they belong to (``noise.py``).
+Flows out: tokens (B, N).
 
     token = argmax(logits / temperature + gumbel) over the tokens that may be drawn
 
@@ -11,8 +11,8 @@ arXiv:1411.0030). A token is thus a function of logits and place alone, whoever 
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,14 @@ from torch import Tensor
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.inference.noise import gumbel
 
-# Each round leaves about half of the mass; what is left after so many is a token of its own.
-_MAX_ROUNDS = 64
+# Gumbel numbers (B, N, V) of tokens, (V,) or (B, N, V), at the places of some scores.
+Numbers = Callable[[Tensor], Tensor]
+
+# So many of the most likely tokens are looked at first, and so many times more if that is too few.
+_FIRST_CANDIDATES, _MORE_CANDIDATES = 256, 8
+# On a GPU: chance at most, in powers of e, that none of the best scores may be drawn.
+_LOG_MISS = -40.0
+_MAX_BEST = 256
 
 
 def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -> None:
@@ -64,19 +70,19 @@ def guide(logits: Tensor, guidance_scale: float) -> Tensor:
     """Classifier-free guidance (Ho and Salimans, 2022, arXiv:2207.12598, equation 6).
 
     Args:
-        logits: (2 B, V) float32: of the text, then of the null or negative text.
+        logits: (2 B, ...): of the text, then of the null or negative text.
         guidance_scale: the paper's w + 1: 0 is the other text alone, 1 the text alone.
 
     Returns:
-        (B, V).
+        (B, ...) float32.
     """
-    given, other = logits.chunk(2)
+    given, other = logits.float().chunk(2)
     return other + guidance_scale * (given - other)
 
 
 def choose(
     logits: Tensor,
-    gumbel: Tensor | None,
+    numbers: Numbers,
     *,
     temperature: float = 1.0,
     top_p: float | None = None,
@@ -86,44 +92,116 @@ def choose(
 
     A token may be drawn where the tokens that are more likely than it hold at most ``top_p`` of the
     probability (nucleus sampling, Holtzman et al., 2020, arXiv:1904.09751) and are fewer than
-    ``top_k``; the most likely one always may. Nothing is sorted: the best of all tokens is looked
-    at, and where it may not be drawn, neither may any that is less likely, so the best of those
-    that are more likely comes next. Few rounds are needed, since each leaves about half.
+    ``top_k``; the most likely one always may.
 
     Args:
-        logits: (..., V) float32.
-        gumbel: (..., V) float32; None at temperature 0.
+        logits: (B, N, V).
+        numbers: Gumbel numbers; not asked for at temperature 0.
         temperature: 0 takes the most likely token.
         top_p: None keeps all, as 1 does.
         top_k: None keeps all.
 
     Returns:
-        (...) int64.
+        (B, N) int64.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    assert gumbel is not None
     # Less its maximum first: a tiny temperature must not overflow.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
-    scores = scaled + gumbel
-    best = scores.argmax(-1)
-    if top_p in (None, 1.0) and top_k is None:
-        return best
-    probabilities = torch.softmax(scaled, -1)
-    for _ in range(_MAX_ROUNDS):
-        likelier = probabilities > probabilities.gather(-1, best[..., None])
-        refused = torch.zeros_like(best, dtype=torch.bool)
+    scaled = (logits.float() - logits.amax(-1, keepdim=True)) / temperature
+    if top_p == 1.0:
+        top_p = None
+    if top_p is None and top_k is None:
+        return (scaled + numbers(_all_tokens(logits))).argmax(-1)
+    if logits.is_cuda:
+        return choose_by_score(scaled, numbers, top_p, top_k)
+    return choose_by_likelihood(scaled, numbers, top_p, top_k)
+
+
+def choose_by_likelihood(
+    scaled: Tensor, numbers: Numbers, top_p: float | None, top_k: int | None
+) -> Tensor:
+    """Looks at the most likely tokens only, as many as may be drawn; nothing is made of the others.
+
+    For the CPU: it asks what it has found before it goes on.
+
+    Args:
+        scaled: (B, N, V) float32, largest 0.
+        numbers: see ``choose``, as the others.
+        top_p: see there.
+        top_k: see there.
+    """
+    size = scaled.shape[-1]
+    total = scaled.exp().sum(-1, keepdim=True)
+    count = min(size, _FIRST_CANDIDATES if top_k is None else min(top_k + 1, _FIRST_CANDIDATES))
+    while True:
+        found = scaled.topk(count, -1)
+        mass = found.values.exp() / total
+        # Number and mass of those that are strictly more likely; equal ones are treated alike.
+        first = torch.searchsorted(-found.values, -found.values)
+        before = (mass.cumsum(-1) - mass).gather(-1, first)
+        keep = torch.ones_like(before, dtype=torch.bool)
         if top_p is not None:
-            refused |= (probabilities * likelier).sum(-1) > top_p
+            keep = before <= top_p
         if top_k is not None:
-            refused |= likelier.sum(-1) >= top_k
-        if not refused.any():
+            keep &= first < top_k
+        keep[..., 0] = True
+        if count == size or not bool(keep[..., -1].any()):
             break
-        scores = scores.where(likelier | ~refused[..., None], -math.inf)
-        best = scores.argmax(-1)
-    else:
-        return torch.where(refused, logits.argmax(-1), best)
-    return best
+        count = min(size, count * _MORE_CANDIDATES)
+    width = int(keep.sum(-1).max())  # what is kept comes first
+    tokens = found.indices[..., :width]
+    scores = found.values[..., :width] + numbers(tokens)
+    best = scores.masked_fill_(~keep[..., :width], -math.inf).argmax(-1, keepdim=True)
+    return tokens.gather(-1, best).squeeze(-1)
+
+
+def choose_by_score(
+    scaled: Tensor, numbers: Numbers, top_p: float | None, top_k: int | None
+) -> Tensor:
+    """Looks at the best scores, one of which may be drawn; nothing is asked on the way.
+
+    For the GPU. What may be drawn holds more than ``top_p``, so that one after another, each of the
+    best scores belongs to it with at least this probability.
+
+    Args:
+        scaled: (B, N, V) float32, largest 0.
+        numbers: see ``choose``, as the others.
+        top_p: see there.
+        top_k: see there.
+    """
+    size = scaled.shape[-1]
+    masses = torch.softmax(scaled, -1)
+    if top_k is not None and top_k < size:
+        smallest = scaled.topk(top_k, -1).values[..., -1:]
+        scaled = scaled.masked_fill(scaled < smallest, -math.inf)
+    scores = scaled + numbers(_all_tokens(scaled))
+    if top_p is None:
+        return scores.argmax(-1)
+    count = size
+    if top_k is None and top_p > 0:
+        count = min(size, math.ceil(_LOG_MISS / math.log1p(-top_p)))
+    if count > _MAX_BEST:  # few tokens hold so little: look at the most likely ones instead
+        return _choose_sorted(scores, masses, top_p)
+    best = scores.topk(count, -1).indices
+    likelier = masses[..., None, :] > masses.gather(-1, best)[..., None]
+    keep = (masses[..., None, :] * likelier).sum(-1) <= top_p
+    # The first of them; argmax of equal values may be any.
+    order = torch.arange(count, 0, -1, device=keep.device)
+    return best.gather(-1, (keep * order).argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def _choose_sorted(scores: Tensor, masses: Tensor, top_p: float) -> Tensor:
+    found = masses.sort(-1, descending=True)
+    before = found.values.cumsum(-1) - found.values
+    first = torch.searchsorted(-found.values, -found.values)
+    keep = before.gather(-1, first) <= top_p
+    keep[..., 0] = True
+    kept = scores.gather(-1, found.indices).masked_fill(~keep, -math.inf)
+    return found.indices.gather(-1, kept.argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def _all_tokens(logits: Tensor) -> Tensor:
+    return torch.arange(logits.shape[-1], device=logits.device)
 
 
 @dataclass(frozen=True)
@@ -144,28 +222,19 @@ class Draw:
     top_p: float | None = None
     top_k: int | None = None
 
-    def row(self, number: int) -> Draw:
-        """For one of the clips alone."""
-        return dataclasses.replace(self, keys=self.keys[number : number + 1])
-
-    def __call__(self, scores: Tensor, position: int) -> Tensor:
-        """Draws the tokens at some places in a row.
+    def __call__(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """Draws the tokens at some places.
 
         Args:
-            scores: (B, N, V) float32.
-            position: of the first of them in the sequence.
+            scores: (B, N, V), of the same places.
+            positions: (N,) or (B, N) int64, in the sequence.
 
         Returns:
             (B, N) int64.
         """
-        numbers = None
-        if self.temperature > 0:
-            first = position - self.prefix
-            places = torch.arange(first, first + scores.shape[1], device=scores.device)
-            numbers = gumbel(self.keys, places, scores.shape[-1])
         return choose(
             scores,
-            numbers,
+            lambda tokens: gumbel(self.keys, positions - self.prefix, tokens),
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,

@@ -37,8 +37,11 @@ from cosmos_posttrain.inference import contract as contracts
 from cosmos_posttrain.inference import opening
 from cosmos_posttrain.inference.conditioning import TextConditioner
 from cosmos_posttrain.inference.config import SESSION_FLAGS, SessionConfig
-from cosmos_posttrain.inference.engine import generate
+from cosmos_posttrain.inference.decode_plan import lay_out
+from cosmos_posttrain.inference.engine import chosen_decoding, generate
 from cosmos_posttrain.inference.request import IMAGE_FPS, GeneratedClip, Prompt, Request
+from cosmos_posttrain.inference.stacking import check_alike, stacked
+from cosmos_posttrain.inference.watching import OnTokens, Watch
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.sequence import sequence_layout
@@ -198,47 +201,74 @@ class Session:
             self.tensor_model_parallel_size,
             self._config.layer_spec,
         )
+        lay_out(self._model)
         if self._config.offload_ar_model:
             self._move_model("cpu")
 
     def generate(
-        self, request: Request, progress: Callable[[int], None] | None = None
+        self,
+        request: Request,
+        progress: Callable[[int], None] | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> GeneratedClip:
-        """Generates one clip; all ranks that share the model together.
+        """Generates one clip; see ``generate_many``."""
+        return self.generate_many([request], progress, on_tokens)[0]
+
+    def generate_many(
+        self,
+        requests: Sequence[Request],
+        progress: Callable[[int], None] | None = None,
+        on_tokens: OnTokens | None = None,
+    ) -> list[GeneratedClip]:
+        """Generates clips in one batch; all ranks that share the model together.
+
+        A clip is what it would be alone, up to rounding.
 
         Args:
-            request: what is given of the clip.
-            progress: called with the number of tokens generated so far, after each.
+            requests: what is given of each clip, as many frames, and how it is sampled: the same
+                temperature, top_p, top_k and guidance_scale.
+            progress: called with the number of tokens of a clip so far, as they come.
+            on_tokens: called with the number of a request and its clip's tokens so far, given ones
+                included, (n,) int64 on the CPU: once a latent frame, on every rank.
 
         Raises:
+            ConfigError: requests that cannot be one batch.
             VideoError: the input cannot be decoded; on all of those ranks.
             TextError: the text encoder is missing, damaged or not the model's.
             UserError: see ``check``.
             CosmosPosttrainError: the model's logits are not finite.
         """
-        settings = self.settings_of(request)
+        check_alike(requests, self.geometry)
+        settings = [self.settings_of(request) for request in requests]
         start = time.perf_counter()
-        self.encode_prompts(request.prompts)
+        self.encode_prompts([text for request in requests for text in request.prompts])
         text_seconds = time.perf_counter() - start
         self.load()
         start = time.perf_counter()
-        prompt = self._prompt(request)
+        prompts = [self._prompt(request) for request in requests]
         encoded = time.perf_counter()
-        tokens = self._continue(prompt, request, progress)
-        return GeneratedClip(
-            tokens=tokens.view(*self.geometry.latent_shape),
-            num_condition_tokens=prompt.tokens.shape[1],
-            num_repeated=prompt.num_repeated,
-            fps=request.fps or (prompt.fps if 0 < prompt.fps < 1000 else IMAGE_FPS),
-            settings=settings,
-            tensor_model_parallel_size=self.tensor_model_parallel_size,
-            seconds={
-                "encode": text_seconds + encoded - start,
-                "generate": time.perf_counter() - encoded,
-            },
-            decode=self.decode,
-            text_encoder=prompt.text_encoder,
-        )
+        tokens = self._continue(prompts, requests, progress, on_tokens)
+        seconds = {
+            "encode": (text_seconds + encoded - start) / len(requests),
+            "generate": (time.perf_counter() - encoded) / len(requests),
+        }
+        return [
+            GeneratedClip(
+                tokens=own.view(*self.geometry.latent_shape),
+                num_condition_tokens=prompt.tokens.shape[1],
+                num_repeated=prompt.num_repeated,
+                fps=request.fps or (prompt.fps if 0 < prompt.fps < 1000 else IMAGE_FPS),
+                settings=its_settings,
+                tensor_model_parallel_size=self.tensor_model_parallel_size,
+                seconds=dict(seconds),
+                decode=self.decode,
+                text_encoder=prompt.text_encoder,
+                decoding=self._decoding(len(requests)),
+            )
+            for own, prompt, request, its_settings in zip(
+                tokens, prompts, requests, settings, strict=True
+            )
+        ]
 
     def encode(self, frames: Tensor) -> Tensor:
         """Frames (3, T, H, W) uint8 -> tokens (t, h, w) int64 on the CPU."""
@@ -288,27 +318,47 @@ class Session:
             text_encoder=conditioner.identity if request.prompts else None,
         )
 
+    def _decoding(self, batch_size: int) -> str:
+        decoding = self._config.decoding
+        return chosen_decoding(batch_size) if decoding == "auto" else decoding
+
     def _continue(
-        self, prompt: Prompt, request: Request, progress: Callable[[int], None] | None
+        self,
+        prompts: Sequence[Prompt],
+        requests: Sequence[Request],
+        progress: Callable[[int], None] | None,
+        on_tokens: OnTokens | None,
     ) -> Tensor:
-        """(1, T * h * w): the prompt's tokens and what follows them, on the CPU."""
+        """(B, T * h * w): the prompts' tokens and what follows them, on the CPU."""
         if self._config.offload_tokenizer:
             self._free_tokenizer()
-        tokens = prompt.tokens
+        batch = stacked(prompts)
+        tokens = batch.tokens
+        num_tokens = self.geometry.seq_length - tokens.shape[1]
         prefix = torch.tensor([sequence_layout(self.model_config).prefix], dtype=torch.long)
+        sampling = requests[0]
         with self._working_model() as model:
+            watch = None
+            if on_tokens is not None:
+                frame = self.geometry.latent_shape.tokens_per_frame
+                watch = Watch(tokens.to(model.device), num_tokens, frame, on_tokens)
             generated = generate(
                 model,
-                torch.cat([prefix, tokens], dim=1),
-                self.geometry.seq_length - tokens.shape[1],
-                temperature=request.temperature,
-                top_p=request.top_p,
-                top_k=request.top_k,
-                seed=request.seed,
-                context=prompt.context,
-                guidance_scale=request.guidance_scale,
-                negative_context=prompt.negative_context,
+                torch.cat([prefix.expand(len(tokens), -1), tokens], dim=1),
+                num_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=[request.seed for request in requests],
+                items=[request.item for request in requests],
+                samples=[request.sample for request in requests],
+                context=batch.context,
+                guidance_scale=sampling.guidance_scale,
+                negative_context=batch.negative_context,
+                decoding=self._decoding(len(requests)),
+                window=self._config.decoding_window,
                 progress=progress,
+                observe=watch,
             )
             return torch.cat([tokens, generated.cpu()], dim=1)
 

@@ -146,14 +146,22 @@ def _roll_out(
     likely: list[tuple[Tensor, Tensor]] = []
 
     def observe(found: Decoded) -> None:
-        logits = found.scores[:, 0]
+        logits = found.scores[:, 0].float()
         scored.append(score_logits(logits, truth[:, found.first]))
         if with_most_likely:
             log_probs = torch.log_softmax(logits, -1)
             top = log_probs.topk(min(NUM_TOP, logits.shape[-1]), -1)
             likely.append((top.indices.to(torch.int32), top.values.to(torch.float16)))
 
-    generate(model, given, part.num_predicted, temperature=0.0, observe=observe)
+    # One after another: of every place, the scores of all clips at once.
+    generate(
+        model,
+        given,
+        part.num_predicted,
+        temperature=0.0,
+        decoding="sequential",
+        observe=observe,
+    )
     shape = (len(clips), part.num_given)
 
     def whole(name: str, of_given: float) -> NDArray[Any]:
