@@ -64,10 +64,7 @@ class Job:
     def kind(self) -> Hashable:
         """Jobs of one kind can be generated together."""
         own = self.settings
-        return (
-            *(self.found.num_given, own.temperature, own.top_p, own.top_k, own.seed),
-            own.guidance_scale,
-        )
+        return self.found.num_given, own.temperature, own.top_p, own.top_k, own.guidance_scale
 
     def say(self, event: str, **values: Any) -> None:
         """Sends the client a line of JSON; from any thread."""

@@ -19,7 +19,7 @@ from cosmos_posttrain.serve import server
 from cosmos_posttrain.serve.config import ServeConfig
 
 BOUNDARY = "a-line-that-is-in-no-file"
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 60.0
 
 
 def small_config(**changes: Any) -> ServeConfig:

@@ -28,11 +28,24 @@ from cosmos_posttrain.serve import server
 from cosmos_posttrain.video import probe, read_clips
 
 NUM_FRAMES = 17
+QUICK = {"encoder_path": "tiny-dv8x16x16", "height": 32, "width": 48}
 
 
 @pytest.fixture(scope="module")
 def session() -> Session:
     return server.open_session(small_config())
+
+
+@pytest.fixture(scope="module")
+def quick() -> Session:
+    """Clips of few tokens, for tests in which nothing happens while one is generated."""
+    return server.open_session(small_config(**QUICK))
+
+
+@pytest.fixture
+def quick_client(tmp_path: Path, quick: Session) -> Iterator[Client]:
+    with running(small_config(**QUICK), tmp_path / "service", quick) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -92,12 +105,12 @@ def test_a_clip_appears_latent_frame_by_latent_frame(
 
 
 def test_the_command_gives_the_same_clip(
-    client: Client, clip: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick_client: Client, clip: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for path, settings in ((clip, {"seed": 7, "top_k": 50}), (image, {"temperature": "0"})):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-        record = client.make(path, **settings)[-1]["record"]
+        record = quick_client.make(path, **settings)[-1]["record"]
         words = shlex.split(record["command"])
         assert words[:2] == ["python", "infer.py"]
         config = cli.parse(InferConfig, FLAGS, words[2:], "infer.py", "")
@@ -161,8 +174,8 @@ def test_what_cannot_be_taken_is_refused_while_a_clip_is_generated(
     assert client.count("cosmos_serve_clips_waiting") == 0
 
 
-def test_an_upload_that_does_not_say_how_long_it_is_is_cut_off(client: Client) -> None:
-    connection = client.connect()
+def test_an_upload_that_does_not_say_how_long_it_is_is_cut_off(quick_client: Client) -> None:
+    connection = quick_client.connect()
     connection.putrequest("POST", "/api/clips")
     boundary = service.BOUNDARY
     connection.putheader("content-type", f"multipart/form-data; boundary={boundary}")
@@ -178,20 +191,20 @@ def test_an_upload_that_does_not_say_how_long_it_is_is_cut_off(client: Client) -
     assert "at most 64 MB are let in" in json.loads(answer.read())["problem"]
 
 
-def test_twenty_clients_at_once_are_served_in_order(client: Client, clip: Path) -> None:
+def test_twenty_clients_at_once_are_served_in_order(quick_client: Client, clip: Path) -> None:
     start, ended = threading.Barrier(20), []
 
     def ask(number: int) -> tuple[list[dict[str, Any]], int]:
         start.wait()
         # Some of the same settings, which are generated together, and some of their own.
-        lines = client.make(clip, seed=number % 3)
+        lines = quick_client.make(clip, seed=number % 3)
         ended.append(lines[0]["number"])
         return lines, number % 3
 
     with ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(ask, range(20)))
     assert all(lines[-1]["event"] == "done" for lines, _ in answers)
-    assert client.count('cosmos_serve_clips_total{state="done"}') == 20
+    assert quick_client.count('cosmos_serve_clips_total{state="done"}') == 20
     # In the order in which they were let in; those of one round end within moments.
     assert sorted(ended) == list(range(1, 21))
     assert max(abs(number - place) for place, number in enumerate(ended, 1)) <= 4
@@ -238,17 +251,17 @@ def test_a_clip_is_cancelled_while_it_is_generated(client: Client, image: Path) 
     assert client.make(image)[-1]["event"] == "done"
 
 
-def test_only_so_many_clips_are_kept(tmp_path: Path, session: Session, clip: Path) -> None:
-    with running(small_config(max_history=2), tmp_path / "service", session) as client:
+def test_only_so_many_clips_are_kept(tmp_path: Path, quick: Session, clip: Path) -> None:
+    with running(small_config(**QUICK, max_history=2), tmp_path / "service", quick) as client:
         made = [client.make(clip, seed=seed)[-1]["video"] for seed in range(4)]
         statuses = [client.ask("GET", video)[0] for video in made]
         assert statuses == [404, 200, 200, 200]  # the oldest go when the next one comes
         assert len(list((tmp_path / "service").iterdir())) == 3
 
 
-def test_the_token_is_asked_for(tmp_path: Path, session: Session, clip: Path) -> None:
-    config = small_config(auth_token="a-secret-word")
-    with running(config, tmp_path / "service", session) as client:
+def test_the_token_is_asked_for(tmp_path: Path, quick: Session, clip: Path) -> None:
+    config = small_config(**QUICK, auth_token="a-secret-word")
+    with running(config, tmp_path / "service", quick) as client:
         stranger = Client(client.port, {"authorization": "Bearer a-secret-wor"})
         for path in ("/api/info", "/metrics", "/api/clips/x"):
             status, body = stranger.ask("GET", path)
@@ -261,12 +274,12 @@ def test_the_token_is_asked_for(tmp_path: Path, session: Session, clip: Path) ->
         assert client.ask("GET", "/api/info", host="clips.example")[0] == 200
 
 
-def test_pages_of_other_sites_are_refused(client: Client) -> None:
-    own = f"127.0.0.1:{client.port}"
-    assert client.ask("GET", "/api/info", origin=f"http://{own}")[0] == 200
-    assert client.ask("GET", "/api/info", host="localhost:9000")[0] == 200
+def test_pages_of_other_sites_are_refused(quick_client: Client) -> None:
+    own = f"127.0.0.1:{quick_client.port}"
+    assert quick_client.ask("GET", "/api/info", origin=f"http://{own}")[0] == 200
+    assert quick_client.ask("GET", "/api/info", host="localhost:9000")[0] == 200
     for headers in ({"origin": "http://evil.example"}, {"host": "evil.example"}):
-        status, body = client.ask("GET", "/api/info", **headers)
+        status, body = quick_client.ask("GET", "/api/info", **headers)
         assert status == 403 and "problem" in json.loads(body)
 
 

@@ -22,7 +22,7 @@ async function ask(address, options = {}) {
   const answer = await fetch(address, { ...options, headers });
   if (answer.status === 401) {
     openDoor();
-    throw new Error("The service wants a token.");
+    throw new Error(token ? "That token is not the right one." : "The service wants a token.");
   }
   if (answer.ok) return answer;
   const said = await answer.json().catch(() => ({}));
@@ -30,7 +30,6 @@ async function ask(address, options = {}) {
 }
 
 function openDoor() {
-  byId("door-problem").textContent = token ? "That token is not the right one." : "";
   if (!byId("door").open) byId("door").showModal();
 }
 
