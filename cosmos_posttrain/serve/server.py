@@ -170,12 +170,15 @@ async def serve(
     server.ready = f"serving {session.name} at http://{shown}:{port}/ (Ctrl-C ends it)"
 
     def end() -> None:
-        server.force_exit = server.should_exit and not worker.is_alive()
         server.should_exit = True
         queue.close()
 
+    def hurry() -> None:
+        server.force_exit = server.should_exit  # at the second signal
+        end()
+
     hand_out(end)
-    with _signals(loop, end):
+    with _signals(loop, hurry):
         worker.start()
         await server.serve([bound])
         await asyncio.to_thread(worker.join, _LAST_SECONDS)

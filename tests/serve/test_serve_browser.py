@@ -61,7 +61,7 @@ def session() -> Session:
 
 @pytest.fixture
 def client(tmp_path: Path, session: Session) -> Iterator[Client]:
-    with running(small_config(), tmp_path / "service", session) as opened:
+    with running(small_config(max_batch_size=1), tmp_path / "service", session) as opened:
         yield opened
 
 
@@ -117,7 +117,10 @@ def drop(page: Any, path: Path, kind: str = "video/mp4") -> None:
 
 
 def wait_for_status(page: Any, start: str) -> None:
-    wait_until(lambda: text(page, "status").startswith(start), f"{start!r}")
+    try:
+        wait_until(lambda: text(page, "status").startswith(start), f"{start!r}")
+    except AssertionError as error:
+        raise AssertionError(f"{text(page, 'status')!r} is not {start!r}") from error
 
 
 def prefers(page: Any, scheme: str) -> None:
@@ -164,17 +167,20 @@ def test_what_is_refused_says_why_while_a_clip_is_generated(
     assert "large.mp4 has 200 MB, and at most 64 MB are let in" in text(page, "problem")
     drop(page, clip)
     find(page, "num_input_frames").send_keys("1")
-    for _ in range(3):
+    for _ in range(5):
         find(page, "generate").click()
+    states = 'return [...document.querySelectorAll("#history button")].map((b) => b.innerText)'
+
+    def num(state: str) -> int:
+        return sum(entry.endswith(state) for entry in page.execute_script(states))
+
+    wait_until(lambda: num("running") == 1, "the first of them")
     (tmp_path / "notes.txt").write_text("hello")
     drop(page, tmp_path / "notes.txt", "text/plain")
     find(page, "generate").click()
     wait_for_status(page, "Not done: notes.txt is not an image or a clip by its name")
-    states = 'return [...document.querySelectorAll("#history button")].map((b) => b.innerText)'
-    assert any("running" in entry for entry in page.execute_script(states))
-    wait_until(
-        lambda: sum("done" in entry for entry in page.execute_script(states)) == 3, "three clips"
-    )
+    assert num("done") < 5
+    wait_until(lambda: num("done") == 5, "five clips")
     errors = [entry for entry in page.get_log("browser") if "422" not in entry["message"]]
     assert errors == []
 
@@ -184,7 +190,7 @@ def test_it_can_be_used_by_keyboard(page: Any, clip: Path) -> None:
 
     where = "return document.activeElement.id"
     reached = []
-    for _ in range(12):
+    for _ in range(9):
         ActionChains(page).send_keys(Keys.TAB).perform()
         reached.append(page.execute_script(where))
     wanted = ["theme", "file", "temperature", "top_p", "seed", "dice", "num_input_frames"]

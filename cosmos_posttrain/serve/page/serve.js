@@ -163,7 +163,8 @@ function hear(run, { event, ...values }) {
 }
 
 function finish(run, values) {
-  Object.assign(run, { state: values.state, problem: values.problem || "", record: values.record || null });
+  Object.assign(run, { state: values.state, problem: values.problem || "", record: values.record || null,
+    repeated: values.num_repeated || 0 });
   if (run.state === "done") {
     run.latents = info.latents;
     loadVideo(run, values.video);
@@ -239,10 +240,12 @@ function sentence(run) {
   if (run.state === "running") {
     return run.latents ? `Latent frame ${run.latents} of ${info.latents} is there.` : "Reading what is given…";
   }
+  if (run.state === "done" && !run.record) return "Fetching the clip…";
   if (run.state === "done") {
-    const seconds = run.record ? run.record.seconds.generate.toFixed(1) : "?";
-    const repeated = run.record && run.record.num_repeated ? ` The clip was short: its last frame was repeated ${run.record.num_repeated} times.` : "";
-    return `Done: ${run.record.num_generated_tokens.toLocaleString("en")} tokens in ${seconds} s.${repeated}`;
+    const seconds = run.record.seconds.generate.toFixed(1);
+    const count = run.record.num_generated_tokens.toLocaleString("en");
+    const repeated = run.repeated ? ` The clip was short: its last frame was repeated ${run.repeated} times.` : "";
+    return `Done: ${count} tokens in ${seconds} s.${repeated}`;
   }
   return run.state === "cancelled" ? `Cancelled: ${run.problem}` : `Not done: ${run.problem}`;
 }
@@ -257,7 +260,7 @@ function render() {
   const run = shown;
   byId("cancel").disabled = !run || !["waiting", "running"].includes(run.state);
   byId("progress").hidden = !run || ["failed", "cancelled"].includes(run.state);
-  byId("repeat").hidden = !run || run.state !== "done";
+  byId("repeat").hidden = !run || !run.record;
   byId("output").hidden = byId("video").hidden = true;
   byId("status").classList.toggle("bad", Boolean(run && run.state === "failed"));
   renderStrip(run);
@@ -278,7 +281,7 @@ function render() {
       if (!calm.matches) video.play().catch(() => {});
     }
   }
-  if (run.state === "done") renderRepeat(run);
+  if (run.record) renderRepeat(run);
   draw();
 }
 
