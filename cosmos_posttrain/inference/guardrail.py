@@ -85,7 +85,8 @@ class Guardrail:
         if self._texts is None:
             self._texts = self._load_texts(self._folder)
         for model in self._texts:
-            is_safe, message = model.is_safe(text)
+            with _sentences(self._folder):  # some of its files are read only now
+                is_safe, message = model.is_safe(text)
             if not is_safe:
                 raise TextError(
                     f"the guardrail blocks the prompt {text!r}; ask for something else."
@@ -102,6 +103,7 @@ class Guardrail:
 
         Raises:
             ConfigError: the weights cannot be loaded.
+            CosmosPosttrainError: the detector failed.
         """
         if self._folder is None:
             return frames
@@ -110,7 +112,13 @@ class Guardrail:
         done = []
         for some in frames.split(_NUM_FRAMES, dim=1):
             pixels = some.permute(1, 2, 3, 0).contiguous().numpy().copy()  # changed in place
-            done.append(torch.from_numpy(self._faces.postprocess(pixels)).permute(3, 0, 1, 2))
+            try:
+                blurred = self._faces.postprocess(pixels)
+            except Exception as error:  # OpenCV's and torch's own; faces are not shown then
+                raise CosmosPosttrainError(
+                    f"the guardrail could not look for faces ({_reason(error)})."
+                ) from error
+            done.append(torch.from_numpy(blurred).permute(3, 0, 1, 2))
         return torch.cat(done, dim=1).contiguous()
 
     def release(self) -> None:
@@ -157,10 +165,11 @@ def _has_words(folder: Path) -> bool:
 def _import_package() -> Any:
     try:
         package = importlib.import_module(_PACKAGE)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # the latter of libraries that do not fit torch
         missing = (getattr(error, "name", None) or "cosmos_guardrail").partition(".")[0]
         raise ConfigError(
-            f"the guardrail needs the package {missing}, which cannot be imported; {_INSTALL}."
+            f"the guardrail needs the package {missing}, which cannot be imported "
+            f"({_reason(error)}); {_INSTALL}."
         ) from error
     unknown = [name for name in _NEEDED if not hasattr(package, name)]
     if unknown:
@@ -181,12 +190,25 @@ def _opened(folder: Path) -> Iterator[Any]:
     download = package.snapshot_download
     package.snapshot_download = lambda *_args, **_options: str(folder)
     try:
-        yield package
-    except (OSError, LookupError, ValueError, RuntimeError, AssertionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
-        raise ConfigError(
-            f"--guardrail_dir {folder} cannot be used ({reason}); fetch "
-            "nvidia/Cosmos-1.0-Guardrail again."
-        ) from error
+        with _sentences(folder):
+            yield package
     finally:
         package.snapshot_download = download
+
+
+@contextlib.contextmanager
+def _sentences(folder: Path) -> Iterator[None]:
+    """Turns what is raised by files that are missing or damaged into one sentence."""
+    try:
+        yield
+    except Exception as error:  # whatever torch, nltk and the package make of such files
+        raise ConfigError(
+            f"--guardrail_dir {folder} cannot be used ({_reason(error)}); fetch "
+            "nvidia/Cosmos-1.0-Guardrail again."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first words of an error."""
+    lines = [line.strip("* ") for line in str(error).splitlines()]
+    return next((line.rstrip(".:") for line in lines if line), type(error).__name__)

@@ -12,70 +12,28 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from helpers import guardrail_case
+from helpers.guardrail_case import NAME
 
 from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError, TextError
 from cosmos_posttrain.inference.guardrail import Guardrail
 
-NAME = "cosmos_guardrail.cosmos_guardrail"
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in ("custom", "exact_match", "whitelist"):
-        (tmp_path / "weights" / "blocklist" / name).mkdir(parents=True)
-        (tmp_path / "weights" / "blocklist" / name / "words.txt").write_text(f"{name}word\n")
-    (tmp_path / "weights" / "face_blur_filter").mkdir()
-    (tmp_path / "weights" / "face_blur_filter" / "Resnet50_Final.pth").write_bytes(b"weights")
-    return tmp_path / "weights"
+    return guardrail_case.write_folder(tmp_path / "weights")
 
 
 @pytest.fixture
 def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
-    """The package's names: words of the lists are blocked, bright pixels are faces."""
-    module = types.ModuleType(NAME)
-
-    class Blocklist:
-        def __init__(self) -> None:
-            root = Path(module.snapshot_download("a/b", allow_patterns=["blocklist/*"]))
-            self.words = (root / "blocklist/custom/words.txt").read_text().split()
-
-        def is_safe(self, text: str) -> tuple[bool, str]:
-            return not any(word in text for word in self.words), "words"
-
-    class Qwen3Guard(torch.nn.Module):
-        def __init__(self, path: str) -> None:
-            super().__init__()
-            self.is_broken = "broken" in (Path(path) / "config.json").read_text()
-
-        def is_safe(self, text: str) -> tuple[bool, str]:
-            if self.is_broken:
-                return True, "Unexpected error occurred when running Qwen3Guard guardrail."
-            return "rude" not in text, ""
-
-    class RetinaFaceFilter(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            root = Path(module.snapshot_download("a/b"))
-            if (root / "face_blur_filter/Resnet50_Final.pth").read_bytes() != b"weights":
-                raise RuntimeError("invalid load key.\nand more")
-
-        def postprocess(self, frames: np.ndarray) -> np.ndarray:
-            assert frames.ndim == 4 and frames.shape[3] == 3 and frames.dtype == np.uint8
-            frames[frames > 200] = 0
-            return frames
-
-    def snapshot_download(*_args: object, **_options: object) -> str:
-        raise AssertionError("the hub is not asked")
-
-    for value in (Blocklist, Qwen3Guard, RetinaFaceFilter, snapshot_download):
-        setattr(module, value.__name__, value)
-    monkeypatch.setitem(sys.modules, "cosmos_guardrail", types.ModuleType("cosmos_guardrail"))
-    monkeypatch.setitem(sys.modules, NAME, module)
-    yield module
-    assert module.snapshot_download is snapshot_download  # put back
+    modules = guardrail_case.stand_in()
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    download = modules[NAME].snapshot_download
+    yield modules[NAME]
+    assert modules[NAME].snapshot_download is download  # put back
 
 
 def test_without_weights_one_sentence_says_that_nothing_was_checked() -> None:
@@ -148,3 +106,53 @@ def test_damaged_weights_are_one_sentence(folder: Path, package: types.ModuleTyp
     with pytest.raises(ConfigError, match=r"cannot be used \(invalid load key\)") as caught:
         Guardrail(folder).blur_faces(torch.zeros(3, 1, 4, 4, dtype=torch.uint8))
     assert "\n" not in str(caught.value)
+
+
+def write_real_weights(package: types.ModuleType, folder: Path) -> None:
+    """Word lists, nltk's data without words, and a detector that takes everything for a face."""
+    for name, word in (("custom", "forbidden"), ("exact_match", "barred thing")):
+        (folder / "blocklist" / name / "words.txt").write_text(f"{word}\n")
+    data = folder / "blocklist" / "nltk_data"
+    english, wordnet = data / "tokenizers/punkt_tab/english", data / "corpora/wordnet"
+    for place, names in (
+        (english, "collocations.tab sent_starters.txt abbrev_types.txt ortho_context.tab"),
+        (wordnet, "index.sense"),
+        *(
+            (wordnet, f"index.{kind} data.{kind} {kind}.exc")
+            for kind in "noun verb adj adv".split()
+        ),
+    ):
+        place.mkdir(parents=True, exist_ok=True)
+        for name in names.split():
+            (place / name).write_text("")
+    (wordnet / "lexnames").write_text("00\tadj.all\t3\n")
+    net = package.RetinaFace(cfg={**package.cfg_re50, "pretrain": False}, phase="test")
+    heads = {
+        f"module.{name}": torch.zeros_like(value)
+        for name, value in net.state_dict().items()
+        if name.startswith(("ClassHead", "BboxHead"))
+    }
+    for name, value in heads.items():
+        if "ClassHead" in name and name.endswith("bias"):
+            value.view(-1, 2)[:] = torch.tensor([-5.0, 5.0])
+    torch.save(heads, folder / "face_blur_filter" / "Resnet50_Final.pth")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_package_itself(folder: Path) -> None:
+    reason = "the extra guardrail is not installed"
+    package = pytest.importorskip(NAME, reason=reason, exc_type=ImportError)
+    write_real_weights(package, folder)
+    guardrail = Guardrail(folder)
+    guardrail.check_prompt("a red ball rolls")
+    for text in ("a forbidden ball", "the barred thing"):
+        with pytest.raises(TextError, match="blocks the prompt"):
+            guardrail.check_prompt(text)
+    frames = torch.randint(0, 256, (3, 5, 64, 96), dtype=torch.uint8)
+    blurred = guardrail.blur_faces(frames)
+    assert blurred.shape == frames.shape and blurred.dtype == torch.uint8
+    assert (blurred != frames).float().mean() > 0.5
+    guardrail.release()
+    (folder / "face_blur_filter" / "Resnet50_Final.pth").write_bytes(b"junk")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        guardrail.blur_faces(frames)
