@@ -73,7 +73,7 @@ def _items(config: InferConfig, tokens: TokenFolder | None) -> Iterator[Item]:
         numbers = _numbers(config, len(lines))
         folder = Path(config.video_save_folder)
         videos = [folder / f"{name}.mp4" for name in output_names(lines)]
-        lines, videos = ([some[number] for number in numbers] for some in (lines, videos))
+        lines, videos = [lines[n] for n in numbers], [videos[n] for n in numbers]
     for number, line, video in zip(numbers, lines, videos, strict=True):
         yield from _path_items(config, number, line, video)
 

@@ -38,17 +38,15 @@ from cosmos_posttrain.inference import opening
 from cosmos_posttrain.inference.conditioning import TextConditioner
 from cosmos_posttrain.inference.config import SESSION_FLAGS, SessionConfig
 from cosmos_posttrain.inference.decode_plan import lay_out
-from cosmos_posttrain.inference.engine import chosen_decoding, generate
-from cosmos_posttrain.inference.log_probs import LogProbs
+from cosmos_posttrain.inference.engine import chosen_decoding
 from cosmos_posttrain.inference.memory import Peaks
 from cosmos_posttrain.inference.quantization import check_quantization, quantize
 from cosmos_posttrain.inference.request import IMAGE_FPS, GeneratedClip, Prompt, Request
 from cosmos_posttrain.inference.rollout import roll_out
-from cosmos_posttrain.inference.stacking import check_alike, stacked
-from cosmos_posttrain.inference.watching import OnTokens, Watch, all_of
+from cosmos_posttrain.inference.stacking import check_alike, continue_prompts
+from cosmos_posttrain.inference.watching import OnTokens
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.config import ModelConfig
-from cosmos_posttrain.models.sequence import sequence_layout
 from cosmos_posttrain.tokenizer.video_tokenizer import VideoTokenizer
 from cosmos_posttrain.video import read_input, to_float, to_uint8
 
@@ -366,41 +364,20 @@ class Session:
         progress: Callable[[int], None] | None,
         on_tokens: OnTokens | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, T * h * w) on the CPU: the prompts' tokens, what follows, and how probable it was."""
+        """See ``continue_prompts``."""
         if self._config.offload_tokenizer:
             self._free_tokenizer()
-        batch = stacked(prompts)
-        tokens = batch.tokens
-        num_tokens = self.geometry.seq_length - tokens.shape[1]
-        prefix = torch.tensor([sequence_layout(self.model_config).prefix], dtype=torch.long)
-        sampling = requests[0]
         with self._working_model() as model:
-            watch = log_probs = None
-            if on_tokens is not None:
-                frame = self.geometry.latent_shape.tokens_per_frame
-                watch = Watch(tokens.to(model.device), num_tokens, frame, on_tokens)
-            if sampling.with_log_probs:
-                log_probs = LogProbs(len(tokens), num_tokens, model.device)
-            generated = generate(
+            return continue_prompts(
                 model,
-                torch.cat([prefix.expand(len(tokens), -1), tokens], dim=1),
-                num_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                seed=[request.seed for request in requests],
-                items=[request.item for request in requests],
-                samples=[request.sample for request in requests],
-                context=batch.context,
-                guidance_scale=sampling.guidance_scale,
-                negative_context=batch.negative_context,
+                self.geometry,
+                prompts,
+                requests,
                 decoding=chosen_decoding(self._config.decoding),
                 window=self._config.decoding_window,
                 progress=progress,
-                observe=all_of(watch, log_probs),
+                on_tokens=on_tokens,
             )
-            found = None if log_probs is None else log_probs.of_clips(tokens.shape[1])
-            return torch.cat([tokens, generated.cpu()], dim=1), found
 
     # Memory: nothing else holds the tokenizer or the model.
 

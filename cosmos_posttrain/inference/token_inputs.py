@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from cosmos_posttrain.data.layout import MANIFEST_FILE, PLAN_FILE
 from cosmos_posttrain.errors import DatasetError
 from cosmos_posttrain.geometry import ClipGeometry, Compression, num_pixel_frames
 from cosmos_posttrain.inference import opening
-from cosmos_posttrain.inference.config import SessionConfig
+from cosmos_posttrain.inference.config import InferConfig
 from cosmos_posttrain.prepare.onex.folder import METADATA_FILE, OnexFolder
 from cosmos_posttrain.prepare.onex.windows import open_windows
 from cosmos_posttrain.tokenizer.loading import check_recorded
@@ -61,10 +61,10 @@ class TokenFolder:
     num_clips: int
     read: Callable[[int], TokenClip]
 
-    def settings(self, config: SessionConfig) -> SessionConfig:
-        """The session's settings for these clips: what was not given follows from the folder."""
+    def settings(self, config: InferConfig) -> InferConfig:
+        """A run's settings for these clips: what was not given follows from the folder."""
         clip = self.geometry
-        found = {
+        found: dict[str, Any] = {
             "num_context_frames": clip.num_frames,
             "height": clip.height,
             "width": clip.width,

@@ -97,7 +97,7 @@ def _plan_inference(config: PlanConfig) -> None:
     published = [name for name in PRESETS if not name.startswith("tiny")]
     names = published if config.model is None else [config.model]
     models = {name: _at_size(read_model(name)[0], config) for name in names}
-    sizes = inference_report.GPU_SIZES
+    sizes: tuple[float, ...] = inference_report.GPU_SIZES
     if config.gpu_memory_gb is not None:
         sizes = (config.gpu_memory_gb,)
     inference_report.show(models, config.batch_size, sizes, config.json)

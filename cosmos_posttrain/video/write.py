@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -66,7 +66,11 @@ def write_mp4(
         UserError: the folder cannot be made or written to.
     """
     path = Path(path)
-    parts = iter([frames] if hasattr(frames, "ndim") else frames)
+    parts: Iterator[Frames]
+    if hasattr(frames, "ndim"):
+        parts = iter([cast("Frames", frames)])
+    else:
+        parts = iter(cast("Iterable[Frames]", frames))
     first = next(parts, np.empty((3, 0, 0, 0), np.uint8))
     _check(path, first, fps)
     try:
