@@ -2,7 +2,8 @@
 
 Both have float32 weights of the same shape, one clip, greedy tokens after the same number of given
 ones. Hugging Face runs a `LlamaForCausalLM`, with each cache that is named. Runs alternate, so that
-a busy machine slows all of them; the ratio is of the medians.
+a busy machine slows all of them; the ratio is of the medians. With `--clock cpu` the time in which
+other programs had the core is not counted.
 
     python benchmarks/bench_decode.py --shape 30M --num_tokens 1280
     python benchmarks/bench_decode.py --shape 100M --num_tokens 1280 --peers dynamic,static,compiled
@@ -108,15 +109,16 @@ def _compiled(model):
     return other
 
 
-def times_of(jobs: dict[str, Job], runs: int) -> dict[str, list[float]]:
+def times_of(jobs: dict[str, Job], runs: int, clock: str) -> dict[str, list[float]]:
     """Seconds of each job, ``runs`` times in turn after one that is not counted."""
+    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for run in range(runs + 1):
         for name, job in jobs.items():
-            started = time.perf_counter()
+            started = now()
             job()
             if run:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(now() - started)
     return times
 
 
@@ -176,7 +178,7 @@ def compare_shape(args: argparse.Namespace) -> None:
     for way in ("modules", "sequential"):
         if way != "modules" or args.modules:
             jobs[f"ours, {way}"] = _ours(model, prompts[:1], args.num_tokens, way)
-    times = times_of(jobs, args.runs)
+    times = times_of(jobs, args.runs, args.clock)
     best = min(
         (name for name in jobs if name.startswith("Hugging")),
         key=lambda name: statistics.median(times[name]),
@@ -187,10 +189,12 @@ def compare_shape(args: argparse.Namespace) -> None:
         batches = {
             "1 clip": _ours(model, prompts[:1], few, "sequential"),
             f"{args.batch} clips": _ours(model, prompts, few, "sequential"),
+            f"{args.batch} clips, auto": _ours(model, prompts, few, "auto"),
         }
-        times = times_of(batches, args.runs)
-        one, many = (statistics.median(values) for values in times.values())
+        times = times_of(batches, args.runs, args.clock)
+        one, many, drafts = (statistics.median(values) for values in times.values())
         print(f"batch {args.batch} against 1: {args.batch * one / many:.2f}x the tokens/s")
+        print(f"auto against one after another, drafts never right: {many / drafts:.2f}x")
 
 
 def _ours(model: ARModel, prompts: torch.Tensor, num_tokens: int, way: str) -> Job:
@@ -211,7 +215,7 @@ def compare_run(args: argparse.Namespace) -> None:
     print(
         f"{args.run}: grid {tuple(grid)}, {given} given, {num_tokens} decoded, {len(chosen)} clips"
     )
-    windows = [int(window) for window in args.windows.split(",")]
+    windows = [int(word) if word.isdigit() else None for word in args.windows.split(",")]
     for name, sampling in (("greedy", {"temperature": 0.0}), ("top_p 0.8", SAMPLED)):
         expected = _decode(model, prompts, num_tokens, sampling, chosen, "sequential", None)
         modules = _decode(model, prompts, num_tokens, sampling, chosen, "modules", None)
@@ -221,15 +225,15 @@ def compare_run(args: argparse.Namespace) -> None:
                 found = _decode(model, prompts, num_tokens, sampling, chosen, "jacobi", window)
             rate = len(chosen) * num_tokens / passes.count
             print(
-                f"{name}, window {window}: {rate:.2f} tokens a forward pass; clips that differ: "
-                f"{_differing(found, expected)}",
+                f"{name}, window {window or 'auto'}: {rate:.2f} tokens a forward pass; clips that "
+                f"differ: {_differing(found, expected)}",
                 flush=True,
             )
         size = len(chosen)
         with Passes() as passes:
-            found = _decode(model, prompts, num_tokens, sampling, chosen, "jacobi", 16, size)
+            found = _decode(model, prompts, num_tokens, sampling, chosen, "jacobi", None, size)
         print(
-            f"{name}, window 16, one batch: {num_tokens / passes.count:.2f} tokens of a clip a "
+            f"{name}, one batch of {size}: {num_tokens / passes.count:.2f} tokens of a clip a "
             f"pass; clips that differ: {_differing(found, expected)}",
             flush=True,
         )
@@ -245,8 +249,12 @@ def compare_run(args: argparse.Namespace) -> None:
         ways = [("sequential", None), *(("jacobi", window) for window in windows)]
         for way, window in ways:
             fixed = (few, num_tokens, sampling, chosen, way, window)
-            jobs[f"{name}, {way} {window or ''}"] = partial(_decode, model, *fixed)
-    show(times_of(jobs, args.runs), num_tokens * len(few), next(iter(jobs)))
+            label = "" if way == "sequential" else f" {window or 'auto'}"
+            jobs[f"{name}, {way}{label}"] = partial(_decode, model, *fixed)
+    for way in ("sequential", "jacobi"):
+        fixed = (few, num_tokens, {"temperature": 0.0}, chosen, way, None, len(few))
+        jobs[f"greedy, {way}, one batch"] = partial(_decode, model, *fixed)
+    show(times_of(jobs, args.runs, args.clock), num_tokens * len(few), next(iter(jobs)))
 
 
 def _decode(
@@ -284,6 +292,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: of a thread")
     parser.add_argument("--run", help="a trained model, in place of a shape")
     parser.add_argument("--data_path", help="its data set")
     parser.add_argument("--split", default="validation")
@@ -291,7 +300,7 @@ def main() -> None:
     parser.add_argument("--given_latents", type=int, default=2)
     parser.add_argument("--clips", type=int, default=20)
     parser.add_argument("--timed_clips", type=int, default=3)
-    parser.add_argument("--windows", default="4,8,16,32,64")
+    parser.add_argument("--windows", default="auto,4,8,16,32,64")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.run:

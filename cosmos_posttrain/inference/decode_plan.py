@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from torch import Tensor
+from torch import Tensor, nn
 
 from cosmos_posttrain.models.ar_model import ARModel
 
@@ -57,9 +57,8 @@ class LayerWeights:
     cross: CrossAttentionWeights | None
 
 
-def _layer_of(parameters: dict[str, Tensor], heads_per_group: int) -> LayerWeights:
+def _layer_of(weights: dict[str, Tensor], heads_per_group: int) -> LayerWeights:
     """A layer from Megatron's names, those of Transformer Engine's fused norms included."""
-    weights = {name: parameter.detach() for name, parameter in parameters.items()}
 
     def norm(own: str, fused: str) -> Tensor:
         name = f"{own}.weight"
@@ -94,7 +93,8 @@ class DecodePlan:
     """A model's weights, laid out for decoding.
 
     Args:
-        model: stays as it is; the plan sees what training changes in place.
+        model: stays as it is; the plan sees what training changes in place. Nothing here is for
+            gradients: run it where none are kept.
 
     Attributes:
         config: the model's numbers.
@@ -110,7 +110,7 @@ class DecodePlan:
         self._group = parallel_state.get_tensor_model_parallel_group()
         self._eps = config.layernorm_epsilon
         self._floors: dict[int, Tensor] = {}
-        self.embedding = module.embedding.word_embeddings.weight.detach()
+        self.embedding = module.embedding.word_embeddings.weight
         self.dtype = self.embedding.dtype
         self._first_row = parallel_state.get_tensor_model_parallel_rank() * len(self.embedding)
         self.groups = config.num_query_groups // self._size
@@ -120,8 +120,8 @@ class DecodePlan:
             _layer_of(dict(layer.named_parameters()), self.heads_per_group)
             for layer in module.decoder.layers
         ]
-        self._final_norm = module.decoder.final_layernorm.weight.detach()
-        self._output = module.output_layer.weight.detach()
+        self._final_norm = module.decoder.final_layernorm.weight
+        self._output = module.output_layer.weight
         # (S, D): cosines, and sines that are negative in the first half.
         cosines, sines = module.rotary_pos_emb.table.to(self.dtype).flatten(1, 3).unbind()
         self.cosines, self.sines = cosines, sines
@@ -172,7 +172,7 @@ class DecodePlan:
 
     def added(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         """``x + y @ weight.T``, of which each rank has a part: (M, hidden)."""
-        if self._size == 1:
+        if self._size == 1 and type(weight) is nn.Parameter:  # not torchao's
             return torch.addmm(x, y, weight.t())
         return x + self._reduced(F.linear(y, weight))
 
@@ -193,5 +193,6 @@ def lay_out(model: ARModel) -> None:
         return
     embedding = model.module.embedding.word_embeddings.weight
     for parameter in model.module.parameters():
-        if parameter.ndim == 2 and parameter is not embedding:
+        is_plain = type(parameter) is nn.Parameter  # not torchao's
+        if is_plain and parameter.ndim == 2 and parameter is not embedding:
             parameter.data = parameter.data.t().contiguous().t()

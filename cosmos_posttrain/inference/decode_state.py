@@ -180,25 +180,36 @@ def _attend(
         (B * N, groups * heads * D).
     """
     batch, count, groups, heads, width = query.shape
-    length = keys.shape[2]
-    if query.is_cuda or (mask is None and count > 1):
-        if mask is not None:
-            mask = F.pad(mask, (length - mask.shape[-1], 0)).to(query.dtype)
-            mask = mask.flatten(0, 2)[:, None] if mask.ndim == 5 else mask
+    if mask is None and count > 1:
         found = F.scaled_dot_product_attention(
             query.flatten(2, 3).transpose(1, 2),
-            keys if query.is_cuda else keys.contiguous(),
+            keys.contiguous(),
             values,
-            attn_mask=mask,
-            is_causal=is_causal and mask is None and count > 1,
+            is_causal=is_causal,
             enable_gqa=True,
         )
         return found.transpose(1, 2).reshape(batch * count, groups * heads * width)
-    grouped = (query * width**-0.5).permute(0, 2, 3, 1, 4)
-    scores = grouped.reshape(batch, groups, heads * count, width) @ keys.transpose(-1, -2)
-    if mask is not None:
-        last = scores.view(batch, groups, heads, count, length)[..., length - mask.shape[-1] :]
-        last += mask.to(scores.dtype)
-    shares = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
-    found = (shares @ values).view(batch, groups, heads, count, width)
+    # Rows of a group's heads below each other: no key is repeated for them.
+    grouped = query.permute(0, 2, 3, 1, 4).reshape(batch, groups, heads * count, width)
+    attend = _attend_by_kernel if query.is_cuda else _attend_by_products
+    found = attend(grouped, keys, values, mask).view(batch, groups, heads, count, width)
     return found.permute(0, 3, 1, 2, 4).reshape(batch * count, groups * heads * width)
+
+
+def _attend_by_products(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """For the CPU, where few rows are fastest so: query (B, groups, heads * N, D)."""
+    scores = (query * query.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
+    if mask is not None:
+        rows = scores.view(*scores.shape[:2], -1, mask.shape[-2], scores.shape[-1])
+        hidden = rows[..., scores.shape[-1] - mask.shape[-1] :]
+        hidden += mask.to(scores.dtype)
+    return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
+
+
+def _attend_by_kernel(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """For the GPU: one kernel; arguments as above."""
+    if mask is not None:
+        mask = F.pad(mask, (keys.shape[2] - mask.shape[-1], 0)).to(query.dtype)
+        mask = mask.view(-1, 1, *mask.shape[-2:])
+        mask = mask.repeat(1, 1, query.shape[2] // mask.shape[2], 1)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)

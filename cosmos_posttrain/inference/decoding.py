@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.errors import CosmosPosttrainError
+from cosmos_posttrain.inference.windows import LARGEST_WINDOW, WindowChoice
 
 Progress = Callable[[int], None]
 # Tokens (B, N) from scores (B, N, vocab_size) and their positions, (N,) or (B, N).
@@ -129,7 +130,7 @@ def decode_in_windows(
     prompt: Tensor,
     num_tokens: int,
     draw: Draw,
-    window: int,
+    window: int | None,
     tokens_per_frame: int,
     progress: Progress | None = None,
     observe: Observe | None = None,
@@ -142,11 +143,12 @@ def decode_in_windows(
     from its own last known token.
 
     Args:
-        scores: with an empty cache that has room for ``window`` tokens more than the clip.
+        scores: with an empty cache that has room for a window of tokens more than the clip.
         prompt: (B, P) int64.
         num_tokens: to decode.
         draw: of tokens.
-        window: tokens that are fed at once, at least 2; no more than a latent frame and one.
+        window: tokens that are fed at once, at least 2; no more than a latent frame and one. None
+            chooses from pass to pass.
         tokens_per_frame: of a latent frame.
         progress: called with the number of tokens so far, the clips' mean, after each pass.
         observe: called with the tokens that each pass makes known, clip by clip.
@@ -160,17 +162,18 @@ def decode_in_windows(
     batch_size, first = prompt.shape
     end = first + num_tokens
     # What a new draft is copied from is known then.
-    window = min(window, tokens_per_frame + 1)
+    largest = min(window or LARGEST_WINDOW, tokens_per_frame + 1)
+    choice = WindowChoice(batch_size, prompt.device, largest, window)
     found = scores.feed(prompt)
     check_finite(found)
-    drafts = _Drafts(prompt, num_tokens, window, tokens_per_frame)
+    drafts = _Drafts(prompt, num_tokens, largest, tokens_per_frame)
     token = draw(found, torch.tensor([first], device=prompt.device))
     drafts.begin(token)
     if observe is not None:
         observe(Decoded(range(batch_size), 0, token, found))
     known = [first + 1] * batch_size
     while min(known) < end:
-        count = min(window, end - min(known))
+        count = min(choice.next(), end - min(known))
         starts = [number - 1 for number in known]
         fed, places = drafts.window(count)
         if min(starts) == max(starts):
@@ -180,6 +183,8 @@ def decode_in_windows(
             found = scores.feed(fed, count, starts)
         drawn = draw(found, places + 1)
         before, known = known, drafts.take(fed, drawn, places)
+        pairs = zip(before, known, strict=True)
+        choice.learn([new - old for old, new in pairs if old < end])
         if observe is not None:
             for clip, (old, new) in enumerate(zip(before, known, strict=True)):
                 if new > old:

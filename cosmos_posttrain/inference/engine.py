@@ -32,10 +32,9 @@ from cosmos_posttrain.inference.decoding import (
 from cosmos_posttrain.inference.module_scores import GuidedScores, ModuleScores
 from cosmos_posttrain.inference.noise import stream_keys
 from cosmos_posttrain.inference.sampling import Draw, check_guidance, check_sampling
+from cosmos_posttrain.inference.windows import LARGEST_WINDOW
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.builder import CosmosGPTModel
-
-DEFAULT_WINDOW = 16
 
 # Attributes by which Megatron's modules split their sequences over the tensor-parallel ranks.
 _SEQUENCE_PARALLEL = (
@@ -159,7 +158,7 @@ def generate(
         decoding: ``sequential``, one token at a time; ``jacobi``, a window of drafts at a time;
             ``modules``, sequential through Megatron's own modules, slow, to compare with; ``auto``,
             the fastest of the first two.
-        window: drafts of ``jacobi`` that go through the model at once; None is the fastest number.
+        window: tokens that ``jacobi`` feeds at once; None chooses from pass to pass.
         progress: called with the number of tokens generated so far, as they come.
         observe: called with tokens as they are known and the scores that they were drawn from, the
             same on every rank.
@@ -193,15 +192,12 @@ def generate(
         return _agreed(own_draw(scores, positions))
 
     length = prompt.shape[1] + num_tokens
-    if decoding == "auto":
-        decoding = chosen_decoding(len(prompt))
+    decoding = chosen_decoding(decoding)
     model.module.eval()
     with torch.inference_mode(), _whole_sequences(model.module):
         if decoding == "jacobi":
-            window = window or DEFAULT_WINDOW
-            scores = _open_scores(
-                model, decoding, length + window, contexts, guidance_scale, len(prompt)
-            )
+            room = length + (window or LARGEST_WINDOW)
+            scores = _open_scores(model, decoding, room, contexts, guidance_scale, len(prompt))
             frame = model.latent_shape.tokens_per_frame
             generated = decode_in_windows(
                 scores, prompt, num_tokens, draw, window, frame, progress, observe
@@ -213,12 +209,9 @@ def generate(
     return generated.clone()
 
 
-def chosen_decoding(batch_size: int) -> str:
-    """What ``auto`` means: what is fastest, by the figures of docs/decoding.md.
-
-    A window costs least where one clip leaves the machine's arithmetic idle.
-    """
-    return "jacobi" if torch.cuda.is_available() or batch_size == 1 else "sequential"
+def chosen_decoding(decoding: str) -> str:
+    """What ``auto`` means: windows, which become single tokens where drafts do not pay."""
+    return "jacobi" if decoding == "auto" else decoding
 
 
 def _agreed(tokens: Tensor) -> Tensor:

@@ -112,7 +112,8 @@ def choose(
         top_p = None
     if top_p is None and top_k is None:
         return (scaled + numbers(_all_tokens(logits))).argmax(-1)
-    if logits.is_cuda:
+    # A window is waited for in any case.
+    if logits.is_cuda and logits.shape[-2] == 1:
         return choose_by_score(scaled, numbers, top_p, top_k)
     return choose_by_likelihood(scaled, numbers, top_p, top_k)
 

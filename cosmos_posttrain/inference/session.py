@@ -38,13 +38,15 @@ from cosmos_posttrain.inference import opening
 from cosmos_posttrain.inference.conditioning import TextConditioner
 from cosmos_posttrain.inference.config import SESSION_FLAGS, SessionConfig
 from cosmos_posttrain.inference.decode_plan import lay_out
-from cosmos_posttrain.inference.engine import chosen_decoding, generate
+from cosmos_posttrain.inference.engine import chosen_decoding
+from cosmos_posttrain.inference.memory import Peaks
+from cosmos_posttrain.inference.quantization import check_quantization, quantize
 from cosmos_posttrain.inference.request import IMAGE_FPS, GeneratedClip, Prompt, Request
-from cosmos_posttrain.inference.stacking import check_alike, stacked
-from cosmos_posttrain.inference.watching import OnTokens, Watch
+from cosmos_posttrain.inference.rollout import roll_out
+from cosmos_posttrain.inference.stacking import check_alike, continue_prompts
+from cosmos_posttrain.inference.watching import OnTokens
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.config import ModelConfig
-from cosmos_posttrain.models.sequence import sequence_layout
 from cosmos_posttrain.tokenizer.video_tokenizer import VideoTokenizer
 from cosmos_posttrain.video import read_input, to_float, to_uint8
 
@@ -64,13 +66,16 @@ class Session:
         tokenizer_info: which tokenizer it is.
         tensor_model_parallel_size: processes that share the model.
         notes: sentences for the user.
+        peaks: memory of each stage so far.
 
     Raises:
         UserError: one of its children, for anything that does not fit together.
     """
 
     def __init__(self, config: SessionConfig) -> None:
+        self.peaks = Peaks()
         check(config, flag_names(SESSION_FLAGS))
+        check_quantization(config.quantization, config.decoding)
         self._config = config
         source = opening.open_checkpoint(config)
         self.contract = contract = source.contract
@@ -142,6 +147,7 @@ class Session:
             "latent_shape": list(clip.latent_shape),
             "rope_scaling": config.rope_scaling,
             "rope_scale": config.rope_scale,
+            **({} if config.quantization is None else {"quantization": config.quantization}),
         }
 
     def check(self, request: Request) -> None:
@@ -152,6 +158,7 @@ class Session:
             ConfigError: a text for a base model, or none for a Video2World model.
         """
         request.num_given(self.geometry)
+        request.num_latents(self.geometry)
         contracts.check_text(request, self.model_config, self.name)
 
     def encode_prompts(
@@ -178,11 +185,12 @@ class Session:
             return
         if self._model is None:
             groups.initialize(groups.Parallelism(tensor=self.tensor_model_parallel_size))
-        groups.decide(
-            lambda: conditioner.encode(prompts, others, progress),
-            parallel_state.get_tensor_model_parallel_src_rank(),
-            parallel_state.get_tensor_model_parallel_group(),
-        )
+        with self.peaks.stage("text"):
+            groups.decide(
+                lambda: conditioner.encode(prompts, others, progress),
+                parallel_state.get_tensor_model_parallel_src_rank(),
+                parallel_state.get_tensor_model_parallel_group(),
+            )
 
     def load(self) -> None:
         """Loads the model's weights, once; all ranks of the job together.
@@ -201,6 +209,8 @@ class Session:
             self.tensor_model_parallel_size,
             self._config.layer_spec,
         )
+        if self._config.quantization is not None:
+            quantize(self._model)
         lay_out(self._model)
         if self._config.offload_ar_model:
             self._move_model("cpu")
@@ -239,6 +249,22 @@ class Session:
             CosmosPosttrainError: the model's logits are not finite.
         """
         check_alike(requests, self.geometry)
+        if requests[0].num_rollout_chunks == 1:
+            return self._generate_chunk(requests, progress, on_tokens)
+        chunk = self._generate_chunk
+        clips = roll_out(chunk, requests, self.geometry, progress, on_tokens)
+        return [
+            dataclasses.replace(clip, settings=self.settings_of(request))
+            for clip, request in zip(clips, requests, strict=True)
+        ]
+
+    def _generate_chunk(
+        self,
+        requests: Sequence[Request],
+        progress: Callable[[int], None] | None,
+        on_tokens: OnTokens | None,
+    ) -> list[GeneratedClip]:
+        """Generates clips of the session's length."""
         settings = [self.settings_of(request) for request in requests]
         start = time.perf_counter()
         self.encode_prompts([text for request in requests for text in request.prompts])
@@ -247,37 +273,50 @@ class Session:
         start = time.perf_counter()
         prompts = [self._prompt(request) for request in requests]
         encoded = time.perf_counter()
-        tokens = self._continue(prompts, requests, progress, on_tokens)
+        with self.peaks.stage("generate"):
+            tokens, log_probs = self._continue(prompts, requests, progress, on_tokens)
         seconds = {
             "encode": (text_seconds + encoded - start) / len(requests),
             "generate": (time.perf_counter() - encoded) / len(requests),
         }
+        shape = self.geometry.latent_shape
         return [
             GeneratedClip(
-                tokens=own.view(*self.geometry.latent_shape),
+                tokens=tokens[number].view(*shape),
                 num_condition_tokens=prompt.tokens.shape[1],
                 num_repeated=prompt.num_repeated,
                 fps=request.fps or (prompt.fps if 0 < prompt.fps < 1000 else IMAGE_FPS),
-                settings=its_settings,
+                settings=settings[number],
                 tensor_model_parallel_size=self.tensor_model_parallel_size,
                 seconds=dict(seconds),
-                decode=self.decode,
+                decode=self.decode_parts,
                 text_encoder=prompt.text_encoder,
-                decoding=self._decoding(len(requests)),
+                log_probs=None if log_probs is None else log_probs[number].view(*shape),
+                decoding=chosen_decoding(self._config.decoding),
             )
-            for own, prompt, request, its_settings in zip(
-                tokens, prompts, requests, settings, strict=True
-            )
+            for number, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
         ]
 
     def encode(self, frames: Tensor) -> Tensor:
         """Frames (3, T, H, W) uint8 -> tokens (t, h, w) int64 on the CPU."""
-        indices = self._get_tokenizer().encode(to_float(frames)[None])
-        return indices[0].long().cpu()
+        with self.peaks.stage("encode"):
+            indices = self._get_tokenizer().encode(to_float(frames)[None])
+            return indices[0].long().cpu()
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens (t, h, w) -> frames (3, T, H, W) uint8 on the CPU."""
-        return to_uint8(self._get_tokenizer().decode(tokens[None])[0]).cpu()
+        return torch.cat(list(self.decode_parts(tokens)), dim=1)
+
+    def decode_parts(self, tokens: Tensor) -> Iterator[Tensor]:
+        """The frames of ``decode`` part by part: of a long clip a part at a time is held."""
+        parts = self._get_tokenizer().decode_parts(tokens[None])
+        while True:
+            with self.peaks.stage("decode"):
+                part = next(parts, None)
+                if part is None:
+                    return
+                pixels = to_uint8(part[0]).cpu()
+            yield pixels
 
     def _prompt(self, request: Request) -> Prompt:
         """The request's prompt on every rank, or the same error on every rank."""
@@ -318,49 +357,27 @@ class Session:
             text_encoder=conditioner.identity if request.prompts else None,
         )
 
-    def _decoding(self, batch_size: int) -> str:
-        decoding = self._config.decoding
-        return chosen_decoding(batch_size) if decoding == "auto" else decoding
-
     def _continue(
         self,
         prompts: Sequence[Prompt],
         requests: Sequence[Request],
         progress: Callable[[int], None] | None,
         on_tokens: OnTokens | None,
-    ) -> Tensor:
-        """(B, T * h * w): the prompts' tokens and what follows them, on the CPU."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """See ``continue_prompts``."""
         if self._config.offload_tokenizer:
             self._free_tokenizer()
-        batch = stacked(prompts)
-        tokens = batch.tokens
-        num_tokens = self.geometry.seq_length - tokens.shape[1]
-        prefix = torch.tensor([sequence_layout(self.model_config).prefix], dtype=torch.long)
-        sampling = requests[0]
         with self._working_model() as model:
-            watch = None
-            if on_tokens is not None:
-                frame = self.geometry.latent_shape.tokens_per_frame
-                watch = Watch(tokens.to(model.device), num_tokens, frame, on_tokens)
-            generated = generate(
+            return continue_prompts(
                 model,
-                torch.cat([prefix.expand(len(tokens), -1), tokens], dim=1),
-                num_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                seed=[request.seed for request in requests],
-                items=[request.item for request in requests],
-                samples=[request.sample for request in requests],
-                context=batch.context,
-                guidance_scale=sampling.guidance_scale,
-                negative_context=batch.negative_context,
-                decoding=self._decoding(len(requests)),
+                self.geometry,
+                prompts,
+                requests,
+                decoding=chosen_decoding(self._config.decoding),
                 window=self._config.decoding_window,
                 progress=progress,
-                observe=watch,
+                on_tokens=on_tokens,
             )
-            return torch.cat([tokens, generated.cpu()], dim=1)
 
     # Memory: nothing else holds the tokenizer or the model.
 

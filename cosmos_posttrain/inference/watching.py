@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cosmos_posttrain.inference.decoding import Decoded
+from cosmos_posttrain.inference.decoding import Decoded, Observe
 
 # Number of the clip in its batch, and its tokens so far, given ones included: (n,) int64.
 OnTokens = Callable[[int, Tensor], None]
@@ -45,3 +45,16 @@ class Watch:
             if frames > self._num_told[clip]:
                 self._num_told[clip] = frames
                 self._on_tokens(clip, self._tokens[clip, :end].cpu())
+
+
+def all_of(*observers: Observe | None) -> Observe | None:
+    """One observer that tells all of them; None where there is none."""
+    wanted = [observe for observe in observers if observe is not None]
+    if not wanted:
+        return None
+
+    def tell(found: Decoded) -> None:
+        for observe in wanted:
+            observe(found)
+
+    return tell

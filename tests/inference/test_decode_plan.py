@@ -8,6 +8,7 @@ from helpers.golden_ar import CASES, LOGIT_TOLERANCE, case_dir, case_io, max_dif
 
 from cosmos_posttrain import load_model
 from cosmos_posttrain.geometry import LatentShape
+from cosmos_posttrain.inference import decode_state
 from cosmos_posttrain.inference.decode_plan import DecodePlan
 from cosmos_posttrain.inference.decode_state import DecodeState
 from cosmos_posttrain.models.ar_model import ARModel
@@ -99,6 +100,24 @@ def test_the_plan_holds_the_models_own_matrices() -> None:
         for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down):
             assert matrix.data_ptr() in own
     assert plan.embedding.data_ptr() in own
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_attention_for_both_devices(count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 2, 4 * count, 8, generator=generator)
+    keys, values = torch.randn(2, 3, 2, 20, 8, generator=generator)
+    infinite = torch.tensor(-torch.inf)
+    seen = torch.arange(20) < torch.tensor([9, 14, 20]).view(3, 1, 1, 1, 1)
+    masks = [
+        None,
+        torch.zeros(count, count).where(torch.ones(count, count).tril().bool(), infinite),
+        torch.zeros(3, 1, 1, count, 20).where(seen, infinite),
+    ]
+    for mask in masks:
+        one = decode_state._attend_by_products(query, keys, values, mask)
+        other = decode_state._attend_by_kernel(query, keys, values, mask)
+        assert max_difference(one, other) < 1e-5
 
 
 @torch.no_grad()

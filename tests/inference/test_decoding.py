@@ -56,10 +56,10 @@ def draw_of(batch_size: int, temperature: float) -> Draw:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("window", [2, 5, 7, 100])
+@pytest.mark.parametrize("window", [None, 2, 5, 7, 100])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_windows_give_what_one_by_one_gives(
-    temperature: float, window: int, batch_size: int
+    temperature: float, window: int | None, batch_size: int
 ) -> None:
     given, draw = prompts(batch_size), draw_of(batch_size, temperature)
     plain = Repetition(batch_size)

@@ -132,9 +132,8 @@ def test_angles_are_computed_once() -> None:
     with CountedFunctions() as decoding:
         generate(model, tokens, 5, temperature=0)
     for functions in (training, decoding):
-        assert (
-            sum(functions.counts.get(name, 0) for name in ("silu", "silu_")) >= 4
-        )  # layers were seen at work
+        names = ("silu", "silu_")  # layers were seen at work
+        assert sum(functions.counts.get(name, 0) for name in names) >= 4
         assert not {"cos", "sin"} & set(functions.counts)
 
 
