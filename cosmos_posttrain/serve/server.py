@@ -54,6 +54,7 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: the address is not this machine's, or is taken.
     """
+    bound = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -62,6 +63,8 @@ def bind(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
+        if bound is not None:
+            bound.close()
         raise ConfigError(
             f"--host {host} --port {port} cannot be listened on ({error.strerror}); choose another "
             "--port, or 0 for a free one."

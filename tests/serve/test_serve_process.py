@@ -23,6 +23,7 @@ from helpers.distributed_run import REPOSITORY_DIR, kill_tree, run_script
 from helpers.service import Client, running, small_config
 from PIL import Image
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.inference.request import Request
 from cosmos_posttrain.inference.session import Session
@@ -142,7 +143,7 @@ def test_the_guardrail_is_asked_before_and_after(
         assert "--guardrail_dir" in lines[-1]["record"]["command"]
         for line in lines:
             for jpeg in line.get("frames", []):
-                assert _bright_share(jpeg) < 0.005  # JPEG rings around what was made black
+                assert _bright_share(jpeg) < 0.02  # JPEG rings around what was made black
 
 
 def _bright_share(jpeg: str) -> float:
@@ -204,6 +205,6 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
 def test_processes_that_do_not_share_the_model_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(launch, "world_size", lambda: 2)
     with pytest.raises(ConfigError, match="must be the number of processes, 2"):
         server.open_session(small_config(tensor_model_parallel_size=1))
