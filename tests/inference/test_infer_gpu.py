@@ -18,6 +18,7 @@ from cosmos_posttrain import generate, load_model, load_tokenizer
 from cosmos_posttrain.doctor import AR_CASE, full_float32
 from cosmos_posttrain.inference.batch import run
 from cosmos_posttrain.inference.config import InferConfig
+from cosmos_posttrain.inference.decode_state import DecodeState
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.tokenizer.video_tokenizer import VideoTokenizer
 from cosmos_posttrain.video import probe
@@ -105,7 +106,7 @@ def allocated(config: InferConfig) -> dict[str, int]:
     gc.collect()
     with pytest.MonkeyPatch.context() as patch:
         watch(patch, VideoTokenizer, "encode")
-        watch(patch, ARModel, "next_token_logits")
+        watch(patch, DecodeState, "feed")
         watch(patch, VideoTokenizer, "decode")
         run(config)
     return seen
@@ -131,7 +132,7 @@ def test_offloading_frees_memory(tmp_path: Path) -> None:
     model_bytes = torch.cuda.memory_allocated() - before - tokenizer_bytes
     assert min(tokenizer_bytes, model_bytes) > 1e6 and model.device == tokenizer.device
     kept = used["kept"]
-    freed = kept["next_token_logits"] - used["tokenizer"]["next_token_logits"]
+    freed = kept["feed"] - used["tokenizer"]["feed"]
     assert freed >= 0.9 * tokenizer_bytes
     for stage in ("encode", "decode"):
         assert kept[stage] - used["model"][stage] >= 0.9 * model_bytes
