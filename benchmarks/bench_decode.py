@@ -81,9 +81,6 @@ def peer_job(model, cache: str, prompt: torch.Tensor, num_tokens: int) -> Job:
     """Greedy generation; ``compiled`` is the static cache with the forward pass compiled."""
     settings = {} if cache == "dynamic" else {"cache_implementation": "static"}
     if cache == "compiled":
-        from transformers import CompileConfig
-
-        settings["compile_config"] = CompileConfig(fullgraph=False, mode="default")
         model = _compiled(model)
 
     def job() -> torch.Tensor:

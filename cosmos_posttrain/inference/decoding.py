@@ -167,22 +167,27 @@ def decode_in_windows(
     found = scores.feed(prompt)
     check_finite(found)
     drafts = _Drafts(prompt, num_tokens, largest, tokens_per_frame)
-    token = draw(found, torch.tensor([first], device=prompt.device))
+    places = torch.arange(end, device=prompt.device)
+    token = draw(found, places[first : first + 1])
     drafts.begin(token)
     if observe is not None:
         observe(Decoded(range(batch_size), 0, token, found))
     known = [first + 1] * batch_size
     while min(known) < end:
         count = min(choice.next(), end - min(known))
-        starts = [number - 1 for number in known]
-        fed, places = drafts.window(count)
-        if min(starts) == max(starts):
+        starts, before = [number - 1 for number in known], known
+        is_common = min(starts) == max(starts)
+        if is_common:
             scores.length = starts[0]
-            found = scores.feed(fed, count)
+        if is_common and count == 1:
+            found = scores.feed(drafts.tokens[:, starts[0] : known[0]])
+            drawn = draw(found, places[known[0] : known[0] + 1])
+            known = drafts.append(drawn, known)
         else:
-            found = scores.feed(fed, count, starts)
-        drawn = draw(found, places + 1)
-        before, known = known, drafts.take(fed, drawn, places)
+            fed, fed_places = drafts.window(count)
+            found = scores.feed(fed, count, None if is_common else starts)
+            drawn = draw(found, fed_places + 1)
+            known = drafts.take(fed, drawn, fed_places)
         pairs = zip(before, known, strict=True)
         choice.learn([new - old for old, new in pairs if old < end])
         if observe is not None:
@@ -223,6 +228,13 @@ class _Drafts:
         """The first token (B, 1) behind the prompt."""
         self.tokens.scatter_(1, self._known, token)
         self._known = self._drafted = self._known + 1
+
+    def append(self, token: Tensor, known: list[int]) -> list[int]:
+        """A known token (B, 1) of each clip, where all stand at the same place."""
+        self.tokens[:, known[0] : known[0] + 1] = token
+        self._known = self._known + 1
+        self._drafted = self._drafted.maximum(self._known)
+        return [number + 1 for number in known]
 
     def window(self, count: int) -> tuple[Tensor, Tensor]:
         """The last known token of each clip and drafts behind it, (B, count), and their places."""

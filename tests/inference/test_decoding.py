@@ -109,3 +109,15 @@ def test_each_clip_is_what_it_is_alone() -> None:
         own = Draw(draw.keys[clip : clip + 1], 0, 1.0, 0.9)
         alone = decode_in_windows(Repetition(1), given[clip : clip + 1], 30, own, 7, FRAME)
         assert torch.equal(alone[0], together[clip])
+
+
+# Of a batch, chance makes some drafts right, and rows cost less.
+@pytest.mark.parametrize(("batch_size", "least"), [(1, 71), (3, 40)])
+def test_where_drafts_are_wrong_it_goes_one_by_one(batch_size: int, least: int) -> None:
+    given, draw = prompts(batch_size), draw_of(batch_size, 0.0)
+    expected = decode_one_by_one(Repetition(batch_size, frame=10_000), given, 90, draw)
+    model, seen = Repetition(batch_size, frame=10_000), []
+    found = decode_in_windows(model, given, 90, draw, None, FRAME, observe=seen.append)
+    assert torch.equal(found, expected)
+    assert least <= model.num_passes <= 90
+    assert sum(part.scores.shape[1] * len(part.clips) for part in seen) == 90 * batch_size
