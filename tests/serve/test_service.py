@@ -50,7 +50,7 @@ def quick_client(tmp_path: Path, quick: Session) -> Iterator[Client]:
 
 @pytest.fixture
 def client(tmp_path: Path, session: Session) -> Iterator[Client]:
-    with running(small_config(), tmp_path / "service", session) as opened:
+    with running(small_config(max_batch_size=1), tmp_path / "service", session) as opened:
         yield opened
 
 
