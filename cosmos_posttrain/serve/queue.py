@@ -1,6 +1,6 @@
 """Who waits for a clip, in order.
 
-Flows in: ``Job``s from the addresses (the event loop's thread). Flows out: the first of them, with
+Flows in: ``ClipJob``s from the addresses (the event loop's thread). Flows out: the first of them, with
 those behind it that may be generated together, to the worker's thread; to each client, lines that
 say what becomes of its clip.
 """
@@ -30,7 +30,7 @@ class QueueFullError(CosmosPosttrainError):
 
 
 @dataclass(eq=False)
-class Job:
+class ClipJob:
     """A clip that somebody waits for.
 
     Attributes:
@@ -91,8 +91,8 @@ class JobQueue:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._waiting: list[Job] = []
-        self._running: list[Job] = []
+        self._waiting: list[ClipJob] = []
+        self._running: list[ClipJob] = []
         self._num_places = 0
         self._num_jobs = 0
         self._is_open = True
@@ -124,7 +124,7 @@ class JobQueue:
         with self._changed:
             self._num_places -= 1
 
-    def put(self, job: Job) -> None:
+    def put(self, job: ClipJob) -> None:
         """Lets a job wait, last of all, at the place that was held for it."""
         with self._changed:
             self._num_jobs += 1
@@ -138,7 +138,7 @@ class JobQueue:
             self._tell_places()
             self._changed.notify()
 
-    def take(self, max_jobs: int, timeout_seconds: float) -> list[Job] | None:
+    def take(self, max_jobs: int, timeout_seconds: float) -> list[ClipJob] | None:
         """The first job and those of its kind behind it, in order; empty when time is over.
 
         Returns:
@@ -162,7 +162,7 @@ class JobQueue:
             self._tell_places()
             return taken
 
-    def cancel(self, job: Job, also_running: bool = False) -> None:
+    def cancel(self, job: ClipJob, also_running: bool = False) -> None:
         """Ends a job that waits; one that is generated is asked to end, where that is wanted."""
         with self._changed:
             job.wants_end = also_running

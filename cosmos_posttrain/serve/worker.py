@@ -29,7 +29,7 @@ from cosmos_posttrain.serve import following
 from cosmos_posttrain.serve.command import ClipCommand
 from cosmos_posttrain.serve.following import IDLE_SECONDS, NotWantedError, Round
 from cosmos_posttrain.serve.metrics import Metrics
-from cosmos_posttrain.serve.queue import Job, JobQueue
+from cosmos_posttrain.serve.queue import ClipJob, JobQueue
 from cosmos_posttrain.serve.reading import FRAMES_FILE
 from cosmos_posttrain.video import write_mp4
 
@@ -83,7 +83,7 @@ class Worker(threading.Thread):
         finally:
             self._on_end()
 
-    def _do(self, jobs: Sequence[Job]) -> None:
+    def _do(self, jobs: Sequence[ClipJob]) -> None:
         """One round; whatever happens, each of its jobs gets an end."""
         wanted = [(job, request) for job in jobs if (request := self._request(job)) is not None]
         if not wanted:
@@ -106,13 +106,13 @@ class Worker(threading.Thread):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _end(self, jobs: Sequence[Job], state: str, problem: str) -> None:
+    def _end(self, jobs: Sequence[ClipJob], state: str, problem: str) -> None:
         for job in jobs:
             if job.state == "running":
                 self._metrics.count_job(state)
                 job.end(state, problem=problem)
 
-    def _request(self, job: Job) -> Request | None:
+    def _request(self, job: ClipJob) -> Request | None:
         """What to generate; None where the guardrail or the session refuses."""
         frames = torch.from_numpy(np.load(job.folder / FRAMES_FILE))
         (job.folder / FRAMES_FILE).unlink()
@@ -127,7 +127,7 @@ class Worker(threading.Thread):
         job.say("given", frames=_jpegs(self._guardrail.blur_faces(frames)))
         return request
 
-    def _generate(self, jobs: Sequence[Job], requests: Sequence[Request]) -> None:
+    def _generate(self, jobs: Sequence[ClipJob], requests: Sequence[Request]) -> None:
         """Generates a clip for each job, and tells each how far it is."""
         num_shown = [0] * len(jobs)
         per_frame = self._session.geometry.latent_shape.tokens_per_frame
@@ -157,7 +157,7 @@ class Worker(threading.Thread):
             with contextlib.suppress(FileNotFoundError):  # its folder went with an older clip's
                 self._finish(job, clip)
 
-    def _finish(self, job: Job, clip: GeneratedClip) -> None:
+    def _finish(self, job: ClipJob, clip: GeneratedClip) -> None:
         """Writes what is kept of a clip."""
         frames = self._guardrail.blur_faces(clip.frames)
         write_mp4(job.folder / CLIP_FILE, frames, clip.fps)
