@@ -8,7 +8,6 @@ JPEG, latent frame by latent frame, then where its mp4 is; in the job's folder `
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import threading
 import time
@@ -97,10 +96,9 @@ class Worker(threading.Thread):
         except CosmosPosttrainError as error:
             self._end(doing, "failed", str(error))
         except Exception as error:
-            self._end(doing, "failed", f"the service failed ({type(error).__name__}); see its log.")
+            self._end(doing, "failed", _unexpected(error))
             if launch.world_size() > 1:
                 raise  # the other ranks are in the middle of it
-            traceback.print_exception(error)
         finally:
             self._end(doing, "failed", "the service failed.")
             if torch.cuda.is_available():
@@ -114,18 +112,21 @@ class Worker(threading.Thread):
 
     def _request(self, job: ClipJob) -> Request | None:
         """What to generate; None where the guardrail or the session refuses."""
-        frames = torch.from_numpy(np.load(job.folder / FRAMES_FILE))
-        (job.folder / FRAMES_FILE).unlink()
         try:
+            frames = torch.from_numpy(np.load(job.folder / FRAMES_FILE))
+            (job.folder / FRAMES_FILE).unlink()
             for text in filter(None, (job.settings.prompt, job.settings.negative_prompt)):
                 self._guardrail.check_prompt(text)
             request = job.settings.request(frames, job.found.fps)
             self._session.check(request)
+            job.say("given", frames=_jpegs(self._guardrail.blur_faces(frames)))
+            return request
         except CosmosPosttrainError as error:
             self._end([job], "failed", str(error))
             return None
-        job.say("given", frames=_jpegs(self._guardrail.blur_faces(frames)))
-        return request
+        except Exception as error:
+            self._end([job], "failed", _unexpected(error))
+            return None
 
     def _generate(self, jobs: Sequence[ClipJob], requests: Sequence[Request]) -> None:
         """Generates a clip for each job, and tells each how far it is."""
@@ -154,15 +155,17 @@ class Worker(threading.Thread):
             sum(clip.num_generated_tokens for clip in clips), time.monotonic() - start
         )
         for job, clip in zip(jobs, clips, strict=True):
-            with contextlib.suppress(FileNotFoundError):  # its folder went with an older clip's
-                self._finish(job, clip)
+            self._finish(job, clip)
 
     def _finish(self, job: ClipJob, clip: GeneratedClip) -> None:
         """Writes what is kept of a clip."""
         frames = self._guardrail.blur_faces(clip.frames)
         write_mp4(job.folder / CLIP_FILE, frames, clip.fps)
         record = {**clip.record, "command": self._command.line(job.file, job.settings)}
-        files.write_json(job.folder / RECORD_FILE, record)
+        try:
+            files.write_json(job.folder / RECORD_FILE, record)
+        except OSError as error:
+            raise CosmosPosttrainError(f"the clip cannot be kept: {error.strerror}.") from error
         self._metrics.count_job("done")
         job.end(
             "done",
@@ -170,6 +173,12 @@ class Worker(threading.Thread):
             record=record,
             num_repeated=job.found.num_repeated,
         )
+
+
+def _unexpected(error: Exception) -> str:
+    """The sentence for a client; all about it goes to the log."""
+    traceback.print_exception(error)
+    return f"the service failed ({type(error).__name__}); see its log."
 
 
 def _jpegs(frames: Tensor) -> list[str]:

@@ -238,6 +238,8 @@ def test_a_full_queue_says_so_and_who_hangs_up_makes_room(
             assert json.loads(answer.read().splitlines()[-1])["event"] == "done"
         assert client.count('cosmos_serve_clips_total{state="done"}') == 3
         assert client.count('cosmos_serve_refused_total{reason="full"}') == 1
+        assert client.count('cosmos_serve_clips_total{state="cancelled"}') == 1
+        assert len(list((tmp_path / "service").iterdir())) == 3  # nothing is kept of that one
 
 
 def test_a_clip_is_cancelled_while_it_is_generated(client: Client, image: Path) -> None:
