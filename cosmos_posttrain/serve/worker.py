@@ -131,31 +131,45 @@ class Worker(threading.Thread):
     def _generate(self, jobs: Sequence[ClipJob], requests: Sequence[Request]) -> None:
         """Generates a clip for each job, and tells each how far it is."""
         num_shown = [0] * len(jobs)
-        per_frame = self._session.geometry.latent_shape.tokens_per_frame
+        failures: list[Exception] = []
 
         def show(number: int, tokens: Tensor) -> None:
-            job, latents = jobs[number], len(tokens) // per_frame
-            if job.wants_end:
+            if jobs[number].wants_end:
+                self._end([jobs[number]], "cancelled", "it was cancelled.")
                 return
-            if not self._shows_frames:
-                job.say("frames", latents=latents, first=0, frames=[])
-                return
-            grid = self._session.geometry.latent_shape[1:]
-            decoded = self._session.decode(tokens[: latents * per_frame].view(latents, *grid))
-            first, num_shown[number] = num_shown[number], decoded.shape[1]
-            new = self._guardrail.blur_faces(decoded[:, first:])
-            job.say("frames", latents=latents, first=first, frames=_jpegs(new))
+            try:
+                num_shown[number] = self._show(jobs[number], tokens, num_shown[number])
+            except Exception as error:  # all ranks must hear of it, and they are elsewhere
+                failures.append(error)
+
+        def is_wanted() -> bool:
+            return not failures and not all(job.wants_end for job in jobs)
 
         following.agree(Round(requests))
         start = time.monotonic()
-        clips = following.generate(
-            self._session, requests, lambda: not all(job.wants_end for job in jobs), show
-        )
-        self._metrics.count_round(
-            sum(clip.num_generated_tokens for clip in clips), time.monotonic() - start
-        )
+        try:
+            clips = following.generate(self._session, requests, is_wanted, show)
+        finally:
+            if failures:
+                raise failures[0]
+        num_tokens = sum(clip.num_generated_tokens for clip in clips)
+        self._metrics.count_round(num_tokens, time.monotonic() - start)
         for job, clip in zip(jobs, clips, strict=True):
-            self._finish(job, clip)
+            if job.state == "running":
+                self._finish(job, clip)
+
+    def _show(self, job: ClipJob, tokens: Tensor, first: int) -> int:
+        """Sends the frames of a clip that follow the first so many; returns how many are known."""
+        grid = self._session.geometry.latent_shape[1:]
+        latents = len(tokens) // (grid[0] * grid[1])
+        if not self._shows_frames:
+            job.say("frames", latents=latents, first=0, frames=[])
+            return 0
+        whole = tokens[: latents * grid[0] * grid[1]]
+        decoded = self._session.decode(whole.view(latents, *grid))
+        new = self._guardrail.blur_faces(decoded[:, first:])
+        job.say("frames", latents=latents, first=first, frames=_jpegs(new))
+        return decoded.shape[1]
 
     def _finish(self, job: ClipJob, clip: GeneratedClip) -> None:
         """Writes what is kept of a clip."""
