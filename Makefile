@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	rm -f "$(STAMPS)"-*
 	touch "$@"
 
-quickstart: setup  ## The whole job in miniature on the CPU: a video, a loss curve (QUICK=1: in a minute)
+quickstart: setup  ## The whole job in miniature on the CPU: a video, a loss curve, a report (QUICK=1: in two minutes)
 	@bash recipes/quickstart.sh $(QUICKSTART_ARGS)
 
 quickstart-video2world: setup  ## Likewise with text: a caption decides where things go (QUICK=1: in a minute)

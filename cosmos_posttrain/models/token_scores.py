@@ -38,12 +38,6 @@ class TokenScores:
     rank: Tensor
     log_rest: Tensor
 
-    @classmethod
-    def join(cls, parts: list[TokenScores], dim: int = 0) -> TokenScores:
-        """Several one after another."""
-        columns = zip(*((part.nll, part.rank, part.log_rest) for part in parts), strict=True)
-        return cls(*(torch.cat(column, dim) for column in columns))
-
     def map(self, function: Any) -> TokenScores:
         """The same function of each of the three."""
         return TokenScores(function(self.nll), function(self.rank), function(self.log_rest))
@@ -129,14 +123,19 @@ def score_hidden(module: CosmosGPTModel, hidden: Tensor, labels: Tensor) -> Toke
     num_surplus = max(first + len(weight) - config.vocab_size, 0)
     batch_size = labels.shape[0]
     rows, targets = hidden.flatten(0, 1), labels.t().flatten()
-    parts = []
-    for chunk, wanted in zip(
-        rows.split(max(_AT_ONCE // len(weight), 1)),
-        targets.split(max(_AT_ONCE // len(weight), 1)),
-        strict=True,
-    ):
-        logits = torch.nn.functional.linear(chunk, weight)
+    at_once = max(_AT_ONCE // len(weight), 1)
+    # Made first: small results kept between the large ones of each round would fragment the heap.
+    found = TokenScores(
+        torch.empty(len(rows), device=rows.device),
+        torch.empty(len(rows), dtype=torch.int32, device=rows.device),
+        torch.empty(len(rows), device=rows.device),
+    )
+    for start in range(0, len(rows), at_once):
+        part = slice(start, start + at_once)
+        logits = torch.nn.functional.linear(rows[part], weight)
         if num_surplus:  # rows that only pad the vocabulary
             logits[:, -num_surplus:] = float("-inf")
-        parts.append(score_logits(logits, wanted, first=first, group=group))
-    return TokenScores.join(parts).map(lambda x: x.view(-1, batch_size).t().contiguous())
+        scores = score_logits(logits, targets[part], first=first, group=group)
+        found.nll[part], found.rank[part] = scores.nll, scores.rank
+        found.log_rest[part] = scores.log_rest
+    return found.map(lambda x: x.view(-1, batch_size).t().contiguous())

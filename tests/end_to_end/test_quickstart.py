@@ -35,6 +35,12 @@ def test_quickstart_twice(tmp_path: Path, quick: str, lower: float) -> None:
     assert first.returncode == 0, first.stderr
     for name in ("generated.mp4", "side_by_side.png", "loss_curve.png", "report.html"):
         assert (output / name).stat().st_size > 1000
+    for name in (
+        "run_new/evaluation/loss",
+        "run_fresh/evaluation/loss",
+        "run_new/evaluation/generate",
+    ):
+        assert (output / name / "metrics.json").is_file()
     losses = [row["reduced_train_loss"] for row in read_metrics(output / "run_new")]
     last = losses[-min(20, len(losses) // 2) :]
     assert sum(last) / len(last) < lower * sum(losses[:5]) / 5

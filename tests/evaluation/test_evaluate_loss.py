@@ -94,7 +94,15 @@ def run_both(first: LossEvalConfig, second: LossEvalConfig) -> list[dict[str, An
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", ["tensor_model_parallel_size", "context_parallel_size", "data"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tensor_model_parallel_size",
+        pytest.param("pipeline_model_parallel_size", marks=pytest.mark.slow),
+        "context_parallel_size",
+        "data",
+    ],
+)
 def test_every_layout_gives_the_same_loss(
     tokens: Path, run_dir: Path, whole: dict[str, Any], tmp_path: Path, layout: str
 ) -> None:

@@ -1,7 +1,9 @@
 """The report in headless Chromium: no request, films in sync, usable by keyboard and by all.
 
-Skipped where Chromium, its driver or selenium are missing. ``AXE_CORE_JS`` names axe-core's script,
-which is looked for in ``node_modules`` otherwise; CI installs all of them.
+Two pages: one of a made-up run, whose content is known, and that of a quickstart, which
+``QUICKSTART_REPORT`` names. Skipped where Chromium, its driver or selenium are missing.
+``AXE_CORE_JS`` names axe-core's script, which is looked for in ``node_modules`` otherwise; CI
+installs all of them and makes a quickstart's page first.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ pytestmark = pytest.mark.browser
 
 REPOSITORY_DIR = Path(__file__).resolve().parents[2]
 CHROMIUM, DRIVER = "chromium", "chromedriver"
-FPS = 8.0  # of the clips
 PATIENCE_SECONDS = 60.0
 
 # Per clip: whether it plays, the times of its films, its slider, and what is written beside it.
@@ -94,10 +95,37 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def browser(driver: Any, page: Path) -> Any:
-    """The page, just opened, its films loaded."""
+    """The page of the made-up run, just opened, its films loaded."""
+    return opened(driver, page)
+
+
+@pytest.fixture(params=["made up", "quickstart"])
+def any_page(request: pytest.FixtureRequest, page: Path) -> Path:
+    if request.param == "made up":
+        return page
+    named = os.environ.get("QUICKSTART_REPORT")
+    if named is None:
+        pytest.skip("needs QUICKSTART_REPORT, the report.html of a quickstart")
+    return Path(named).resolve()
+
+
+@pytest.fixture
+def any_browser(driver: Any, any_page: Path) -> Any:
+    return opened(driver, any_page)
+
+
+def opened(driver: Any, page: Path) -> Any:
     driver.get(page.as_uri())
+    assert driver.execute_script(STATE)
     wait_for(lambda: all(clip["ready"] for clip in driver.execute_script(STATE)))
     return driver
+
+
+def film_facts(browser: Any) -> tuple[float, int, int]:
+    """Frames a second of the first clip, its frames, and how many of them were given."""
+    clip = find(browser, ".clip")
+    numbers = [clip.get_attribute(f"data-{name}") for name in ("fps", "frames", "given")]
+    return float(numbers[0]), int(numbers[1]), int(numbers[2])
 
 
 def wait_for(holds: Callable[[], bool]) -> None:
@@ -115,12 +143,12 @@ def find(browser: Any, selector: str) -> Any:
     return browser.find_element("css selector", selector)
 
 
-def test_no_error_and_no_request(driver: Any, page: Path) -> None:
+def test_no_error_and_no_request(driver: Any, any_page: Path) -> None:
     import json
 
     driver.get_log("performance")
     driver.get_log("browser")
-    driver.get(page.as_uri())
+    driver.get(any_page.as_uri())
     find(driver, "#play-all").click()
     time.sleep(1)
     assert driver.get_log("browser") == []
@@ -130,30 +158,35 @@ def test_no_error_and_no_request(driver: Any, page: Path) -> None:
         for message in messages
         if message["method"] == "Network.requestWillBeSent"
     ]
-    assert addresses[0] == page.as_uri()
+    assert addresses[0] == any_page.as_uri()
     assert [address for address in addresses[1:] if not address.startswith("data:")] == []
     # The policy in the page would stop one, and the console would tell.
     driver.execute_script("new Image().src = 'http://127.0.0.1:9/outside.png'")
     wait_for(lambda: "Content Security Policy" in str(driver.get_log("browser")))
 
 
-def test_films_play_in_sync(browser: Any) -> None:
-    assert first(browser)["output"] == f"1 / {NUM_FRAMES}" and not first(browser)["playing"]
+def test_films_play_in_sync(any_browser: Any) -> None:
+    browser = any_browser
+    fps, num_frames, _ = film_facts(browser)
+    assert first(browser)["output"] == f"1 / {num_frames}" and not first(browser)["playing"]
     find(browser, ".clip .play").click()
     wait_for(lambda: first(browser)["playing"])
     largest, travelled = browser.execute_async_script(WATCH, 3)
     assert travelled > 1  # seconds of film, in three seconds of time on a busy machine
-    assert largest < 1.5 / FPS  # a film is moved as soon as it is three quarters of a frame away
+    assert largest < 1.5 / fps  # a film is moved as soon as it is three quarters of a frame away
     find(browser, ".clip .play").click()
     wait_for(lambda: first(browser)["ready"])
     state = first(browser)
     assert not state["playing"] and len(set(state["times"])) == 1
-    assert state["times"][0] == pytest.approx((state["value"] + 0.5) / FPS, abs=1e-3)
+    assert state["times"][0] == pytest.approx((state["value"] + 0.5) / fps, abs=1e-3)
 
 
-def test_the_slider_works_by_keyboard(browser: Any) -> None:
+def test_the_slider_works_by_keyboard(any_browser: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
+    browser = any_browser
+    fps, num_frames, num_given = film_facts(browser)
+    assert num_frames == NUM_FRAMES and 3 < num_given < 16
     slider = find(browser, ".clip input[type=range]")
     for keys, frame, words in (
         ([Keys.ARROW_RIGHT] * 3, 3, "frame 4 of 17, given"),
@@ -165,8 +198,8 @@ def test_the_slider_works_by_keyboard(browser: Any) -> None:
         wait_for(lambda: first(browser)["ready"])
         state = first(browser)
         assert (state["value"], state["words"]) == (frame, words)
-        assert state["output"] == f"{frame + 1} / {NUM_FRAMES}"
-        assert state["times"] == pytest.approx([(frame + 0.5) / FPS] * 3, abs=1e-3)
+        assert state["output"] == f"{frame + 1} / {num_frames}"
+        assert state["times"] == pytest.approx([(frame + 0.5) / fps] * 3, abs=1e-3)
     slider.send_keys(" ")
     wait_for(lambda: first(browser)["playing"])
     slider.send_keys(" ")
@@ -229,11 +262,12 @@ def prefers(browser: Any, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(browser: Any, scheme: str) -> None:
+def test_axe_finds_nothing_serious(any_browser: Any, scheme: str) -> None:
     named = os.environ.get("AXE_CORE_JS")
     script = Path(named or REPOSITORY_DIR / "node_modules" / "axe-core" / "axe.min.js")
     if not script.is_file():
         pytest.skip("needs axe-core (npm install axe-core, or AXE_CORE_JS)")
+    browser = any_browser
     prefers(browser, scheme)
     browser.execute_script(
         "for (const each of document.querySelectorAll('details')) each.open = true"

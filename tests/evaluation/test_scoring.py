@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -179,3 +181,33 @@ def test_the_first_so_many_ranks_count() -> None:
     scores = Scores(values, np.array([0, 1, 4, 5], np.int32), values, 10)
     assert scores.is_among(1).tolist() == [True, False, False, False]
     assert scores.is_among(5).tolist() == [True, True, True, False]
+
+
+MEMORY = """
+import resource
+from types import SimpleNamespace
+import torch
+from cosmos_posttrain.distributed import groups
+from cosmos_posttrain.models.token_scores import score_hidden
+
+groups.initialize(groups.Parallelism())
+module = SimpleNamespace(
+    model_config=SimpleNamespace(vocab_size=64000),
+    config=SimpleNamespace(sequence_parallel=False),
+    output_layer=SimpleNamespace(weight=torch.randn(64000, 16)),
+)
+hidden, labels = torch.randn(12800, 1, 16), torch.randint(64000, (1, 12800))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with torch.no_grad():
+    score_hidden(module, hidden, labels)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+def test_memory_of_a_clip_of_full_size_is_bounded() -> None:
+    """12,800 tokens by 64,000 codes would be 3.3 GB in float32, once."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 800_000  # kB; 420,000 here
