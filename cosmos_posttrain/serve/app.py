@@ -41,7 +41,7 @@ from cosmos_posttrain.serve import uploads
 from cosmos_posttrain.serve.config import ServeConfig
 from cosmos_posttrain.serve.gate import Gate
 from cosmos_posttrain.serve.metrics import Metrics
-from cosmos_posttrain.serve.queue import Job, JobQueue, QueueFullError
+from cosmos_posttrain.serve.queue import ClipJob, JobQueue, QueueFullError
 from cosmos_posttrain.serve.reading import Wanted
 from cosmos_posttrain.serve.settings import ClipSettings
 from cosmos_posttrain.serve.uploads import TooLargeError
@@ -92,7 +92,7 @@ class Desk:
     folder: Path
     notes: tuple[str, ...] = ()
     is_well: Callable[[], bool] = lambda: True
-    jobs: dict[str, Job] = field(default_factory=dict)
+    jobs: dict[str, ClipJob] = field(default_factory=dict)
     readers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_NUM_READERS))
 
     def info(self) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _add_state(app: FastAPI, desk: Desk) -> None:
 
 
 def _add_clips(app: FastAPI, desk: Desk) -> None:
-    def find(name: str) -> Job:
+    def find(name: str) -> ClipJob:
         job = desk.jobs.get(name)
         if job is None:
             raise HTTPException(404, "there is no such clip (any more).")
@@ -220,7 +220,7 @@ def _add_clips(app: FastAPI, desk: Desk) -> None:
         return FileResponse(job.folder / CLIP_FILE, media_type="video/mp4")
 
 
-async def _take_in(desk: Desk, request: Request) -> Job:
+async def _take_in(desk: Desk, request: Request) -> ClipJob:
     """Takes an upload in and has it decoded.
 
     Raises:
@@ -255,7 +255,7 @@ async def _take_in(desk: Desk, request: Request) -> Job:
             raise RefusedError(422, str(error), reason) from error
         raise
     loop = asyncio.get_running_loop()
-    return Job(folder.name, wanted.name, folder, settings, found, loop)
+    return ClipJob(folder.name, wanted.name, folder, settings, found, loop)
 
 
 def _too_large(desk: Desk, what: str) -> RefusedError:
@@ -292,7 +292,7 @@ class ClipLines(Response):
 
     media_type = "application/x-ndjson"
 
-    def __init__(self, job: Job, queue: JobQueue) -> None:
+    def __init__(self, job: ClipJob, queue: JobQueue) -> None:
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._job, self._queue = job, queue

@@ -8,9 +8,8 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-from cosmos_posttrain.serve.queue import STATES
-
 _PREFIX = "cosmos_serve"
+ENDS = ("done", "failed", "cancelled")
 REFUSALS = ("full", "size", "file", "settings")
 
 
@@ -23,7 +22,7 @@ class Metrics:
         self._lock = threading.Lock()
 
     def count_job(self, state: str) -> None:
-        """A clip came to its end: ``done``, ``failed`` or ``cancelled``."""
+        """A clip came to its end, one of ``ENDS``."""
         with self._lock:
             self._jobs[state] += 1
 
@@ -51,7 +50,7 @@ class Metrics:
             )
 
         with self._lock:
-            ended = {f'{{state="{state}"}}': float(self._jobs[state]) for state in STATES[2:]}
+            ended = {f'{{state="{state}"}}': float(self._jobs[state]) for state in ENDS}
             refused = {
                 f'{{reason="{reason}"}}': float(self._refused[reason]) for reason in REFUSALS
             }

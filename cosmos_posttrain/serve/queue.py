@@ -1,8 +1,8 @@
 """Who waits for a clip, in order.
 
-Flows in: ``Job``s from the addresses (the event loop's thread). Flows out: the first of them, with
-those behind it that may be generated together, to the worker's thread; to each client, lines that
-say what becomes of its clip.
+Flows in: ``ClipJob``s from the addresses (the event loop's thread). Flows out: the first of them,
+with those behind it that may be generated together, to the worker's thread; to each client, lines
+that say what becomes of its clip.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import shutil
 import threading
 import time
 from collections.abc import Hashable
@@ -19,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_posttrain.errors import CosmosPosttrainError
+from cosmos_posttrain.serve.metrics import Metrics
 from cosmos_posttrain.serve.reading import Found
 from cosmos_posttrain.serve.settings import ClipSettings
-
-STATES = ("waiting", "running", "done", "failed", "cancelled")
 
 
 class QueueFullError(CosmosPosttrainError):
@@ -30,7 +30,7 @@ class QueueFullError(CosmosPosttrainError):
 
 
 @dataclass(eq=False)
-class Job:
+class ClipJob:
     """A clip that somebody waits for.
 
     Attributes:
@@ -41,7 +41,7 @@ class Job:
         found: what the upload is.
         loop: the event loop that its lines go to.
         number: how many were let in before it.
-        state: one of ``STATES``.
+        state: waiting, running, or one of ``metrics.ENDS``.
         summary: what came of it, for clients that ask later.
         wants_end: nobody wants it any more.
         since: when it came.
@@ -71,7 +71,9 @@ class Job:
         self._send((json.dumps({"event": event, **values}) + "\n").encode())
 
     def end(self, state: str, **values: Any) -> None:
-        """Sends the last line."""
+        """Sends the last line; nothing is kept but of clips that are done."""
+        if state != "done":
+            shutil.rmtree(self.folder, ignore_errors=True)
         self.state = state
         self.summary = {"state": state, **values}
         self.say(state, **values)
@@ -87,12 +89,13 @@ class JobQueue:
 
     Args:
         size: clips that may wait, those included that are being uploaded.
+        metrics: counts those that are cancelled here.
     """
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._waiting: list[Job] = []
-        self._running: list[Job] = []
+    def __init__(self, size: int, metrics: Metrics) -> None:
+        self._size, self._metrics = size, metrics
+        self._waiting: list[ClipJob] = []
+        self._running: list[ClipJob] = []
         self._num_places = 0
         self._num_jobs = 0
         self._is_open = True
@@ -124,7 +127,7 @@ class JobQueue:
         with self._changed:
             self._num_places -= 1
 
-    def put(self, job: Job) -> None:
+    def put(self, job: ClipJob) -> None:
         """Lets a job wait, last of all, at the place that was held for it."""
         with self._changed:
             self._num_jobs += 1
@@ -132,13 +135,13 @@ class JobQueue:
             job.say("accepted", name=job.name, number=job.number, num_given=job.found.num_given)
             if not self._is_open:
                 self._num_places -= 1
-                job.end("cancelled", problem="the service is ending.")
+                self._end(job, "the service is ending.")
                 return
             self._waiting.append(job)
             self._tell_places()
             self._changed.notify()
 
-    def take(self, max_jobs: int, timeout_seconds: float) -> list[Job] | None:
+    def take(self, max_jobs: int, timeout_seconds: float) -> list[ClipJob] | None:
         """The first job and those of its kind behind it, in order; empty when time is over.
 
         Returns:
@@ -162,14 +165,14 @@ class JobQueue:
             self._tell_places()
             return taken
 
-    def cancel(self, job: Job, also_running: bool = False) -> None:
+    def cancel(self, job: ClipJob, also_running: bool = False) -> None:
         """Ends a job that waits; one that is generated is asked to end, where that is wanted."""
         with self._changed:
-            job.wants_end = also_running
+            job.wants_end |= also_running
             if job in self._waiting:
                 self._waiting.remove(job)
                 self._num_places -= 1
-                job.end("cancelled", problem="it was cancelled.")
+                self._end(job, "it was cancelled.")
                 self._tell_places()
 
     def close(self) -> None:
@@ -177,12 +180,16 @@ class JobQueue:
         with self._changed:
             self._is_open = False
             for job in self._waiting:
-                job.end("cancelled", problem="the service is ending.")
+                self._end(job, "the service is ending.")
             self._num_places -= len(self._waiting)
             self._waiting = []
             for job in self._running:
                 job.wants_end = True
             self._changed.notify_all()
+
+    def _end(self, job: ClipJob, problem: str) -> None:
+        self._metrics.count_job("cancelled")
+        job.end("cancelled", problem=problem)
 
     def _tell_places(self) -> None:
         for place, job in enumerate(self._waiting):

@@ -144,7 +144,8 @@ async def serve(
         CosmosPosttrainError: generation ended by itself.
     """
     loop = asyncio.get_running_loop()
-    queue, metrics = JobQueue(config.max_queue), Metrics()
+    metrics = Metrics()
+    queue = JobQueue(config.max_queue, metrics)
     command = ClipCommand(config, session.tensor_model_parallel_size)
     worker = Worker(
         session,

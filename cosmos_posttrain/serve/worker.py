@@ -8,7 +8,6 @@ JPEG, latent frame by latent frame, then where its mp4 is; in the job's folder `
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import threading
 import time
@@ -29,7 +28,7 @@ from cosmos_posttrain.serve import following
 from cosmos_posttrain.serve.command import ClipCommand
 from cosmos_posttrain.serve.following import IDLE_SECONDS, NotWantedError, Round
 from cosmos_posttrain.serve.metrics import Metrics
-from cosmos_posttrain.serve.queue import Job, JobQueue
+from cosmos_posttrain.serve.queue import ClipJob, JobQueue
 from cosmos_posttrain.serve.reading import FRAMES_FILE
 from cosmos_posttrain.video import write_mp4
 
@@ -83,7 +82,7 @@ class Worker(threading.Thread):
         finally:
             self._on_end()
 
-    def _do(self, jobs: Sequence[Job]) -> None:
+    def _do(self, jobs: Sequence[ClipJob]) -> None:
         """One round; whatever happens, each of its jobs gets an end."""
         wanted = [(job, request) for job in jobs if (request := self._request(job)) is not None]
         if not wanted:
@@ -97,72 +96,90 @@ class Worker(threading.Thread):
         except CosmosPosttrainError as error:
             self._end(doing, "failed", str(error))
         except Exception as error:
-            self._end(doing, "failed", f"the service failed ({type(error).__name__}); see its log.")
+            self._end(doing, "failed", _unexpected(error))
             if launch.world_size() > 1:
                 raise  # the other ranks are in the middle of it
-            traceback.print_exception(error)
         finally:
             self._end(doing, "failed", "the service failed.")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _end(self, jobs: Sequence[Job], state: str, problem: str) -> None:
+    def _end(self, jobs: Sequence[ClipJob], state: str, problem: str) -> None:
         for job in jobs:
             if job.state == "running":
                 self._metrics.count_job(state)
                 job.end(state, problem=problem)
 
-    def _request(self, job: Job) -> Request | None:
+    def _request(self, job: ClipJob) -> Request | None:
         """What to generate; None where the guardrail or the session refuses."""
-        frames = torch.from_numpy(np.load(job.folder / FRAMES_FILE))
-        (job.folder / FRAMES_FILE).unlink()
         try:
+            frames = torch.from_numpy(np.load(job.folder / FRAMES_FILE))
+            (job.folder / FRAMES_FILE).unlink()
             for text in filter(None, (job.settings.prompt, job.settings.negative_prompt)):
                 self._guardrail.check_prompt(text)
             request = job.settings.request(frames, job.found.fps)
             self._session.check(request)
+            job.say("given", frames=_jpegs(self._guardrail.blur_faces(frames)))
+            return request
         except CosmosPosttrainError as error:
             self._end([job], "failed", str(error))
             return None
-        job.say("given", frames=_jpegs(self._guardrail.blur_faces(frames)))
-        return request
+        except Exception as error:
+            self._end([job], "failed", _unexpected(error))
+            return None
 
-    def _generate(self, jobs: Sequence[Job], requests: Sequence[Request]) -> None:
+    def _generate(self, jobs: Sequence[ClipJob], requests: Sequence[Request]) -> None:
         """Generates a clip for each job, and tells each how far it is."""
         num_shown = [0] * len(jobs)
-        per_frame = self._session.geometry.latent_shape.tokens_per_frame
+        failures: list[Exception] = []
 
         def show(number: int, tokens: Tensor) -> None:
-            job, latents = jobs[number], len(tokens) // per_frame
-            if job.wants_end:
+            if jobs[number].wants_end:
+                self._end([jobs[number]], "cancelled", "it was cancelled.")
                 return
-            if not self._shows_frames:
-                job.say("frames", latents=latents, first=0, frames=[])
-                return
-            grid = self._session.geometry.latent_shape[1:]
-            decoded = self._session.decode(tokens[: latents * per_frame].view(latents, *grid))
-            first, num_shown[number] = num_shown[number], decoded.shape[1]
-            new = self._guardrail.blur_faces(decoded[:, first:])
-            job.say("frames", latents=latents, first=first, frames=_jpegs(new))
+            try:
+                num_shown[number] = self._show(jobs[number], tokens, num_shown[number])
+            except Exception as error:  # all ranks must hear of it, and they are elsewhere
+                failures.append(error)
+
+        def is_wanted() -> bool:
+            return not failures and not all(job.wants_end for job in jobs)
 
         following.agree(Round(requests))
         start = time.monotonic()
-        clips = following.generate(
-            self._session, requests, lambda: not all(job.wants_end for job in jobs), show
-        )
-        self._metrics.count_round(
-            sum(clip.num_generated_tokens for clip in clips), time.monotonic() - start
-        )
+        try:
+            clips = following.generate(self._session, requests, is_wanted, show)
+        finally:
+            if failures:
+                raise failures[0]
+        num_tokens = sum(clip.num_generated_tokens for clip in clips)
+        self._metrics.count_round(num_tokens, time.monotonic() - start)
         for job, clip in zip(jobs, clips, strict=True):
-            with contextlib.suppress(FileNotFoundError):  # its folder went with an older clip's
+            if job.state == "running":
                 self._finish(job, clip)
 
-    def _finish(self, job: Job, clip: GeneratedClip) -> None:
+    def _show(self, job: ClipJob, tokens: Tensor, first: int) -> int:
+        """Sends the frames of a clip that follow the first so many; returns how many are known."""
+        grid = self._session.geometry.latent_shape[1:]
+        latents = len(tokens) // (grid[0] * grid[1])
+        if not self._shows_frames:
+            job.say("frames", latents=latents, first=0, frames=[])
+            return 0
+        whole = tokens[: latents * grid[0] * grid[1]]
+        decoded = self._session.decode(whole.view(latents, *grid))
+        new = self._guardrail.blur_faces(decoded[:, first:])
+        job.say("frames", latents=latents, first=first, frames=_jpegs(new))
+        return decoded.shape[1]
+
+    def _finish(self, job: ClipJob, clip: GeneratedClip) -> None:
         """Writes what is kept of a clip."""
         frames = self._guardrail.blur_faces(clip.frames)
         write_mp4(job.folder / CLIP_FILE, frames, clip.fps)
         record = {**clip.record, "command": self._command.line(job.file, job.settings)}
-        files.write_json(job.folder / RECORD_FILE, record)
+        try:
+            files.write_json(job.folder / RECORD_FILE, record)
+        except OSError as error:
+            raise CosmosPosttrainError(f"the clip cannot be kept: {error.strerror}.") from error
         self._metrics.count_job("done")
         job.end(
             "done",
@@ -170,6 +187,12 @@ class Worker(threading.Thread):
             record=record,
             num_repeated=job.found.num_repeated,
         )
+
+
+def _unexpected(error: Exception) -> str:
+    """The sentence for a client; all about it goes to the log."""
+    traceback.print_exception(error)
+    return f"the service failed ({type(error).__name__}); see its log."
 
 
 def _jpegs(frames: Tensor) -> list[str]:

@@ -90,6 +90,7 @@ def test_a_signal_ends_the_service_at_once_and_nothing_is_left(tmp_path: Path, n
         assert list(process.folder.glob("cosmos-serve-*")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_processes_that_share_the_model_follow_the_first(tmp_path: Path) -> None:
     path = infer_case.write_input(tmp_path / "bar.mp4")
@@ -185,14 +186,9 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
 
 
 def test_bad_usage_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
-    (tmp_path / "weights").mkdir()
-    for arguments, problem in (
-        (["--host", "0.0.0.0"], "needs --auth_token"),
-        (["--guardrail_dir", str(tmp_path / "weights")], "has no blocklist/custom"),
-    ):
-        finished = run_script(["-m", "cosmos_posttrain.serve", *arguments])
-        assert finished.returncode == 2
-        assert problem in finished.stderr and finished.stderr.count("\n") == 1
+    finished = run_script(["-m", "cosmos_posttrain.serve", "--guardrail_dir", tmp_path])
+    assert finished.returncode == 2
+    assert "has no blocklist/custom" in finished.stderr and finished.stderr.count("\n") == 1
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

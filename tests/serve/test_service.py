@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import infer_case, service
 from helpers.service import Client, running, small_config, wait_until
 from PIL import Image
@@ -50,7 +51,7 @@ def quick_client(tmp_path: Path, quick: Session) -> Iterator[Client]:
 
 @pytest.fixture
 def client(tmp_path: Path, session: Session) -> Iterator[Client]:
-    with running(small_config(), tmp_path / "service", session) as opened:
+    with running(small_config(max_batch_size=1), tmp_path / "service", session) as opened:
         yield opened
 
 
@@ -64,6 +65,20 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("inputs") / "bar.png"
     Image.fromarray(infer_case.moving_bar(1)[:, 0].permute(1, 2, 0).numpy()).save(path)
     return path
+
+
+@pytest.fixture
+def gate(session: Session, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Until it is set, no frame is shown: what is generated goes on for as long."""
+    opened, decode = threading.Event(), session.decode
+
+    def waiting(tokens: torch.Tensor) -> torch.Tensor:
+        assert opened.wait(service.PATIENCE_SECONDS)
+        return decode(tokens)
+
+    monkeypatch.setattr(session, "decode", waiting)
+    yield opened
+    opened.set()
 
 
 def events(lines: list[dict[str, Any]]) -> list[str]:
@@ -138,9 +153,9 @@ def png(width: int, height: int, blocks: int = 1) -> bytes:
 
 
 def test_what_cannot_be_taken_is_refused_while_a_clip_is_generated(
-    client: Client, image: Path, clip: Path
+    client: Client, image: Path, clip: Path, gate: threading.Event
 ) -> None:
-    answers = [client.post(image.name, image.read_bytes(), seed=seed) for seed in range(4)]
+    answers = [client.post(image.name, image.read_bytes(), seed=seed) for seed in range(2)]
     while b'"given"' not in answers[0].readline():
         pass
     bomb = png(20_000, 20_000, blocks=20)
@@ -163,12 +178,12 @@ def test_what_cannot_be_taken_is_refused_while_a_clip_is_generated(
         ("bar.mp4", clip.read_bytes(), {"num_input_frames": 8}, 422, "8"),
         ("bar.mp4", clip.read_bytes(), {"num_input_frames": 17}, 422, "17"),
     ]
-    for number, (name, content, fields, status, problem) in enumerate(refusals):
+    for name, content, fields, status, problem in refusals:
         found = client.refusal(name, content, **fields)
         assert found[0] == status and problem in found[1], (name, found)
-        if number < 4:
-            assert client.count("cosmos_serve_clips_running") == 1
     assert client.count('cosmos_serve_refused_total{reason="file"}') == 8
+    assert client.count("cosmos_serve_clips_running") == 1
+    gate.set()
     for answer in answers:
         assert json.loads(answer.read().splitlines()[-1])["event"] == "done"
     assert client.count("cosmos_serve_clips_waiting") == 0
@@ -216,7 +231,7 @@ def test_twenty_clients_at_once_are_served_in_order(quick_client: Client, clip: 
 
 
 def test_a_full_queue_says_so_and_who_hangs_up_makes_room(
-    tmp_path: Path, session: Session, image: Path
+    tmp_path: Path, session: Session, image: Path, gate: threading.Event
 ) -> None:
     config = small_config(max_queue=2, max_batch_size=1)
     with running(config, tmp_path / "service", session) as client:
@@ -234,10 +249,13 @@ def test_a_full_queue_says_so_and_who_hangs_up_makes_room(
         waiting[0].close()
         wait_until(lambda: client.count("cosmos_serve_clips_waiting") == 1, "a free place")
         last = client.post(image.name, image.read_bytes(), seed=4)
+        gate.set()
         for answer in (first, waiting[1], last):
             assert json.loads(answer.read().splitlines()[-1])["event"] == "done"
         assert client.count('cosmos_serve_clips_total{state="done"}') == 3
         assert client.count('cosmos_serve_refused_total{reason="full"}') == 1
+        assert client.count('cosmos_serve_clips_total{state="cancelled"}') == 1
+        assert len(list((tmp_path / "service").iterdir())) == 3  # nothing is kept of that one
 
 
 def test_a_clip_is_cancelled_while_it_is_generated(client: Client, image: Path) -> None:
@@ -249,6 +267,35 @@ def test_a_clip_is_cancelled_while_it_is_generated(client: Client, image: Path) 
     assert json.loads(answer.read().splitlines()[-1])["event"] == "cancelled"
     assert client.ask("GET", f"/api/clips/{name}/video.mp4")[0] == 404
     assert client.make(image)[-1]["event"] == "done"
+
+
+def test_one_of_several_that_are_generated_together_is_cancelled(
+    tmp_path: Path, session: Session, image: Path, gate: threading.Event
+) -> None:
+    with running(small_config(), tmp_path / "service", session) as client:
+        # While the first is generated, alone, the others gather.
+        answers = [client.post(image.name, image.read_bytes(), seed=0)]
+        wait_until(lambda: client.count("cosmos_serve_clips_running") == 1, "the first")
+        answers += [client.post(image.name, image.read_bytes(), seed=seed) for seed in (1, 2)]
+        names = [json.loads(answer.readline())["name"] for answer in answers]
+        gate.set()
+        while b'"given"' not in answers[2].readline():
+            pass
+        assert client.ask("DELETE", f"/api/clips/{names[2]}")[0] == 204
+        ends = [json.loads(answer.read().splitlines()[-1])["event"] for answer in answers]
+        assert ends == ["done", "done", "cancelled"]
+        assert client.count("cosmos_serve_rounds_total") == 2
+
+
+def test_frames_that_cannot_be_shown_end_the_clip_and_not_the_service(
+    tmp_path: Path, session: Session, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(small_config(), tmp_path / "service", session) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "decode", lambda tokens: tokens[99])
+            line = client.make(image)[-1]
+        assert line["event"] == "failed" and "IndexError" in line["problem"]
+        assert client.make(image)[-1]["event"] == "done"
 
 
 def test_only_so_many_clips_are_kept(tmp_path: Path, quick: Session, clip: Path) -> None:
