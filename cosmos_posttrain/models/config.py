@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from cosmos_posttrain.errors import CheckpointError, ConfigError
 from cosmos_posttrain.geometry import LatentShape, parse_latent_shape
+from cosmos_posttrain.models.lora_config import LoraConfig
 
 # Embedding and output rows are padded to a multiple of this, whatever the tensor parallel size, so
 # that a checkpoint's shapes do not depend on the layout that wrote it. 64000 and 64064 need none.
@@ -83,6 +84,8 @@ class ModelConfig:
         context_dim: width of the text embeddings; None for a base model, which takes no text.
         context_len: rows of text embeddings of one prompt, padding counted in (512 for T5-11B).
         position_scale: what positions are multiplied by (position interpolation); see ``at_grid``.
+        lora: low-rank factors beside frozen matrices, while a model is trained so; None elsewhere.
+            Readers of checkpoints merge them.
 
     Raises:
         ConfigError: numbers that no model can have; lists all of them.
@@ -103,6 +106,7 @@ class ModelConfig:
     context_dim: int | None = None
     context_len: int = 512
     position_scale: AxisScale = UNSCALED
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         wrong = _impossible_numbers(self)
@@ -265,7 +269,10 @@ class ModelConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a checkpoint's ``context/model.json``."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if self.lora is None:
+            del values["lora"]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> ModelConfig:
@@ -282,6 +289,8 @@ class ModelConfig:
                 yarn["original_latent_shape"] = parse_latent_shape(yarn["original_latent_shape"])
                 values["yarn"] = YarnConfig(**yarn)
             values["position_scale"] = AxisScale(*values.get("position_scale", UNSCALED))
+            if values.get("lora") is not None:
+                values["lora"] = LoraConfig.from_json(values["lora"])
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(

@@ -15,6 +15,7 @@ from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.geometry import parse_latent_shape
 from cosmos_posttrain.launch import run_cli
 from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.lora_shapes import lora_for
 from cosmos_posttrain.models.presets import PRESETS, preset
 from cosmos_posttrain.models.reference_config import from_reference
 from cosmos_posttrain.plan.config import DTYPE_NAMES, FLAGS, GPU_MEMORY_GB, PlanConfig, validate
@@ -88,6 +89,7 @@ def main() -> int:
         model = model.at_grid(parse_latent_shape(config.latent_shape))
     if config.vocab_size is not None:
         model = dataclasses.replace(model, vocab_size=config.vocab_size)
+    model = dataclasses.replace(model, lora=lora_for(model, config.lora_rank, None, None))
     work = Workload(
         model,
         config.micro_batch_size,

@@ -18,7 +18,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from cosmos_posttrain.models.config import ModelConfig
-from cosmos_posttrain.plan.parameters import rank_parameters
+from cosmos_posttrain.models.lora_shapes import target_shapes
+from cosmos_posttrain.plan.parameters import rank_parameters, rank_trained_parameters
 
 # The CUDA context, NCCL's channels and cuBLAS's workspaces; an assumption, not a measurement.
 FRAMEWORK_BYTES = 2 * 2**30
@@ -127,14 +128,14 @@ def table_bytes(work: Workload) -> float:
 
 def gradient_bytes(work: Workload, layout: Layout, stage: int) -> float:
     """Megatron's gradient buffer: float32 whatever the dtype, and whole on every rank."""
-    return 4 * rank_parameters(work.model, layout.tensor, layout.pipeline, stage)
+    return 4 * rank_trained_parameters(work.model, layout.tensor, layout.pipeline, stage)
 
 
 def optimizer_bytes(work: Workload, layout: Layout, stage: int) -> float:
     """AdamW: two float32 moments, and float32 master weights unless the weights are float32."""
     per_parameter = 8 if work.dtype == "float32" else 12
     ranks = layout.data * layout.context if work.distributed_optimizer else 1
-    count = rank_parameters(work.model, layout.tensor, layout.pipeline, stage)
+    count = rank_trained_parameters(work.model, layout.tensor, layout.pipeline, stage)
     return per_parameter * count / ranks
 
 
@@ -205,6 +206,8 @@ def layer_activation_bytes(work: Workload, layout: Layout) -> float:
     heads, groups = model.num_attention_heads / t, model.num_query_groups / t
     statistics = 4 * (2 / p + 2 * heads + groups)  # of the norms, and attention's log-sum-exp
     per_token = norms + _attention_bytes(work, layout) + mlp + statistics
+    if model.lora is not None:  # what lies between its factors; norms, frozen, keep less than this
+        per_token += e * model.lora.rank * len(target_shapes(model, model.lora))
     tokens = model.seq_length / layout.context
     per_clip = tokens * per_token + _cross_attention_bytes(work, layout)
     return work.micro_batch_size * per_clip + _mask_bytes(work, layout)

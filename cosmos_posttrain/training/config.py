@@ -52,6 +52,12 @@ class ModelSourceConfig:
         embedding_init: what becomes of the checkpoint's token embeddings and output rows at the
             start of a run: ``keep``, ``reset``, ``mean`` or ``aligned``.
         cooccurrence_path: the file for ``aligned``, see ``transfer/align.py``.
+        lora_rank: train low-rank factors beside the frozen matrices of the layers, and embedding
+            and output rows in full; None trains everything.
+        lora_alpha: the factors' product counts ``lora_alpha / lora_rank`` times; None means once.
+        lora_targets: the matrices, with commas between them: ``linear_qkv``, ``linear_proj``,
+            ``linear_fc1``, ``linear_fc2``, and of Video2World models ``linear_q``, ``linear_kv``;
+            None means all of them.
     """
 
     path: str = "nvidia/Cosmos-1.0-Autoregressive-4B"
@@ -63,6 +69,9 @@ class ModelSourceConfig:
     rope_scale: float | None = setting(None, at_least=1)
     embedding_init: str = setting("keep", choices=EMBEDDING_INITS)
     cooccurrence_path: str | None = None
+    lora_rank: int | None = setting(None, at_least=1)
+    lora_alpha: float | None = setting(None, above=0)
+    lora_targets: str | None = None
 
 
 @dataclass
@@ -186,6 +195,9 @@ FLAGS = (
     Flag("--rope_scale", "model.rope_scale"),
     Flag("--embedding_init", "model.embedding_init"),
     Flag("--cooccurrence_path", "model.cooccurrence_path"),
+    Flag("--lora_rank", "model.lora_rank"),
+    Flag("--lora_alpha", "model.lora_alpha"),
+    Flag("--lora_targets", "model.lora_targets"),
     Flag("--latent_shape", "data.latent_shape"),
     Flag("--vocab_size", "data.vocab_size"),
     Flag("--seed", "data.seed"),
@@ -214,6 +226,7 @@ def validate(config: TrainConfig, world_size: int) -> None:
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         problems.append("--sequence_parallel needs --tensor_model_parallel_size above 1")
     problems += _embedding_problems(config.model)
+    problems += _lora_problems(config.model)
     problems += _batch_problems(config, world_size)
     check(config, flag_names(FLAGS), problems)
 
@@ -227,6 +240,18 @@ def _embedding_problems(model: ModelSourceConfig) -> list[str]:
         ]
     if init != "aligned" and path is not None:
         return [f"--cooccurrence_path has no effect with --embedding_init {init}: give aligned"]
+    return []
+
+
+def _lora_problems(model: ModelSourceConfig) -> list[str]:
+    if model.lora_rank is None:
+        given = [name for name in ("lora_alpha", "lora_targets") if getattr(model, name)]
+        return [f"--{name} has no effect without --lora_rank" for name in given]
+    if model.layer_spec == "te":
+        return [
+            "--lora_rank does not work with --layer_spec te, which computes a norm and the linear "
+            "layer behind it in one, out of the factors' reach: use --layer_spec torch"
+        ]
     return []
 
 

@@ -7,6 +7,7 @@ and the model built and wrapped for training. Nothing is written before all of i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from cosmos_posttrain import launch
+from cosmos_posttrain.checkpoint import context
 from cosmos_posttrain.checkpoint.context import SplitInfo, TrainingData
 from cosmos_posttrain.checkpoint.dist import quiet_megatron_logging
 from cosmos_posttrain.checkpoint.source import CheckpointSource, open_source
@@ -29,6 +31,8 @@ from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.geometry import parse_latent_shape
 from cosmos_posttrain.models.builder import CosmosGPTModel, build_model
 from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.lora_config import LoraConfig
+from cosmos_posttrain.models.lora_shapes import lora_for, num_trained_parameters
 from cosmos_posttrain.runlog import wants_wandb
 from cosmos_posttrain.training import texts
 from cosmos_posttrain.training.config import DataConfig, TrainConfig, validate
@@ -49,6 +53,7 @@ class Inputs:
         source: the model to start from, at the data's grid.
         transfer: other rows for the new tokens; None keeps the source's.
         parallelism: sizes of the parallel groups.
+        lora: the factors that are trained beside frozen matrices; None trains everything.
     """
 
     train_data: TokenDataset
@@ -58,11 +63,13 @@ class Inputs:
     source: CheckpointSource
     transfer: Transfer | None
     parallelism: groups.Parallelism
+    lora: LoraConfig | None = None
 
     @property
     def model_config(self) -> ModelConfig:
         """The numbers of the model that is trained."""
-        return self.source.config if self.transfer is None else self.transfer.config
+        start = self.source.config if self.transfer is None else self.transfer.config
+        return dataclasses.replace(start, lora=self.lora)
 
     def load_weights(self, model: CosmosGPTModel) -> None:
         """Fills a built model at the start of a run."""
@@ -118,9 +125,28 @@ def open_inputs(
         )
     if resume_from is None:
         folder.record_start(_describe_start(config, source, folder, transfer))
-    inputs = Inputs(train_data, val_data, folder, resume_from, source, transfer, sizes)
+    lora = lora_for(source.config, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
+    if resume_from is not None:
+        _check_same_lora(resume_from, lora)
+    inputs = Inputs(train_data, val_data, folder, resume_from, source, transfer, sizes, lora)
     check_division(inputs.model_config, sizes, config.parallel.sequence_parallel)
     return inputs
+
+
+def _check_same_lora(resume_from: Path, lora: LoraConfig | None) -> None:
+    """Refuses to go on with other factors than a run began with.
+
+    Raises:
+        ConfigError: names both.
+    """
+    before = context.read_model_config(resume_from).lora
+    if before != lora:
+        known, now = (f"LoRA ({x})" if x is not None else "no LoRA" for x in (before, lora))
+        raise ConfigError(
+            f"{resume_from} was trained with {known}, but now with {now}; give the same "
+            "--lora_rank, --lora_alpha and --lora_targets, or start a new --log_dir from it with "
+            "--model_path."
+        )
 
 
 def open_split(config: DataConfig, split: str) -> TokenDataset:
@@ -264,8 +290,12 @@ def wrap(model: CosmosGPTModel) -> DistributedDataParallel:
 def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
     """Says what is about to run."""
     sizes, data, say = inputs.parallelism, inputs.train_data, launch.say
+    model = inputs.model_config
+    trained = ""
+    if model.lora is not None:
+        trained = f" ({num_trained_parameters(model) / 1e6:,.1f}M trained: LoRA of {model.lora})"
     say(
-        f"{inputs.model_config.num_parameters / 1e6:,.1f}M parameters, {len(data)} training clips "
+        f"{model.num_parameters / 1e6:,.1f}M parameters{trained}, {len(data)} training clips "
         f"of {data.seq_length} tokens {tuple(data.latent_shape)}, TP {sizes.tensor} PP "
         f"{sizes.pipeline} CP {sizes.context} DP "
         f"{parallel_state.get_data_parallel_world_size()}, {dtype}"
