@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cosmos_posttrain.models.lora import LORA_A, LORA_B
-from cosmos_posttrain.models.lora_config import LoraConfig
+from cosmos_posttrain.models.lora_config import LORA_A, LORA_B, LoraConfig
 
 _GATED = "linear_fc1"  # its two branches lie one behind the other: B has an axis for them
 

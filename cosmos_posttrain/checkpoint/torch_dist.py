@@ -31,6 +31,10 @@ from cosmos_posttrain.files import sync, write_json
 
 # NeMo wraps its models once, so all its keys start with this.
 PREFIX = "module."
+# In front of the key of the weight that it belongs to, as in Megatron's own checkpoints: optimizer
+# state, such as the weights' average over the steps.
+STATE = "optimizer.state."
+AVERAGE = "ema"
 # A new file is begun after this many bytes, so that no single file becomes unwieldy.
 MAX_FILE_BYTES = 5 * 10**9
 BACKEND = {

@@ -23,7 +23,9 @@ from torch import Tensor
 from cosmos_posttrain.checkpoint import infer_config, lora_factors, mapping
 from cosmos_posttrain.checkpoint.tensor_bytes import Tensors
 from cosmos_posttrain.checkpoint.torch_dist import (
+    AVERAGE,
     PREFIX,
+    STATE,
     TorchDistReader,
     TorchDistWriter,
     is_torch_dist,
@@ -121,14 +123,22 @@ class TorchDistWeights(WholeWeights):
         folder: the ``weights`` folder.
         config: the model's numbers.
         lora: what is beside the weights, to be merged into them.
+        averaged: give of every weight that was trained its average over the steps.
 
     Raises:
         CheckpointError: the index is damaged, or tensors are missing, surplus or misshapen; all of
             them are named.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig, lora: LoraConfig | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        lora: LoraConfig | None = None,
+        averaged: bool = False,
+    ) -> None:
         self.config, self.lora, self._folder = config, lora, folder
+        self._averaged = averaged
         self._reader = TorchDistReader(folder)
         self._prefix = _prefix(self._reader)
         self._reference_shapes = mapping.reference_shapes(config)
@@ -205,13 +215,24 @@ class TorchDistWeights(WholeWeights):
             raise CheckpointError(
                 f"{self._folder} does not fit its config: it {'; '.join(problems)}."
             )
+        if self._averaged and not any(_average(key) in shapes for key in used):
+            raise CheckpointError(
+                f"{self._folder} keeps no average of the weights; train with --ema_decay, or leave "
+                "out --weights ema."
+            )
+
+    def _read(self, key: str, layer: int | None) -> Tensor:
+        """A tensor, or its average in the tensor's dtype; what is frozen has none."""
+        if not self._averaged or _average(key) not in self._reader.shapes:
+            return self._reader.read(key, layer)
+        return self._reader.read(_average(key), layer).to(self._reader.dtypes[key])
 
     def megatron(self, name: str) -> Tensor:
         key, layer = self._places[name]
-        tensor = self._reader.read(key, layer)
+        tensor = self._read(key, layer)
         if name in self._factors:
             assert self.lora is not None
-            a, b = (self._reader.read(*place) for place in self._factors[name])
+            a, b = (self._read(*place) for place in self._factors[name])
             return lora_factors.merged(tensor, a, b, self.lora)
         wanted = self._expected_shape(name)
         if name in VOCABULARY and tuple(tensor.shape) != wanted:
@@ -230,6 +251,11 @@ class TorchDistWeights(WholeWeights):
             for name, (key, _) in self._places.items()
             for part in mapping.reference_sources(name)
         }
+
+
+def _average(key: str) -> str:
+    """Where the average of a tensor lies."""
+    return f"{STATE}{AVERAGE}.{key}"
 
 
 def check_stackable(tensors: Tensors, config: ModelConfig) -> None:

@@ -19,12 +19,19 @@ from torch import Tensor
 
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.rope import RotaryEmbedding3D
+from cosmos_posttrain.models.z_loss import z_loss
 
 
 class CosmosGPTModel(GPTModel):
-    """Megatron's GPT model with the Cosmos 3D RoPE and a vocabulary of any size."""
+    """Megatron's GPT model with the Cosmos 3D RoPE and a vocabulary of any size.
+
+    Attributes:
+        z_loss_coefficient: of the z-loss whose gradient training adds to the loss's; the value of
+            the loss stays the cross-entropy.
+    """
 
     post_process: bool
+    z_loss_coefficient: float = 0.0
 
     def __init__(self, model_config: ModelConfig, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
@@ -49,7 +56,11 @@ class CosmosGPTModel(GPTModel):
             column = first + torch.arange(logits.shape[-1], device=logits.device)
             assert logits.shape[-1] * size == self.model_config.padded_vocab_size
             logits = logits.masked_fill(column >= self.model_config.vocab_size, float("-inf"))
-        return super().compute_language_model_loss(labels, logits)
+        losses: Tensor = super().compute_language_model_loss(labels, logits)
+        if self.training and self.z_loss_coefficient:
+            added = self.z_loss_coefficient * z_loss(logits).transpose(0, 1)
+            losses = losses + (added - added.detach())
+        return losses
 
 
 class Video2WorldModel(CosmosGPTModel):

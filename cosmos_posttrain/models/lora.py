@@ -25,9 +25,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from cosmos_posttrain.models.lora_config import LoraConfig
-
-LORA_A, LORA_B = "lora_a", "lora_b"
+from cosmos_posttrain.models.lora_config import LORA_A, LORA_B, LoraConfig
 
 
 def is_factor(name: str) -> bool:

@@ -15,6 +15,8 @@ from cosmos_posttrain.errors import CheckpointError, ConfigError
 BASE_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 TEXT_TARGETS = ("linear_q", "linear_kv")
 LORA_TARGETS = BASE_TARGETS + TEXT_TARGETS
+# Names of the factors, beside a layer's ``weight``.
+LORA_A, LORA_B = "lora_a", "lora_b"
 # Those whose inputs are shared out over the tensor-parallel ranks; of the others, the outputs are.
 ROW_PARALLEL = ("linear_proj", "linear_fc2")
 

@@ -12,7 +12,8 @@ import torch
 from megatron.core import parallel_state
 from torch import nn
 
-from cosmos_posttrain.models.lora import LORA_A, is_factor
+from cosmos_posttrain.models.lora import is_factor
+from cosmos_posttrain.models.lora_config import LORA_A
 from cosmos_posttrain.models.naming import parameters_by_disk_name
 
 # Trained in full beside the factors: a new tokenizer's tokens have new rows here.

@@ -12,7 +12,8 @@ from cosmos_posttrain.config import check, setting
 from cosmos_posttrain.models.config import LAYER_SPECS, ROPE_SCALINGS
 
 EMBEDDING_INITS = ("keep", "reset", "mean", "aligned")
-LR_DECAY_STYLES = ("cosine", "linear", "constant")
+LR_DECAY_STYLES = ("cosine", "linear", "constant", "wsd")
+WSD_DECAY_STYLES = ("minus_sqrt", "linear", "cosine", "exponential")
 # Not float16, whose gradients would need a loss scaler.
 TRAINING_DTYPES = ("bfloat16", "float32")
 
@@ -99,8 +100,16 @@ class OptimizerConfig:
         lr: peak learning rate.
         min_lr: learning rate at the end; None means a tenth of ``lr``.
         lr_warmup_steps: linear warm-up; None means a twentieth of the steps.
-        lr_decay_style: ``cosine``, ``linear`` or ``constant``.
-        weight_decay: decoupled, on matrices only.
+        lr_decay_style: ``cosine``, ``linear``, ``constant``, or ``wsd``: constant, and a decay
+            over the last ``lr_wsd_decay_steps``.
+        lr_wsd_decay_steps: steps of ``wsd``'s decay; None means a tenth of all.
+        lr_wsd_decay_style: the decay of ``wsd``: ``minus_sqrt``, ``linear``, ``cosine`` or
+            ``exponential``.
+        embedding_lr: peak learning rate of token embedding and output rows; None means ``lr``.
+        freeze_body_steps: first steps that train token embedding and output rows only.
+        ema_decay: share of the weights' average that stays at each step; None keeps no average.
+        weight_decay: decoupled; of matrices (embedding, output rows and LoRA's factors among them),
+            not of norms.
         adam_beta1: decay of the first moment.
         adam_beta2: decay of the second moment.
         adam_eps: added to the root of the second moment.
@@ -111,11 +120,21 @@ class OptimizerConfig:
     min_lr: float | None = setting(None, at_least=0)
     lr_warmup_steps: int | None = setting(None, at_least=0)
     lr_decay_style: str = setting("cosine", choices=LR_DECAY_STYLES)
+    lr_wsd_decay_steps: int | None = setting(None, at_least=1)
+    lr_wsd_decay_style: str = setting("minus_sqrt", choices=WSD_DECAY_STYLES)
+    embedding_lr: float | None = setting(None, above=0)
+    freeze_body_steps: int = setting(0, at_least=0)
+    ema_decay: float | None = setting(None, at_least=0, below=1)
     weight_decay: float = setting(0.1, at_least=0)
     adam_beta1: float = setting(0.9, at_least=0, below=1)
     adam_beta2: float = setting(0.95, at_least=0, below=1)
     adam_eps: float = setting(1e-8, above=0)
     clip_grad: float = setting(1.0, at_least=0)
+
+    def wsd_decay_steps(self, max_steps: int) -> int:
+        """Steps of ``wsd``'s decay, given all of the run's."""
+        given = self.lr_wsd_decay_steps
+        return max(max_steps // 10, 1) if given is None else given
 
 
 @dataclass
@@ -135,6 +154,8 @@ class TrainConfig:
             keeps all, and so does leaving out both this and ``keep_last_n``.
         keep_last_n: newest checkpoints that are kept, whatever their loss.
         num_condition_latents: latent frames at each clip's start on which there is no loss.
+        z_loss_coefficient: adds this times the squared log of the logits' sum of exponentials to
+            what is minimised, not to the loss that is reported; 1e-4 is usual.
         prompt_dropout: probability of a clip to be trained without its text, which guidance needs;
             for Video2World data.
         index_mapping_dir: kept for the original's command lines: no index files are written.
@@ -156,6 +177,7 @@ class TrainConfig:
     save_top_k: int | None = setting(None, at_least=-1)
     keep_last_n: int | None = setting(None, at_least=1)
     num_condition_latents: int = setting(0, at_least=0)
+    z_loss_coefficient: float = setting(0.0, at_least=0)
     prompt_dropout: float = setting(0.0, at_least=0, below=1)
     index_mapping_dir: str | None = None
     num_threads: int | None = setting(None, at_least=1)
@@ -172,12 +194,18 @@ FLAGS = (
     Flag("--lr", "optimizer.lr"),
     Flag("--min_lr", "optimizer.min_lr"),
     Flag("--lr_warmup_steps", "optimizer.lr_warmup_steps"),
-    Flag("--lr_decay_style", "optimizer.lr_decay_style"),
+    Flag("--lr_decay_style", "optimizer.lr_decay_style", aliases=("--lr_scheduler",)),
+    Flag("--lr_wsd_decay_steps", "optimizer.lr_wsd_decay_steps"),
+    Flag("--lr_wsd_decay_style", "optimizer.lr_wsd_decay_style"),
+    Flag("--embedding_lr", "optimizer.embedding_lr"),
+    Flag("--freeze_body_steps", "optimizer.freeze_body_steps"),
+    Flag("--ema_decay", "optimizer.ema_decay"),
     Flag("--weight_decay", "optimizer.weight_decay"),
     Flag("--clip_grad", "optimizer.clip_grad"),
     Flag("--max_steps"),
     Flag("--max_epochs"),
     Flag("--num_condition_latents"),
+    Flag("--z_loss_coefficient"),
     Flag("--prompt_dropout"),
     Flag("--save_every_n_steps"),
     Flag("--save_top_k"),
@@ -214,12 +242,7 @@ def validate(config: TrainConfig, world_size: int) -> None:
     problems = []
     if not config.data.path:
         problems.append("--data_path is missing: name the folder that prepare_dataset.py wrote")
-    optimizer = config.optimizer
-    if optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
-        problems.append(f"--min_lr {optimizer.min_lr} must be at most --lr {optimizer.lr}")
-    warmup = optimizer.lr_warmup_steps
-    if warmup is not None and warmup >= config.max_steps:
-        problems.append(f"--lr_warmup_steps {warmup} must be below --max_steps {config.max_steps}")
+    problems += _schedule_problems(config.optimizer, config.max_steps)
     if config.save_top_k == 0:
         problems.append("--save_top_k 0 must be at least 1, or -1 for all")
     parallel = config.parallel
@@ -229,6 +252,27 @@ def validate(config: TrainConfig, world_size: int) -> None:
     problems += _lora_problems(config.model)
     problems += _batch_problems(config, world_size)
     check(config, flag_names(FLAGS), problems)
+
+
+def _schedule_problems(optimizer: OptimizerConfig, max_steps: int) -> list[str]:
+    problems = []
+    if optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
+        problems.append(f"--min_lr {optimizer.min_lr} must be at most --lr {optimizer.lr}")
+    warmup = optimizer.lr_warmup_steps
+    if warmup is not None and warmup >= max_steps:
+        problems.append(f"--lr_warmup_steps {warmup} must be below --max_steps {max_steps}")
+    decay = optimizer.lr_wsd_decay_steps
+    if decay is not None and optimizer.lr_decay_style != "wsd":
+        problems.append(
+            f"--lr_wsd_decay_steps {decay} has no effect with --lr_decay_style "
+            f"{optimizer.lr_decay_style}: give wsd"
+        )
+    elif decay is not None and decay + (warmup or 0) > max_steps:
+        problems.append(
+            f"--lr_wsd_decay_steps {decay} and --lr_warmup_steps {warmup or 0} together must be at "
+            f"most --max_steps {max_steps}"
+        )
+    return problems
 
 
 def _embedding_problems(model: ModelSourceConfig) -> list[str]:

@@ -1,7 +1,7 @@
-"""Optimizer and learning-rate schedule, from Megatron-Core.
+"""The optimizer, from Megatron-Core.
 
 Flows in: the model wrapped for data parallelism and the run's config. Flows out: Megatron's
-distributed optimizer (AdamW) and its schedule, and the optimizer as checkpoints see it.
+distributed optimizer (AdamW), and the optimizer as checkpoints see it.
 """
 
 from __future__ import annotations
@@ -14,22 +14,27 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from torch import Tensor
 
 from cosmos_posttrain.checkpoint.pieces import MASTER, OwnPart
+from cosmos_posttrain.checkpoint.torch_dist import AVERAGE
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.cpu_device import cpu_device
 from cosmos_posttrain.training.config import TrainConfig
+from cosmos_posttrain.training.schedule import BODY, min_lr, row_rates
 
 
 def build_optimizer(config: TrainConfig, model: torch.nn.Module, dtype: torch.dtype) -> Any:
     """Megatron's distributed optimizer over this rank's parameters."""
     settings = config.optimizer
+    row_lr, row_min_lr = row_rates(settings) or (None, None)
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
-        min_lr=_min_lr(config),
+        min_lr=min_lr(settings),
+        decoupled_lr=row_lr,
+        decoupled_min_lr=row_min_lr,
         weight_decay=settings.weight_decay,
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,
@@ -40,40 +45,32 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module, dtype: torch.dt
         use_distributed_optimizer=True,
     )
     with cpu_device():
-        return get_megatron_optimizer(
+        optimizer = get_megatron_optimizer(
             megatron_config, [model], use_gloo_process_groups=torch.cuda.is_available()
         )
+    if row_lr is not None:
+        _tell_body_from_rows(optimizer)
+    return optimizer
 
 
-def _min_lr(config: TrainConfig) -> float:
-    settings = config.optimizer
-    return settings.lr / 10 if settings.min_lr is None else settings.min_lr
+def _is_row(parameter: Tensor) -> bool:
+    """Whether it is the embedding or the output layer, as Megatron's models mark them."""
+    return getattr(parameter, "is_embedding_or_output_parameter", False)
 
 
-def build_schedule(config: TrainConfig, optimizer: Any) -> OptimizerParamScheduler:
-    """Linear warm-up, then decay to ``min_lr`` at ``max_steps``; counted in optimizer steps.
+def _tell_body_from_rows(optimizer: Any) -> None:
+    """Marks this rank's parameter groups for the schedule."""
+    for part in parts_of(optimizer):
+        for parameter, (number, _) in part.model_param_group_index_map.items():
+            part.optimizer.param_groups[number][BODY] = not _is_row(parameter)
 
-    Megatron's schedule starts at 0; ours is one ahead, so that no step has a learning rate of 0.
-    """
-    settings = config.optimizer
-    warmup = settings.lr_warmup_steps
-    if warmup is None:
-        warmup = config.max_steps // 20
-    schedule = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=_min_lr(config),
-        lr_warmup_steps=warmup + 1,
-        lr_decay_steps=config.max_steps + 1,
-        lr_decay_style=settings.lr_decay_style,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-    )
-    schedule.step(increment=1)
-    return schedule
+
+def drop_body_gradients(optimizer: Any) -> None:
+    """Zeroes the gradients of all but embedding and output rows, before their norm is taken."""
+    for part in parts_of(optimizer):
+        for parameter in part.model_param_group_index_map:
+            if not _is_row(parameter):
+                parameter.main_grad.zero_()
 
 
 def gradient_norm(optimizer: Any) -> float:
@@ -118,12 +115,18 @@ def parts_of(optimizer: Any) -> Iterator[Any]:
 class CheckpointableOptimizer:
     """Megatron's distributed optimizer as checkpoints see it; see ``checkpoint.pieces``.
 
-    Attributes:
+    Args:
         optimizer: Megatron's, which keeps of each parameter a range on each data-parallel rank.
+        has_average: keep an average of the weights beside them; it begins as they are when it is
+            first asked for.
+
+    Attributes:
+        optimizer: the same.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, has_average: bool = False) -> None:
         self.optimizer = optimizer
+        self._averages: dict[int, Tensor] | None = {} if has_average else None
 
     def own_parts(self) -> Iterator[OwnPart]:
         """What this rank keeps of each parameter: views of the optimizer's own memory."""
@@ -138,8 +141,29 @@ class CheckpointableOptimizer:
                 }
                 if main.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
                     state[MASTER] = main.detach()
+                if self._averages is not None:
+                    state[AVERAGE] = self._average_of(main)
                 numbers = part._get_model_param_range_map(parameter)["param"]
                 yield OwnPart(parameter, numbers.start, numbers.end, state)
+
+    def _average_of(self, main: Tensor) -> Tensor:
+        assert self._averages is not None
+        average = self._averages.get(id(main))
+        if average is None:
+            average = self._averages[id(main)] = main.detach().clone()
+        return average
+
+    def average(self, decay: float) -> None:
+        """Moves the average towards the weights: ``decay`` of it stays."""
+        mains = [
+            main
+            for part in parts_of(self.optimizer)
+            for group in part.optimizer.param_groups
+            for main in group["params"]
+        ]
+        with torch.no_grad():
+            if mains:
+                torch._foreach_lerp_([self._average_of(main) for main in mains], mains, 1 - decay)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Settings of the parameter groups, and the number of steps as ``step``."""

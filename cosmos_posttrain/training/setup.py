@@ -262,7 +262,7 @@ def build(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> Cosmos
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    return build_model(
+    module = build_model(
         model,
         dtype=dtype,
         layer_spec=config.model.layer_spec,
@@ -271,6 +271,8 @@ def build(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> Cosmos
         calculate_per_token_loss=True,
         **recompute,
     )
+    module.z_loss_coefficient = config.z_loss_coefficient
+    return module
 
 
 def wrap(model: CosmosGPTModel) -> DistributedDataParallel:

@@ -32,6 +32,7 @@ from cosmos_posttrain.training.callbacks.save import Save
 from cosmos_posttrain.training.config import TrainConfig
 from cosmos_posttrain.training.metrics import model_flops_utilization
 from cosmos_posttrain.training.run_folder import TrainState, saved_row
+from cosmos_posttrain.training.schedule import Schedule
 from cosmos_posttrain.training.step import run_batches, wire_gradients
 from cosmos_posttrain.training.validation import Validation
 
@@ -84,9 +85,10 @@ class Trainer:
         self.model = setup.build(config, inputs.model_config, self.dtype)
         self.ddp = setup.wrap(self.model)
         self.optimizer = optimizers.CheckpointableOptimizer(
-            optimizers.build_optimizer(config, self.ddp, self.dtype)
+            optimizers.build_optimizer(config, self.ddp, self.dtype),
+            has_average=config.optimizer.ema_decay is not None,
         )
-        self.schedule = optimizers.build_schedule(config, self.optimizer.optimizer)
+        self.schedule = Schedule(config, self.optimizer.optimizer)
         wire_gradients(self.ddp, self.optimizer.optimizer)
         self.layout = sequence_layout(self.model.model_config, config.num_condition_latents)
         self.sizes = BatchSizes(
@@ -103,7 +105,7 @@ class Trainer:
         if inputs.val_data is not None:
             limit = config.limit_val_batches
             validation = Validation(self.ddp, inputs.val_data, self.layout, self.sizes, limit)
-        self.callbacks = make_callbacks(config, validation, self.log)
+        self.callbacks = make_callbacks(config, self.optimizer, validation, self.log)
         for callback in self.callbacks:
             callback.state = kept.get(type(callback).__name__, {})
         setup.announce(config, inputs, self.dtype)
@@ -188,8 +190,10 @@ class Trainer:
         self.ddp.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.optimizer.zero_grad()
-        lr = float(self.optimizer.optimizer.param_groups[0]["lr"])
+        rates = self.schedule.rates()
         loss, _ = run_batches(self.ddp, batches)
+        if self.schedule.body_is_frozen:
+            optimizers.drop_body_gradients(self.optimizer.optimizer)
         norm = optimizers.gradient_norm(self.optimizer.optimizer)
         step, clips = self.completed_steps, self.config.global_batch_size
         if math.isfinite(loss) and math.isfinite(norm):
@@ -201,7 +205,7 @@ class Trainer:
         return {
             "step": step,
             "reduced_train_loss": loss,
-            "lr": lr,
+            **rates,
             "grad_norm": norm,
             "consumed_samples": self.state.consumed_samples,
             "epoch": self.state.epoch(len(self.train_data)),

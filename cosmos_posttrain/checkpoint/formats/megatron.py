@@ -50,6 +50,12 @@ class MegatronFormat(WritableFormat):
         lora = context.read_model_config(checkpoint).lora
         return TorchDistWeights(checkpoint / WEIGHTS, config, lora)
 
+    def open_average(self, checkpoint: Path, config: ModelConfig) -> TorchDistWeights:
+        from cosmos_posttrain.checkpoint.torch_dist_weights import TorchDistWeights
+
+        lora = context.read_model_config(checkpoint).lora
+        return TorchDistWeights(checkpoint / WEIGHTS, config, lora, averaged=True)
+
     def load(self, checkpoint: Path, config: ModelConfig, model: CosmosGPTModel) -> None:
         from cosmos_posttrain.checkpoint import dist
         from cosmos_posttrain.checkpoint.fill import fill
