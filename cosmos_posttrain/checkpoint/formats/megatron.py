@@ -61,7 +61,7 @@ class MegatronFormat(WritableFormat):
         from cosmos_posttrain.checkpoint.fill import fill
 
         weights = self.open(checkpoint, config)  # names everything that does not fit
-        if weights.lora is None and model.model_config.lora is None:
+        if weights.lora is None:
             dist.load(checkpoint / WEIGHTS, model)
         else:
             fill(model, weights.megatron)
