@@ -30,6 +30,7 @@ from cosmos_posttrain.training.callbacks import Callback, make_callbacks
 from cosmos_posttrain.training.callbacks.log import Log
 from cosmos_posttrain.training.callbacks.save import Save
 from cosmos_posttrain.training.config import TrainConfig
+from cosmos_posttrain.training.gradients import forget_gradients
 from cosmos_posttrain.training.metrics import model_flops_utilization
 from cosmos_posttrain.training.run_folder import TrainState, saved_row
 from cosmos_posttrain.training.step import run_batches, wire_gradients
@@ -186,11 +187,14 @@ class Trainer:
         """
         started = time.monotonic()
         self.ddp.train()
-        self.ddp.zero_grad_buffer()
+        forget_gradients(self.ddp)
         self.optimizer.optimizer.zero_grad()
         lr = float(self.optimizer.optimizer.param_groups[0]["lr"])
-        loss, _ = run_batches(self.ddp, batches)
-        norm = optimizers.gradient_norm(self.optimizer.optimizer)
+        mean, _ = run_batches(self.ddp, batches)
+        # The one moment of a step at which the CPU waits for the GPU.
+        loss, norm = torch.stack(
+            [mean, optimizers.gradient_norm(self.optimizer.optimizer)]
+        ).tolist()
         step, clips = self.completed_steps, self.config.global_batch_size
         if math.isfinite(loss) and math.isfinite(norm):
             optimizers.apply_gradients(self.optimizer.optimizer, norm)

@@ -44,7 +44,7 @@ class Validation:
                 self._dataset, self._layout, self._sizes, self._limit
             ):
                 loss, num_tokens = run_batches(self._ddp, batches, forward_only=True)
-                total += loss * num_tokens
-                count += num_tokens
+                total += float(loss) * float(num_tokens)
+                count += float(num_tokens)
         self._ddp.train()
         return total / count
