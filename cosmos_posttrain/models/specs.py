@@ -12,7 +12,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -27,6 +27,7 @@ from cosmos_posttrain.models.attention import (
 from cosmos_posttrain.models.config import LAYER_SPECS, ModelConfig
 from cosmos_posttrain.models.cross_attention import CrossAttention, CrossAttentionSubmodules
 from cosmos_posttrain.models.norm import RMSNorm
+from cosmos_posttrain.models.swiglu import SwiGLUMLP
 from cosmos_posttrain.models.video2world import Video2WorldLayer
 
 # Transformer Engine fuses a norm into the linear layer behind it and names it after that layer.
@@ -56,7 +57,7 @@ def _torch_layer() -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
-                module=MLP,
+                module=SwiGLUMLP,
                 submodules=MLPSubmodules(
                     linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
                 ),

@@ -15,6 +15,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
+from cosmos_posttrain.models.weight_gradients import add_weight_gradient
+
 
 class _WeightGradients:
     """Stands for apex's extension, by whose name Megatron's linear layers call it."""
@@ -25,26 +27,6 @@ class _WeightGradients:
         add_weight_gradient(inputs, grads, main_grad)
 
     wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
-
-
-def add_weight_gradient(inputs: Tensor, grads: Tensor, main_grad: Tensor) -> None:
-    """Adds a weight's gradient to its buffer; what ``forget_gradients`` left there is replaced.
-
-    Args:
-        inputs: (N, in) of the layer.
-        grads: (N, out) of its outputs.
-        main_grad: (out, in).
-    """
-    is_old = getattr(main_grad, "is_old", False)
-    main_grad.is_old = False  # type: ignore[attr-defined]
-    if main_grad.dtype == inputs.dtype and is_old:
-        torch.mm(grads.t(), inputs, out=main_grad)
-    elif main_grad.dtype == inputs.dtype:
-        main_grad.addmm_(grads.t(), inputs)
-    elif is_old:
-        main_grad.copy_(grads.t() @ inputs)
-    else:
-        main_grad.add_(grads.t() @ inputs)
 
 
 def fuse_weight_gradients() -> bool:
