@@ -21,6 +21,7 @@ from torch import Tensor
 from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint import context, dist
 from cosmos_posttrain.data.batch import Batch, BatchSizes, training_batches
+from cosmos_posttrain.data.prefetch import prefetched
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import NonFiniteLossError, StoppedError
 from cosmos_posttrain.models.sequence import sequence_layout
@@ -170,14 +171,16 @@ class Trainer:
             callback.after_step(self, row)
 
     def batches(self) -> Iterator[list[Batch]]:
-        """Global batches of this rank, from where the run is, without end."""
-        return training_batches(
-            self.train_data,
-            self.layout,
-            self.sizes,
-            self.state.consumed_samples,
-            self.config.data.seed,
-            self.config.prompt_dropout,
+        """Global batches of this rank, from where the run is, without end; one is made ahead."""
+        return prefetched(
+            training_batches(
+                self.train_data,
+                self.layout,
+                self.sizes,
+                self.state.consumed_samples,
+                self.config.data.seed,
+                self.config.prompt_dropout,
+            )
         )
 
     def train_step(self, batches: list[Batch]) -> dict[str, Any]:
