@@ -44,6 +44,11 @@ class Batch:
         context = None if self.context is None else self.context.to(device, non_blocking=True)
         return self._map(lambda tensor: tensor.to(device, non_blocking=True), context)
 
+    def pinned(self) -> Batch:
+        """The batch in memory from which a GPU copies without waiting."""
+        context = None if self.context is None else self.context.pin_memory()
+        return self._map(lambda tensor: tensor.pin_memory(), context)
+
     def at(self, positions: Tensor) -> Batch:
         """The part of the sequence at some positions, (n,) int64; the context is whole."""
         return self._map(lambda tensor: tensor[:, positions], self.context)

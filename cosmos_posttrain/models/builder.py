@@ -67,8 +67,6 @@ def transformer_config(
         "apply_rope_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
-        # Megatron's fused loss rounds its gradients to bfloat16, whatever the model's dtype.
-        "cross_entropy_loss_fusion": on_gpu and dtype == torch.bfloat16,
         "batch_p2p_comm": on_gpu,
     }
     return TransformerConfig(**(values | overrides))

@@ -10,8 +10,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.rope import RotaryEmbedding3D
-from cosmos_posttrain.models.z_loss import z_loss
+from cosmos_posttrain.models.token_losses import token_losses
 
 
 class CosmosGPTModel(GPTModel):
@@ -47,20 +45,32 @@ class CosmosGPTModel(GPTModel):
         finally:
             self.post_process = before
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross-entropy (B, S) in nats; rows that only pad the vocabulary take no part."""
-        surplus = self.model_config.padded_vocab_size - self.model_config.vocab_size
-        if surplus:
-            size = parallel_state.get_tensor_model_parallel_world_size()
-            first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-            column = first + torch.arange(logits.shape[-1], device=logits.device)
-            assert logits.shape[-1] * size == self.model_config.padded_vocab_size
-            logits = logits.masked_fill(column >= self.model_config.vocab_size, float("-inf"))
-        losses: Tensor = super().compute_language_model_loss(labels, logits)
-        if self.training and self.z_loss_coefficient:
-            added = self.z_loss_coefficient * z_loss(logits).transpose(0, 1)
-            losses = losses + (added - added.detach())
-        return losses
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """As Megatron's, with a loss that never holds the logits of all positions.
+
+        Args:
+            *args: of Megatron's.
+            labels: (B, S) int64; with them the last stage gives losses.
+            **kwargs: of Megatron's.
+
+        Returns:
+            Losses (B, S) float32 in nats; without labels logits (B, S, V / TP), whose columns that
+            only pad the vocabulary mean nothing; before the last stage hidden states.
+        """
+        output: Tensor
+        if labels is None or not self.post_process:
+            output = super().forward(*args, **kwargs)
+            return output
+        with self.hidden_states_only():
+            output = super().forward(*args, **kwargs)
+        return token_losses(
+            output,
+            self.output_layer.weight,
+            labels,
+            self.model_config.vocab_size,
+            self.config.sequence_parallel,
+            self.z_loss_coefficient if self.training else 0.0,
+        )
 
 
 class Video2WorldModel(CosmosGPTModel):

@@ -14,7 +14,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -31,6 +31,7 @@ from cosmos_posttrain.models.cross_attention import CrossAttention, CrossAttenti
 from cosmos_posttrain.models.lora import with_factors
 from cosmos_posttrain.models.lora_config import ROW_PARALLEL, LoraConfig
 from cosmos_posttrain.models.norm import RMSNorm
+from cosmos_posttrain.models.swiglu import SwiGLUMLP
 from cosmos_posttrain.models.video2world import Video2WorldLayer
 
 # Transformer Engine fuses a norm into the linear layer behind it and names it after that layer.
@@ -66,7 +67,7 @@ def _torch_layer(lora: LoraConfig | None) -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
-                module=MLP,
+                module=SwiGLUMLP,
                 submodules=MLPSubmodules(
                     linear_fc1=linear("linear_fc1"), linear_fc2=linear("linear_fc2")
                 ),

@@ -10,17 +10,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint.pieces import MASTER, OwnPart
 from cosmos_posttrain.checkpoint.torch_dist import AVERAGE
-from cosmos_posttrain.distributed import groups
-from cosmos_posttrain.distributed.cpu_device import cpu_device
+from cosmos_posttrain.distributed.cpu_device import cpu_device, cuda_calls_mean_cpu
 from cosmos_posttrain.training.config import TrainConfig
 from cosmos_posttrain.training.schedule import BODY, min_lr, row_rates
 
@@ -48,9 +47,29 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module, dtype: torch.dt
         optimizer = get_megatron_optimizer(
             megatron_config, [model], use_gloo_process_groups=torch.cuda.is_available()
         )
+    for part in parts_of(optimizer):
+        _fuse(part.optimizer)
     if row_lr is not None:
         _tell_body_from_rows(optimizer)
     return optimizer
+
+
+def _fuse(optimizer: Any) -> None:
+    """Lets torch's AdamW (where Transformer Engine's and apex's are absent) update in one pass."""
+    if not _counts_in_state(optimizer) or not _has_fused_kernel():
+        return
+    for group in optimizer.param_groups:
+        group["fused"] = True
+    optimizer.grad_scale = None
+
+
+def _has_fused_kernel() -> bool:
+    return launch.device().type in _get_fused_kernels_supported_devices()
+
+
+def is_fused(optimizer: Any) -> bool:
+    """Whether it is torch's AdamW, updating in one pass."""
+    return _counts_in_state(optimizer) and all(g["fused"] for g in optimizer.param_groups)
 
 
 def _is_row(parameter: Tensor) -> bool:
@@ -73,38 +92,58 @@ def drop_body_gradients(optimizer: Any) -> None:
                 parameter.main_grad.zero_()
 
 
-def gradient_norm(optimizer: Any) -> float:
-    """Norm of the whole model's gradient, made ready for an update; the same on every rank.
+@torch.no_grad()
+def gradient_norm(optimizer: Any) -> Tensor:
+    """Norm of the whole model's gradient, made ready for an update.
 
-    Infinite wherever any rank's gradient is not finite: Megatron's norm looks at the first
-    tensor-parallel rank's copy of those weights that every rank has.
+    Not finite wherever any rank's gradient is not: Megatron's norm looks at the first
+    tensor-parallel rank's copy of those weights that every rank has, so the other copies go in
+    with a factor of zero, which NaN and infinity survive.
+
+    Returns:
+        A float32 scalar on the parameters' device, the same on every rank.
     """
-    with cpu_device():
-        if optimizer.prepare_grads():
-            return float("inf")
-        norm = float(optimizer.get_grad_norm())
-        if parallel_state.get_tensor_model_parallel_world_size() == 1:
-            return norm
-        is_finite = all(bool(torch.isfinite(copy).all()) for copy in _copied_gradients(optimizer))
-        return float("inf") if groups.any_rank(int(not is_finite)) else norm
-
-
-def _copied_gradients(optimizer: Any) -> Iterator[torch.Tensor]:
-    """Gradients of this rank that the norm leaves out."""
+    counted: list[Tensor] = []
+    copied: list[Tensor] = []
     for part in parts_of(optimizer):
+        part.prepare_grads()
         for parameter in part.get_parameters():
-            gradient = parameter.grad
-            if gradient is not None and not param_is_not_tensor_parallel_duplicate(parameter):
-                yield gradient
+            if parameter.grad is not None:
+                is_own = param_is_not_tensor_parallel_duplicate(parameter)
+                (counted if is_own else copied).append(parameter.grad)
+    total = _sum_of_squares(counted) + 0 * _sum_of_squares(copied)
+    group = optimizer.get_grad_stats_parallel_group()
+    if torch.distributed.get_world_size(group) > 1:
+        torch.distributed.all_reduce(total, group=group)
+    return total.sqrt()
+
+
+def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
+    if not gradients:
+        return torch.zeros((), device=launch.device())
+    return torch.stack(torch._foreach_norm(gradients)).square().sum()
 
 
 def apply_gradients(optimizer: Any, norm: float) -> None:
     """Clips the gradient, whose norm is known, and updates the parameters."""
-    with cpu_device():
-        for part in parts_of(optimizer):
-            if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
-                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    for part in parts_of(optimizer):
+        # Megatron's formula.
+        clip = part.config.clip_grad
+        factor = clip / (norm + 1e-6) if clip > 0 else 1.0
+        if factor < 1 and (parameters := part.get_parameters()):
+            _scale(part.optimizer, [p.grad for p in parameters if p.grad is not None], factor)
+    with cuda_calls_mean_cpu():
         optimizer.step_with_ready_grads()
+    for part in parts_of(optimizer):
+        part.optimizer.grad_scale = None
+
+
+def _scale(optimizer: Any, gradients: list[Tensor], factor: float) -> None:
+    """Torch's fused AdamW scales gradients as it reads them; others get a pass of its own."""
+    if is_fused(optimizer):
+        optimizer.grad_scale = torch.full((), 1 / factor, device=gradients[0].device)
+    else:
+        torch._foreach_mul_(gradients, factor)
 
 
 def parts_of(optimizer: Any) -> Iterator[Any]:
@@ -177,7 +216,7 @@ class CheckpointableOptimizer:
     def set_step(self, step: int) -> None:
         """Goes on counting at ``step`` completed steps."""
         for part in parts_of(self.optimizer):
-            if _counts_in_state(part):
+            if _counts_in_state(part.optimizer):
                 for state in part.optimizer.state.values():
                     state["step"].fill_(step)
             else:
@@ -192,15 +231,15 @@ class CheckpointableOptimizer:
         return max(counts)
 
 
-def _counts_in_state(part: Any) -> bool:
+def _counts_in_state(optimizer: Any) -> bool:
     """Whether the optimizer is torch's; Transformer Engine's and apex's count in their groups."""
-    return isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
 
 
 def _make_state(part: Any) -> None:
     """Adam's moments (Megatron makes them) and counters, of zeros, where it has not stepped yet."""
     part.init_state_fn(part.optimizer, part.config)
-    for group in part.optimizer.param_groups if _counts_in_state(part) else ():
+    for group in part.optimizer.param_groups if _counts_in_state(part.optimizer) else ():
         for main in group["params"]:
             on_device = group["capturable"] or group["fused"]
             step = torch.zeros((), device=main.device if on_device else "cpu")

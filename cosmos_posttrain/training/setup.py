@@ -36,6 +36,7 @@ from cosmos_posttrain.models.lora_shapes import lora_for, num_trained_parameters
 from cosmos_posttrain.runlog import wants_wandb
 from cosmos_posttrain.training import texts
 from cosmos_posttrain.training.config import DataConfig, TrainConfig, validate
+from cosmos_posttrain.training.gradients import fuse_weight_gradients, skip_exchange_with_oneself
 from cosmos_posttrain.training.run_folder import RunFolder
 from cosmos_posttrain.transfer import advice
 from cosmos_posttrain.transfer.embedding import Transfer, plan_transfer
@@ -269,6 +270,7 @@ def build(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> Cosmos
         sequence_parallel=config.parallel.sequence_parallel,
         seed=config.model.seed,
         calculate_per_token_loss=True,
+        gradient_accumulation_fusion=fuse_weight_gradients(),
         **recompute,
     )
     module.z_loss_coefficient = config.z_loss_coefficient
@@ -276,17 +278,20 @@ def build(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> Cosmos
 
 
 def wrap(model: CosmosGPTModel) -> DistributedDataParallel:
-    """The model with Megatron's gradient buffers."""
+    """The model with Megatron's gradient buffers; on a GPU they are summed behind the backward."""
+    num_ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     with cpu_device():
-        return DistributedDataParallel(
+        ddp = DistributedDataParallel(
             model.config,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=True,
-                overlap_grad_reduce=torch.cuda.is_available(),
+                overlap_grad_reduce=torch.cuda.is_available() and num_ranks > 1,
             ),
             model,
         )
+    skip_exchange_with_oneself(ddp)
+    return ddp
 
 
 def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint import context, dist
 from cosmos_posttrain.data.batch import Batch, BatchSizes, training_batches
+from cosmos_posttrain.data.prefetch import prefetched
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import NonFiniteLossError, StoppedError
 from cosmos_posttrain.models.sequence import sequence_layout
@@ -30,6 +31,7 @@ from cosmos_posttrain.training.callbacks import Callback, make_callbacks
 from cosmos_posttrain.training.callbacks.log import Log
 from cosmos_posttrain.training.callbacks.save import Save
 from cosmos_posttrain.training.config import TrainConfig
+from cosmos_posttrain.training.gradients import forget_gradients
 from cosmos_posttrain.training.metrics import model_flops_utilization
 from cosmos_posttrain.training.run_folder import TrainState, saved_row
 from cosmos_posttrain.training.schedule import Schedule
@@ -171,14 +173,16 @@ class Trainer:
             callback.after_step(self, row)
 
     def batches(self) -> Iterator[list[Batch]]:
-        """Global batches of this rank, from where the run is, without end."""
-        return training_batches(
-            self.train_data,
-            self.layout,
-            self.sizes,
-            self.state.consumed_samples,
-            self.config.data.seed,
-            self.config.prompt_dropout,
+        """Global batches of this rank, from where the run is, without end; one is made ahead."""
+        return prefetched(
+            training_batches(
+                self.train_data,
+                self.layout,
+                self.sizes,
+                self.state.consumed_samples,
+                self.config.data.seed,
+                self.config.prompt_dropout,
+            )
         )
 
     def train_step(self, batches: list[Batch]) -> dict[str, Any]:
@@ -188,13 +192,16 @@ class Trainer:
         """
         started = time.monotonic()
         self.ddp.train()
-        self.ddp.zero_grad_buffer()
+        forget_gradients(self.ddp)
         self.optimizer.optimizer.zero_grad()
         rates = self.schedule.rates()
-        loss, _ = run_batches(self.ddp, batches)
+        mean, _ = run_batches(self.ddp, batches)
         if self.schedule.body_is_frozen:
             optimizers.drop_body_gradients(self.optimizer.optimizer)
-        norm = optimizers.gradient_norm(self.optimizer.optimizer)
+        # The one moment of a step at which the CPU waits for the GPU.
+        loss, norm = torch.stack(
+            [mean, optimizers.gradient_norm(self.optimizer.optimizer)]
+        ).tolist()
         step, clips = self.completed_steps, self.config.global_batch_size
         if math.isfinite(loss) and math.isfinite(norm):
             optimizers.apply_gradients(self.optimizer.optimizer, norm)
