@@ -178,6 +178,13 @@ def training_batches(
         yield batches
 
 
+def clip_names(dataset: TokenDataset, first: int, count: int, seed: int) -> list[str]:
+    """What ``count`` samples of ``training_batches`` are, from position ``first`` on."""
+    sampler = ClipSampler(len(dataset), 1, seed=seed)
+    rows = (dataset.row(sampler.sample_at(first + number)) for number in range(count))
+    return [f"{row.source} (from frame {row.first_frame})" for row in rows]
+
+
 def validation_batches(
     dataset: TokenDataset, layout: SequenceLayout, sizes: BatchSizes, limit: int
 ) -> Iterator[list[Batch]]:

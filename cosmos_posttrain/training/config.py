@@ -128,6 +128,8 @@ class TrainConfig:
         num_condition_latents: latent frames at each clip's start on which there is no loss.
         prompt_dropout: probability of a clip to be trained without its text, which guidance needs;
             for Video2World data.
+        skip_nonfinite: batches of a run that may be left out because their loss or gradient is
+            not finite; one more ends the run.
         index_mapping_dir: kept for the original's command lines: no index files are written.
         num_threads: CPU threads per process; None means torch's own choice.
     """
@@ -148,6 +150,7 @@ class TrainConfig:
     keep_last_n: int | None = setting(None, at_least=1)
     num_condition_latents: int = setting(0, at_least=0)
     prompt_dropout: float = setting(0.0, at_least=0, below=1)
+    skip_nonfinite: int = setting(0, at_least=0)
     index_mapping_dir: str | None = None
     num_threads: int | None = setting(None, at_least=1)
 
@@ -170,6 +173,7 @@ FLAGS = (
     Flag("--max_epochs"),
     Flag("--num_condition_latents"),
     Flag("--prompt_dropout"),
+    Flag("--skip_nonfinite"),
     Flag("--save_every_n_steps"),
     Flag("--save_top_k"),
     Flag("--keep_last_n"),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint import context, dist
-from cosmos_posttrain.data.batch import Batch, BatchSizes, training_batches
+from cosmos_posttrain.data.batch import Batch, BatchSizes, clip_names, training_batches
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import NonFiniteLossError, StoppedError
 from cosmos_posttrain.models.sequence import sequence_layout
@@ -194,8 +194,7 @@ class Trainer:
         step, clips = self.completed_steps, self.config.global_batch_size
         if math.isfinite(loss) and math.isfinite(norm):
             optimizers.apply_gradients(self.optimizer.optimizer, norm)
-            self.schedule.step(increment=1)
-            self.state = TrainState(step + 1, self.state.consumed_samples + clips)
+            self._advance()
         seconds = time.monotonic() - started
         rate = clips * self.train_data.seq_length / seconds
         return {
@@ -203,12 +202,33 @@ class Trainer:
             "reduced_train_loss": loss,
             "lr": lr,
             "grad_norm": norm,
-            "consumed_samples": self.state.consumed_samples,
-            "epoch": self.state.epoch(len(self.train_data)),
+            **self._counts(),
             "train_step_seconds": seconds,
             "tokens_per_second": rate,
             "mfu": model_flops_utilization(rate, self.model.model_config),
         }
+
+    def _advance(self) -> None:
+        """A batch is behind the run; the schedule counts it too."""
+        self.schedule.step(increment=1)
+        consumed = self.state.consumed_samples + self.config.global_batch_size
+        self.state = TrainState(self.completed_steps + 1, consumed)
+
+    def _counts(self) -> dict[str, int]:
+        return {
+            "consumed_samples": self.state.consumed_samples,
+            "epoch": self.state.epoch(len(self.train_data)),
+        }
+
+    def skip_batch(self, row: dict[str, Any]) -> list[str]:
+        """Goes on behind a batch that made no update; names its clips (on rank 0)."""
+        names: list[str] = []
+        if launch.is_rank_zero():
+            first, size = self.state.consumed_samples, self.config.global_batch_size
+            names = clip_names(self.train_data, first, size, self.config.data.seed)
+        self._advance()
+        row |= self._counts()
+        return names
 
     def save(self, row: dict[str, Any]) -> Path:
         """Writes a checkpoint; every rank takes part.

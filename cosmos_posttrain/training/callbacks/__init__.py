@@ -24,7 +24,7 @@ def make_callbacks(config: TrainConfig, validation: Validation | None, log: Log)
 
     Saving comes before validating, so that steps are safe as soon as they can be.
     """
-    callbacks: list[Callback] = [Guard(), Signals(), Save(config)]
+    callbacks: list[Callback] = [Guard(config), Signals(), Save(config)]
     if validation is not None:
         callbacks.append(Validate(config, validation))
     return [*callbacks, log]

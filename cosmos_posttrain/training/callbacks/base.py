@@ -24,6 +24,13 @@ class Run(Protocol):
         """True after the last step, and where the run was asked to end."""
         ...
 
+    def skip_batch(self, row: Row) -> list[str]:
+        """Goes on behind a batch that made no update, as if it had; names its clips.
+
+        The row gets the new counts. The names are on rank 0 only.
+        """
+        ...
+
     def save(self, row: Row) -> Path:
         """Writes a checkpoint; every rank takes part."""
         ...
