@@ -81,7 +81,8 @@ def load(
         CheckpointError: on every rank; the folder is damaged, or does not fit the model.
     """
     with _together(CheckpointError, f"{folder} cannot be read", "restore the checkpoint"):
-        reader, common = _open(folder)
+        # A run goes on from nothing but what it wrote; a model is read as fast as may be.
+        reader, common = _open(folder, verify=optimizer is not None)
         step = _saved_step(folder, common) if optimizer else 0
         with cpu_device():
             wanted = list(pieces.to_read(model, optimizer, reader.shapes.keys()))
@@ -118,7 +119,7 @@ def _saved_step(folder: Path, common: dict[str, Any]) -> int:
         ) from error
 
 
-def _open(folder: Path) -> tuple[TorchDistReader, dict[str, Any]]:
+def _open(folder: Path, verify: bool) -> tuple[TorchDistReader, dict[str, Any]]:
     """The tensors of a folder, and the values beside them."""
     if not is_torch_dist(folder):
         raise CheckpointError(f"{folder} holds no Megatron torch_dist checkpoint; check the path.")
@@ -128,7 +129,7 @@ def _open(folder: Path) -> tuple[TorchDistReader, dict[str, Any]]:
             f"{folder} is in Megatron's form {form.get('sharded_backend')!r}, not in torch_dist; "
             "restore the checkpoint."
         )
-    return TorchDistReader(folder), guard.read_common(folder)
+    return TorchDistReader(folder, verify), guard.read_common(folder)
 
 
 def _check(reader: TorchDistReader, wanted: list[Piece]) -> None:

@@ -7,6 +7,7 @@
     LOG_DIR/default/tb_logs/                                 TensorBoard
     LOG_DIR/default/checkpoints/epoch=E-step=S/weights       Megatron torch_dist
     LOG_DIR/default/checkpoints/epoch=E-step=S/context       model, data, state, metrics, config
+    LOG_DIR/default/damaged_checkpoints/                     what could not be resumed from
 
 A checkpoint is written under a hidden name and renamed when all ranks are done, so a killed run
 leaves either a whole checkpoint or none. Rank 0 decides, and writes everything but weights.
@@ -25,9 +26,10 @@ from cosmos_posttrain import environment, files
 from cosmos_posttrain.checkpoint import context, dist
 from cosmos_posttrain.config import to_yaml
 from cosmos_posttrain.distributed import groups
-from cosmos_posttrain.errors import ConfigError, OutputFolderError, SaveError
+from cosmos_posttrain.errors import CheckpointError, ConfigError, OutputFolderError, SaveError
 from cosmos_posttrain.models.builder import CosmosGPTModel
 from cosmos_posttrain.training.config import TrainConfig
+from cosmos_posttrain.training.fallback import Candidates
 from cosmos_posttrain.training.optimizer import CheckpointableOptimizer
 from cosmos_posttrain.training.retention import to_remove
 
@@ -63,14 +65,16 @@ class RunFolder:
         self.checkpoints = self.run / "checkpoints"
         self.data = data
         self._held = contextlib.ExitStack()
+        self._candidates: Candidates | None = None  # on rank 0
 
     def open(self) -> Path | None:
         """Holds the folder against other runs and finds the checkpoint to resume from.
 
         Returns:
-            The newest checkpoint, the same on every rank; None for a new run.
+            The newest checkpoint that is whole, the same on every rank; None for a new run.
 
         Raises:
+            CheckpointError: there are checkpoints, but none is whole.
             OutputFolderError: another run writes there, or the folder holds something else.
             ConfigError: the run was trained on other data.
         """
@@ -88,10 +92,9 @@ class RunFolder:
                 "an empty or new folder."
             )
         self._held.enter_context(files.locked(self.log_dir))
-        checkpoints = context.list_checkpoints(self.log_dir)
-        if not checkpoints:
-            return None, self.data
-        return checkpoints[-1], self._same_data(checkpoints[-1])
+        self._candidates = Candidates(self.log_dir)
+        newest = self._candidates.newest()
+        return newest, self.data if newest is None else self._same_data(newest)
 
     def close(self) -> None:
         """Lets other runs write here again."""
@@ -121,19 +124,22 @@ class RunFolder:
         """Keeps in all checkpoints of the run which model it began with."""
         self.data = dataclasses.replace(self.data, started_from=started_from)
 
-    def start(self, config: TrainConfig, num_bytes: int) -> None:
+    def start(self, config: TrainConfig, num_bytes: int, resumed: Path | None) -> None:
         """Makes the folder, saves the config and removes what a killed run left.
 
         Args:
             config: the run's.
             num_bytes: of a checkpoint, about.
+            resumed: the checkpoint that was loaded; damaged ones after it are moved aside.
 
         Raises:
             OutputFolderError: the disk cannot hold a checkpoint.
         """
-        groups.decide(lambda: self._start(config, num_bytes))
+        groups.decide(lambda: self._start(config, num_bytes, resumed))
 
-    def _start(self, config: TrainConfig, num_bytes: int) -> None:
+    def _start(self, config: TrainConfig, num_bytes: int, resumed: Path | None) -> None:
+        assert self._candidates is not None
+        self._candidates.set_aside(resumed)
         files.check_free_space(self.log_dir, self._size(num_bytes), "a checkpoint of this run")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(self.checkpoints)
@@ -230,9 +236,26 @@ class RunFolder:
     def restore(
         self, checkpoint: Path, model: CosmosGPTModel, optimizer: CheckpointableOptimizer
     ) -> dict[str, Any]:
-        """Loads weights and optimizer, at any layout; returns the state that was saved."""
+        """Loads weights and optimizer, at any layout; returns the state that was saved.
+
+        Raises:
+            CheckpointError: on every rank; see ``fall_back``.
+        """
         dist.load(checkpoint / "weights", model, optimizer)
         return context.read_json(checkpoint / "context" / "state.json")
+
+    def fall_back(self, checkpoint: Path, error: CheckpointError) -> Path:
+        """The newest whole checkpoint before one that could not be restored.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+
+        def choose() -> Path:
+            assert self._candidates is not None
+            return self._candidates.instead_of(checkpoint, str(error))
+
+        return groups.decide(choose)
 
 
 def saved_row(checkpoint: Path) -> dict[str, Any]:

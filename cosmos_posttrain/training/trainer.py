@@ -22,7 +22,7 @@ from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint import context, dist
 from cosmos_posttrain.data.batch import Batch, BatchSizes, clip_names, training_batches
 from cosmos_posttrain.distributed import groups
-from cosmos_posttrain.errors import NonFiniteLossError, StoppedError
+from cosmos_posttrain.errors import CheckpointError, NonFiniteLossError, StoppedError
 from cosmos_posttrain.models.sequence import sequence_layout
 from cosmos_posttrain.training import optimizer as optimizers
 from cosmos_posttrain.training import setup
@@ -78,7 +78,6 @@ class Trainer:
         config = self.config
         self.inputs = inputs = setup.open_inputs(config, self._closing, self.takes_text)
         self.train_data, self.folder = inputs.train_data, inputs.folder
-        self.resume_from = inputs.resume_from
         groups.initialize(inputs.parallelism, config.model.seed)
         self.dtype = setup.training_dtype(config)
         self.model = setup.build(config, inputs.model_config, self.dtype)
@@ -97,7 +96,7 @@ class Trainer:
         )
         kept = self._load()
         self._checkpoint_bytes = dist.num_bytes(self.model, self.optimizer)
-        self.folder.start(config, self._checkpoint_bytes)
+        self.folder.start(config, self._checkpoint_bytes, self.resume_from)
         self.log = Log(config, self.folder.run, self.state.completed_steps)
         validation = None
         if inputs.val_data is not None:
@@ -114,7 +113,12 @@ class Trainer:
             self.inputs.load_weights(self.model)
             self.optimizer.optimizer.reload_model_params()
             return {}
-        saved = self.folder.restore(self.resume_from, self.model, self.optimizer)
+        saved = None
+        while saved is None:
+            try:
+                saved = self.folder.restore(self.resume_from, self.model, self.optimizer)
+            except CheckpointError as error:  # on every rank alike
+                self.inputs.resume_from = self.folder.fall_back(self.resume_from, error)
         self.state = TrainState(saved["completed_steps"], saved["consumed_samples"])
         self.schedule.step(increment=self.completed_steps)
         kept: dict[str, Any] = saved.get("callbacks", {})
@@ -126,6 +130,11 @@ class Trainer:
             callback.close()
         self.callbacks = []
         self._closing.close()
+
+    @property
+    def resume_from(self) -> Path | None:
+        """The run's own checkpoint that it began with; None for a new run."""
+        return self.inputs.resume_from
 
     @property
     def completed_steps(self) -> int:
