@@ -120,6 +120,7 @@ class TrainConfig:
         global_batch_size: clips per optimizer step.
         micro_batch_size: clips per forward pass and data-parallel rank.
         save_every_n_steps: steps between checkpoints.
+        async_save: write checkpoints while the steps go on, from a copy in host memory.
         val_check_interval: steps between validations; None means at every checkpoint.
         limit_val_batches: largest number of global batches per validation; 0 is no validation.
         save_top_k: checkpoints with the lowest validation loss that are kept beside the newest; -1
@@ -144,6 +145,7 @@ class TrainConfig:
     global_batch_size: int = setting(2, at_least=1)
     micro_batch_size: int = setting(1, at_least=1)
     save_every_n_steps: int = setting(100, at_least=1)
+    async_save: bool = False
     val_check_interval: int | None = setting(None, at_least=1)
     limit_val_batches: int = setting(32, at_least=0)
     save_top_k: int | None = setting(None, at_least=-1)
@@ -175,6 +177,7 @@ FLAGS = (
     Flag("--prompt_dropout"),
     Flag("--skip_nonfinite"),
     Flag("--save_every_n_steps"),
+    Flag("--async_save"),
     Flag("--save_top_k"),
     Flag("--keep_last_n"),
     Flag("--val_check_interval"),

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +29,7 @@ from cosmos_posttrain.config import to_yaml
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import CheckpointError, ConfigError, OutputFolderError, SaveError
 from cosmos_posttrain.models.builder import CosmosGPTModel
+from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.training.config import TrainConfig
 from cosmos_posttrain.training.fallback import Candidates
 from cosmos_posttrain.training.optimizer import CheckpointableOptimizer
@@ -46,6 +48,21 @@ class TrainState:
     def epoch(self, num_clips: int) -> int:
         """Passes over the training clips completed before the last step's last clip."""
         return max(self.consumed_samples - 1, 0) // num_clips
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint holds beside its numbers and the data: all plain.
+
+    Attributes:
+        model: the model's numbers.
+        state: how far the run is, and what callbacks keep.
+        row: of the last step.
+    """
+
+    model: ModelConfig
+    state: dict[str, Any]
+    row: dict[str, Any]
 
 
 class RunFolder:
@@ -160,49 +177,19 @@ class RunFolder:
         checkpoints = context.list_checkpoints(self.log_dir)
         return files.num_bytes_in(checkpoints[-1]) if checkpoints else estimate
 
-    def save(
-        self,
-        config: TrainConfig,
-        model: CosmosGPTModel,
-        optimizer: CheckpointableOptimizer,
-        name: str,
-        state: dict[str, Any],
-        row: dict[str, Any],
-        num_bytes: int,
-    ) -> Path:
-        """Writes a checkpoint; every rank takes part. Returns its path.
+    def make_room(self, name: str, num_bytes: int) -> Path:
+        """Begins a checkpoint; every rank takes part. Returns the folder that it is written in.
 
         Args:
-            config: the run's.
-            model: this rank's part.
-            optimizer: this rank's part.
             name: of the checkpoint's folder.
-            state: how far the run is, and what callbacks keep.
-            row: of the last step.
             num_bytes: of a checkpoint, about.
 
         Raises:
-            SaveError: there is no room, or writing failed; older checkpoints are untouched.
+            SaveError: there is no room; older checkpoints are untouched.
         """
-        target = self.checkpoints / name
-        temporary = files.temporary_path(target, is_shared=True)
+        temporary = files.temporary_path(self.checkpoints / name, is_shared=True)
         groups.decide(lambda: self._make_room(temporary, num_bytes))
-        try:
-            dist.save(temporary / "weights", model, optimizer)
-        except SaveError:  # raised on every rank
-            groups.decide(lambda: files.remove(temporary))
-            raise
-
-        def complete() -> None:
-            context.write_context(temporary, model.model_config, self.data, state)
-            files.write_json(temporary / "context" / METRICS_FILE, row)
-            files.write_text(temporary / "context" / "config.yaml", to_yaml(config))
-            files.remove(target)
-            temporary.rename(target)
-            self._prune(config)
-
-        groups.decide(complete)
-        return target
+        return temporary
 
     def _make_room(self, temporary: Path, num_bytes: int) -> None:
         try:
@@ -215,14 +202,50 @@ class RunFolder:
         files.remove(temporary)
         (temporary / "weights").mkdir(parents=True)
 
+    def write(
+        self, config: TrainConfig, temporary: Path, part: dist.Part, record: Record, group: Any
+    ) -> None:
+        """Writes a checkpoint and gives it its name; every rank takes part.
+
+        Args:
+            config: the run's.
+            temporary: from ``make_room``.
+            part: of this rank.
+            record: what else belongs to it.
+            group: all ranks, for a thread of its own; None means the usual group.
+
+        Raises:
+            SaveError: on every rank, if writing failed; older checkpoints are untouched.
+        """
+
+        def complete() -> None:
+            context.write_context(temporary, record.model, self.data, record.state)
+            files.write_json(temporary / "context" / METRICS_FILE, record.row)
+            files.write_text(temporary / "context" / "config.yaml", to_yaml(config))
+            target = temporary.with_name(files.final_name(temporary.name))
+            files.remove(target)
+            temporary.rename(target)
+            self._prune(config)
+
+        try:
+            dist.write(temporary / "weights", part, group)
+            groups.decide(lambda: _saving(complete, temporary), group=group)
+        except SaveError:  # raised on every rank
+            groups.decide(lambda: files.remove(temporary), group=group)
+            raise
+
     def record_validation(self, config: TrainConfig, checkpoint: Path, row: dict[str, Any]) -> None:
-        """Writes a checkpoint's row again, which now has its validation loss."""
+        """Writes a checkpoint's row again, which now has its validation loss; for rank 0.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
 
         def record() -> None:
             files.write_json(checkpoint / "context" / METRICS_FILE, row)
             self._prune(config)
 
-        groups.decide(record)
+        _saving(record, checkpoint)
 
     def _prune(self, config: TrainConfig) -> None:
         """Removes what need not be kept; each under a hidden name first, so that none is half."""
@@ -256,6 +279,21 @@ class RunFolder:
             return self._candidates.instead_of(checkpoint, str(error))
 
         return groups.decide(choose)
+
+
+def _saving(function: Callable[[], None], what: Path) -> None:
+    """Calls a function on one rank, where a full disk is a sentence for all.
+
+    Raises:
+        SaveError: a file cannot be written.
+    """
+    try:
+        function()
+    except OSError as error:
+        raise SaveError(
+            f"{what} cannot be written ({error.strerror or error}); make room, then give the same "
+            "command again."
+        ) from error
 
 
 def saved_row(checkpoint: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from cosmos_posttrain import launch
-from cosmos_posttrain.checkpoint import context, dist
+from cosmos_posttrain.checkpoint import context
 from cosmos_posttrain.data.batch import Batch, BatchSizes, clip_names, training_batches
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import CheckpointError, NonFiniteLossError, StoppedError
@@ -32,6 +32,7 @@ from cosmos_posttrain.training.callbacks.save import Save
 from cosmos_posttrain.training.config import TrainConfig
 from cosmos_posttrain.training.metrics import model_flops_utilization
 from cosmos_posttrain.training.run_folder import TrainState, saved_row
+from cosmos_posttrain.training.saving import Saver
 from cosmos_posttrain.training.step import run_batches, wire_gradients
 from cosmos_posttrain.training.validation import Validation
 
@@ -95,8 +96,10 @@ class Trainer:
             parallel_state.get_data_parallel_world_size(),
         )
         kept = self._load()
-        self._checkpoint_bytes = dist.num_bytes(self.model, self.optimizer)
-        self.folder.start(config, self._checkpoint_bytes, self.resume_from)
+        self.saver = Saver(config, self.folder, self.model, self.optimizer)
+        self.folder.start(config, self.saver.num_bytes, self.resume_from)
+        self.saver.prepare()
+        self._closing.callback(self.saver.close)
         self.log = Log(config, self.folder.run, self.state.completed_steps)
         validation = None
         if inputs.val_data is not None:
@@ -157,6 +160,7 @@ class Trainer:
             row = self.train_step(next(batches))
             for callback in self.callbacks:
                 callback.after_step(self, row)
+        self.finish_save()
         assert self.last_checkpoint is not None
         if self.completed_steps < config.max_steps:
             raise StoppedError(
@@ -240,19 +244,17 @@ class Trainer:
         return names
 
     def save(self, row: dict[str, Any]) -> Path:
-        """Writes a checkpoint; every rank takes part.
+        """Writes a checkpoint, or begins to; every rank takes part.
+
+        The row gets the seconds that the loop waited for it.
 
         Raises:
             NonFiniteLossError: a weight is not finite on some rank; nothing is written.
-            SaveError: it cannot be written.
+            SaveError: it cannot be written, or the one before could not.
         """
-        parameters: list[Tensor] = list(self.model.parameters())
-        is_finite = all(bool(torch.isfinite(p).all()) for p in parameters)
-        if groups.any_rank(int(not is_finite)):
-            raise NonFiniteLossError(
-                f"a weight is not finite after step {row['step']}; nothing was saved. Go on from "
-                "the last checkpoint with a lower --lr."
-            )
+        started = time.monotonic()
+        self.finish_save()
+        self._check_weights(row)
         state: dict[str, Any] = {
             "completed_steps": self.completed_steps,
             "consumed_samples": self.state.consumed_samples,
@@ -261,22 +263,35 @@ class Trainer:
         if kept:
             state["callbacks"] = kept
         epoch = self.state.epoch(len(self.train_data))
-        checkpoint = self.folder.save(
-            self.config,
-            self.model,
-            self.optimizer,
-            context.checkpoint_name(epoch, self.completed_steps),
-            state,
-            row,
-            self._checkpoint_bytes,
-        )
-        self.last_checkpoint = checkpoint
-        for callback in self.callbacks:
-            callback.after_save(self, checkpoint)
-        return checkpoint
+        name = context.checkpoint_name(epoch, self.completed_steps)
+        self.last_checkpoint = self.saver.save(name, state, row)
+        row["save_wait_seconds"] = time.monotonic() - started
+        self.poll_save()
+        return self.last_checkpoint
+
+    def _check_weights(self, row: dict[str, Any]) -> None:
+        parameters: list[Tensor] = list(self.model.parameters())
+        is_finite = all(bool(torch.isfinite(p).all()) for p in parameters)
+        if groups.any_rank(int(not is_finite)):
+            raise NonFiniteLossError(
+                f"a weight is not finite after step {row['step']}; nothing was saved. Go on from "
+                "the last checkpoint with a lower --lr."
+            )
+
+    def poll_save(self) -> None:
+        """Tells the callbacks of a checkpoint that is complete by now; never waits for one."""
+        if self.saver.is_settled():
+            self.finish_save()
+
+    def finish_save(self) -> None:
+        """Waits for a checkpoint that is being written and tells the callbacks of it."""
+        checkpoint = self.saver.wait()
+        if checkpoint is not None:
+            for callback in self.callbacks:
+                callback.after_save(self, checkpoint)
 
     def record_validation(self, row: dict[str, Any]) -> None:
         """Adds the row's validation to the checkpoint of this step, if one was written."""
         checkpoint = self.last_checkpoint
         if checkpoint is not None and context.completed_steps(checkpoint) == self.completed_steps:
-            self.folder.record_validation(self.config, checkpoint, row)
+            self.saver.record_validation(checkpoint, row)
