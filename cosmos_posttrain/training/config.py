@@ -131,6 +131,8 @@ class TrainConfig:
             for Video2World data.
         skip_nonfinite: batches of a run that may be left out because their loss or gradient is
             not finite; one more ends the run.
+        distributed_timeout_minutes: how long a step, a save or a validation may take; then the rank
+            that the others wait for is named and the run ends.
         index_mapping_dir: kept for the original's command lines: no index files are written.
         num_threads: CPU threads per process; None means torch's own choice.
     """
@@ -153,6 +155,7 @@ class TrainConfig:
     num_condition_latents: int = setting(0, at_least=0)
     prompt_dropout: float = setting(0.0, at_least=0, below=1)
     skip_nonfinite: int = setting(0, at_least=0)
+    distributed_timeout_minutes: float = setting(30.0, above=0, at_most=55)
     index_mapping_dir: str | None = None
     num_threads: int | None = setting(None, at_least=1)
 
@@ -196,6 +199,7 @@ FLAGS = (
     Flag("--latent_shape", "data.latent_shape"),
     Flag("--vocab_size", "data.vocab_size"),
     Flag("--seed", "data.seed"),
+    Flag("--distributed_timeout_minutes"),
     Flag("--num_threads"),
 )
 

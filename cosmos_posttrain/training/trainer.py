@@ -22,6 +22,7 @@ from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint import context
 from cosmos_posttrain.data.batch import Batch, BatchSizes, clip_names, training_batches
 from cosmos_posttrain.distributed import groups
+from cosmos_posttrain.distributed.watch import Watch
 from cosmos_posttrain.errors import CheckpointError, NonFiniteLossError, StoppedError
 from cosmos_posttrain.models.sequence import sequence_layout
 from cosmos_posttrain.training import optimizer as optimizers
@@ -69,15 +70,18 @@ class Trainer:
         self.state = TrainState()
         self.stop_reason: str | None = None
         self.callbacks: list[Callback] = []
+        self.watch: Watch | None = None
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as on_error:
             on_error.callback(self.close)
-            self._set_up()
+            self.inputs = setup.open_inputs(config, self._closing, self.takes_text)
+            self.watch = Watch(config.distributed_timeout_minutes)
+            with self.watch.explaining():
+                self._set_up()
             on_error.pop_all()
 
     def _set_up(self) -> None:
-        config = self.config
-        self.inputs = inputs = setup.open_inputs(config, self._closing, self.takes_text)
+        config, inputs = self.config, self.inputs
         self.train_data, self.folder = inputs.train_data, inputs.folder
         groups.initialize(inputs.parallelism, config.model.seed)
         self.dtype = setup.training_dtype(config)
@@ -129,6 +133,8 @@ class Trainer:
 
     def close(self) -> None:
         """Closes the callbacks and lets others write into the folder; safe to call twice."""
+        if self.watch is not None:
+            self.watch.close()
         for callback in self.callbacks:
             callback.close()
         self.callbacks = []
@@ -151,25 +157,38 @@ class Trainer:
 
     def fit(self) -> Path:
         """Trains up to ``max_steps``; saves, validates and logs on the way."""
+        assert self.watch is not None
+        with self.watch.explaining():
+            self._train(self.watch)
+            self.watch.close(finished=True)
+        config, checkpoint = self.config, self.last_checkpoint
+        assert checkpoint is not None
+        if self.completed_steps < config.max_steps:
+            raise StoppedError(
+                f"stopped by {self.stop_reason} after {self.completed_steps} of {config.max_steps} "
+                f"steps, saved as {checkpoint}; the same command goes on."
+            )
+        command = shlex.join(["python", "evaluate.py", "report", "--run", config.log_dir])
+        launch.say(f"a page about this run: {command}")
+        return checkpoint
+
+    def _train(self, watch: Watch) -> None:
         config, self.last_checkpoint = self.config, self.resume_from
         if self.completed_steps >= config.max_steps:
             launch.say(f"nothing to do: {self.resume_from} has {config.max_steps} steps or more")
         self._finish_interrupted_step()
         batches = self.batches()
         while not self.is_last_step:
-            row = self.train_step(next(batches))
+            step = self.completed_steps
+            watch.at(f"before step {step}, where it reads clips")
+            batch = next(batches)
+            watch.at(f"in step {step}")
+            row = self.train_step(batch)
             for callback in self.callbacks:
+                watch.at(f"after step {step}, in {type(callback).__name__}")
                 callback.after_step(self, row)
+        watch.at("at the end, where it waits for the last checkpoint")
         self.finish_save()
-        assert self.last_checkpoint is not None
-        if self.completed_steps < config.max_steps:
-            raise StoppedError(
-                f"stopped by {self.stop_reason} after {self.completed_steps} of {config.max_steps} "
-                f"steps, saved as {self.last_checkpoint}; the same command goes on."
-            )
-        command = shlex.join(["python", "evaluate.py", "report", "--run", config.log_dir])
-        launch.say(f"a page about this run: {command}")
-        return self.last_checkpoint
 
     def _finish_interrupted_step(self) -> None:
         """What a run that was killed between saving and logging still owes its last step."""
