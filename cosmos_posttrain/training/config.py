@@ -6,9 +6,12 @@ Flows in: defaults < YAML < flags < overrides (``cli.py``). Flows out: a ``Train
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from cosmos_posttrain.cli import Flag, flag_names
 from cosmos_posttrain.config import check, setting
+from cosmos_posttrain.data.paths import DataPaths, parse_data_path
+from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.config import LAYER_SPECS, ROPE_SCALINGS
 
 EMBEDDING_INITS = ("keep", "reset", "mean", "aligned")
@@ -19,21 +22,34 @@ TRAINING_DTYPES = ("bfloat16", "float32")
 
 @dataclass
 class DataConfig:
-    """The prepared data set.
+    """The prepared data.
 
     Attributes:
-        path: folder that prepare_dataset.py wrote, or the original recipe's layout.
+        path: folder that prepare_dataset.py wrote, or the original recipe's layout; or several,
+            with their shares of the samples as A:0.7,B:0.3, or without (then all clips alike).
         split_string: shares of train, validation and test by source video.
         seed: of the split and of the order of the clips.
         latent_shape: grid T,H,W; needed only for data without a manifest.
         vocab_size: vocabulary; needed only for data without a manifest.
+        clips_per_video_per_epoch: largest number of each video's clips in an epoch, drawn anew for
+            each; None means all.
     """
 
-    path: str = ""
+    path: Any = ""  # text, or a list of texts in YAML
     split_string: str = "98,1,1"
     seed: int = 1234
     latent_shape: str | None = None
     vocab_size: int | None = setting(None, at_least=1)
+    clips_per_video_per_epoch: int | None = setting(None, at_least=1)
+
+    @property
+    def sources(self) -> DataPaths:
+        """``path``, read.
+
+        Raises:
+            ConfigError: it is malformed.
+        """
+        return parse_data_path(self.path)
 
 
 @dataclass
@@ -162,6 +178,7 @@ class TrainConfig:
 
 FLAGS = (
     Flag("--data_path", "data.path"),
+    Flag("--clips_per_video_per_epoch", "data.clips_per_video_per_epoch"),
     Flag("--model_path", "model.path"),
     Flag("--log_dir"),
     Flag("--split_string", "data.split_string"),
@@ -213,6 +230,8 @@ def validate(config: TrainConfig, world_size: int) -> None:
     problems = []
     if not config.data.path:
         problems.append("--data_path is missing: name the folder that prepare_dataset.py wrote")
+    else:
+        problems += _path_problems(config.data)
     optimizer = config.optimizer
     if optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
         problems.append(f"--min_lr {optimizer.min_lr} must be at most --lr {optimizer.lr}")
@@ -227,6 +246,14 @@ def validate(config: TrainConfig, world_size: int) -> None:
     problems += _embedding_problems(config.model)
     problems += _batch_problems(config, world_size)
     check(config, flag_names(FLAGS), problems)
+
+
+def _path_problems(data: DataConfig) -> list[str]:
+    try:
+        parse_data_path(data.path)
+    except ConfigError as error:
+        return [str(error).rstrip(".")]
+    return []
 
 
 def _embedding_problems(model: ModelSourceConfig) -> list[str]:

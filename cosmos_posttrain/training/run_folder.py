@@ -119,7 +119,7 @@ class RunFolder:
 
     def _same_data(self, checkpoint: Path) -> context.TrainingData:
         before = context.read_data(checkpoint) or context.TrainingData()
-        names = ("contract", "dataset", "split")
+        names = ("contract", "dataset", "split", "sampling")
         different = [name for name in names if getattr(before, name) != getattr(self.data, name)]
         if different:
             raise ConfigError(

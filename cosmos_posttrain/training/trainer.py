@@ -209,6 +209,7 @@ class Trainer:
             self.state.consumed_samples,
             self.config.data.seed,
             self.config.prompt_dropout,
+            self.inputs.order,
         )
 
     def train_step(self, batches: list[Batch]) -> dict[str, Any]:
@@ -249,7 +250,7 @@ class Trainer:
     def _counts(self) -> dict[str, int]:
         return {
             "consumed_samples": self.state.consumed_samples,
-            "epoch": self.state.epoch(len(self.train_data)),
+            "epoch": self.state.epoch(self.inputs.order.num_samples),
         }
 
     def skip_batch(self, row: dict[str, Any]) -> list[str]:
@@ -257,7 +258,7 @@ class Trainer:
         names: list[str] = []
         if launch.is_rank_zero():
             first, size = self.state.consumed_samples, self.config.global_batch_size
-            names = clip_names(self.train_data, first, size, self.config.data.seed)
+            names = clip_names(self.train_data, self.inputs.order, first, size)
         self._advance()
         row |= self._counts()
         return names
@@ -281,7 +282,7 @@ class Trainer:
         kept = {type(item).__name__: item.state for item in self.callbacks if item.state}
         if kept:
             state["callbacks"] = kept
-        epoch = self.state.epoch(len(self.train_data))
+        epoch = self.state.epoch(self.inputs.order.num_samples)
         name = context.checkpoint_name(epoch, self.completed_steps)
         self.last_checkpoint = self.saver.save(name, state, row)
         row["save_wait_seconds"] = time.monotonic() - started
