@@ -48,15 +48,16 @@ class Shuffled:
     def __init__(self, num_clips: int, seed: int | Sequence[int]) -> None:
         self.num_samples = num_clips
         self._seed = [seed] if isinstance(seed, int) else list(seed)
-        self._epoch = -1
-        self._order: NDArray[np.int64] = np.empty(0, np.int64)
+        # One value, so that two threads may ask.
+        self._held: tuple[int, NDArray[np.int64]] = -1, np.empty(0, np.int64)
 
     def clip_at(self, position: int) -> int:
         """The clip at a position of the endless stream."""
         epoch, offset = divmod(position, self.num_samples)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._draw(epoch)
-        return int(self._order[offset])
+        held = self._held
+        if epoch != held[0]:
+            held = self._held = epoch, self._draw(epoch)
+        return int(held[1][offset])
 
     def _generator(self, epoch: int) -> np.random.Generator:
         first, *rest = self._seed
@@ -113,27 +114,27 @@ class Mixed:
         self.num_samples = sum(order.num_samples for order in orders)
         total = sum(shares)
         self._counts = share_out(self.num_samples, [share / total for share in shares])
-        self._epoch = -1
-        self._sets: NDArray[np.int64] = np.empty(0, np.int64)
-        self._turns: NDArray[np.int64] = np.empty(0, np.int64)
+        self._held: tuple[int, NDArray[np.int64]] = -1, np.empty((2, 0), np.int64)
 
     def clip_at(self, position: int) -> int:
         """The clip at a position of the endless stream."""
         epoch, offset = divmod(position, self.num_samples)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._draw(epoch)
-        number = int(self._sets[offset])
-        turn = epoch * self._counts[number] + int(self._turns[offset])
+        held = self._held
+        if epoch != held[0]:
+            held = self._held = epoch, self._draw(epoch)
+        number, turn = (int(value) for value in held[1][:, offset])
+        turn += epoch * self._counts[number]
         return int(self._clips[number][self._orders[number].clip_at(turn)])
 
-    def _draw(self, epoch: int) -> None:
+    def _draw(self, epoch: int) -> NDArray[np.int64]:
+        """(2, num_samples): the set at each place, and its how many-th turn of the epoch it is."""
         generator = np.random.default_rng([self._seed, epoch, _MIXED])
         sets = np.repeat(np.arange(len(self._counts)), self._counts)
-        self._sets = generator.permutation(sets)
-        self._turns = np.empty_like(self._sets)
+        drawn = np.empty((2, self.num_samples), np.int64)
+        drawn[0] = generator.permutation(sets)
         for number, count in enumerate(self._counts):
-            self._turns[self._sets == number] = np.arange(count)
+            drawn[1, drawn[0] == number] = np.arange(count)
+        return drawn
 
 
 def make_order(

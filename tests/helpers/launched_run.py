@@ -69,7 +69,7 @@ class LaunchedRun:
         """Steps in metrics.jsonl."""
         return len(self.metrics.read_text().splitlines()) if self.metrics.is_file() else 0
 
-    def wait_for_steps(self, number: int, timeout_seconds: float = 300) -> None:
+    def wait_for_steps(self, number: int, timeout_seconds: float = 600) -> None:
         """Waits until so many steps are recorded."""
         deadline = time.monotonic() + timeout_seconds
         while self.num_rows() < number:

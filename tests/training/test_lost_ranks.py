@@ -89,7 +89,7 @@ def test_a_rank_stuck_in_its_data_is_named_with_its_place(tokens: Path, tmp_path
     assert re.search(
         r": rank 1 \(process \d+ on .*\) is stuck before step \d+, where it reads", said
     )
-    assert "in hang_in_the_file_system (stuck.py:" in said
+    assert "where it reads clips, in " in said
     assert re.search(r"the others have waited for 0\.1 minutes .* in step \d+, in \w+ \(", said)
 
 
@@ -102,7 +102,7 @@ def test_torchrun_restarts_a_run_that_goes_on_by_itself(tokens: Path, tmp_path: 
         for steps, rank in ((15, 1), (35, 0)):
             launched.wait_for_steps(steps)
             launched.signal(rank, signal.SIGKILL)
-        assert launched.wait(300) == 0, launched.output
+        assert launched.wait(600) == 0, launched.output
     assert launched.output.count("resuming ") == 2
     assert len(losses(tmp_path / "run")) == 60
     for ours, theirs in zip(losses(tmp_path / "run"), losses(tmp_path / "whole"), strict=True):
