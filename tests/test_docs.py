@@ -26,8 +26,8 @@ DOCUMENTS = sorted(
 # Of other people's commands, of benchmarks, and of the recipes' own helpers.
 OTHERS = {
     *"--standalone --nproc-per-node --nnodes --rdzv-backend --rdzv-endpoint --rdzv-id".split(),
-    *"--max-restarts --build-arg --gpus --shm-size --ipc --rm --no-deps --index-url --constraint".split(),
-    *"--editable --upgrade --check --signal".split(),
+    *"--build-arg --gpus --shm-size --ipc --rm --no-deps --index-url --constraint".split(),
+    *"--editable --upgrade --check --signal --max-restarts".split(),
     *"--first --video --figure --num_tokens --prompt_tokens --runs --threads --case".split(),
     *"--run --input_dir --split --world --choose --picture".split(),
 }

@@ -40,17 +40,17 @@ _WRITABLE = (
 
 
 @dataclass(frozen=True)
-class Part:
+class RankPart:
     """This rank's part of a checkpoint: its pieces, and the values that lie beside all tensors."""
 
     pieces: list[Piece]
     common: dict[str, Any]
 
 
-def own_part(model: CosmosGPTModel, optimizer: PartitionedOptimizer | None = None) -> Part:
+def own_part(model: CosmosGPTModel, optimizer: PartitionedOptimizer | None = None) -> RankPart:
     """What this rank writes: views of its memory."""
     with cpu_device():
-        return Part(list(pieces.to_write(model, optimizer)), _common(optimizer))
+        return RankPart(list(pieces.to_write(model, optimizer)), _common(optimizer))
 
 
 def save(
@@ -66,7 +66,7 @@ def save(
     write(folder, own_part(model, optimizer))
 
 
-def write(folder: Path, part: Part, group: Any = None) -> None:
+def write(folder: Path, part: RankPart, group: Any = None) -> None:
     """``save`` of what was taken from a model before.
 
     Args:

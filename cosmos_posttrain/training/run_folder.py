@@ -203,7 +203,7 @@ class RunFolder:
         (temporary / "weights").mkdir(parents=True)
 
     def write(
-        self, config: TrainConfig, temporary: Path, part: dist.Part, record: Record, group: Any
+        self, config: TrainConfig, temporary: Path, part: dist.RankPart, record: Record, group: Any
     ) -> None:
         """Writes a checkpoint and gives it its name; every rank takes part.
 

@@ -75,7 +75,7 @@ class Saver:
         temporary = self._folder.make_room(name, self.num_bytes)
         part = dist.own_part(self._model, self._optimizer)
         if self._background is not None:
-            part = dist.Part(self._copy.take(part.pieces), copy.deepcopy(part.common))
+            part = dist.RankPart(self._copy.take(part.pieces), copy.deepcopy(part.common))
         # The loop goes on changing its own.
         record = Record(self._model.model_config, copy.deepcopy(state), dict(row))
         target = self._pending = self._folder.checkpoints / name
