@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.data.dataset import TokenDataset
+from cosmos_posttrain.data.order import Order
 from cosmos_posttrain.data.sampler import ClipSampler
 
 _DROPOUT = 1  # so that these draws are no others'
@@ -152,6 +153,7 @@ def training_batches(
     consumed_samples: int,
     seed: int,
     prompt_dropout: float = 0.0,
+    order: Order | None = None,
 ) -> Iterator[list[Batch]]:
     """Endless global batches of this rank, from ``consumed_samples`` on.
 
@@ -162,6 +164,7 @@ def training_batches(
         consumed_samples: samples that all ranks together have trained on; where to start.
         seed: of the order of the clips, and of the dropped texts.
         prompt_dropout: probability of a sample to be trained without its text.
+        order: of the clips; None is all of them once in each epoch.
     """
     sampler = ClipSampler(
         len(dataset),
@@ -170,6 +173,7 @@ def training_batches(
         sizes.num_ranks,
         consumed_samples,
         seed,
+        order,
     )
     weights = torch.ones(sizes.micro_batch_size)
     samples = sampler.positions()
@@ -181,6 +185,12 @@ def training_batches(
             dropped = [drops_prompt(position, seed, prompt_dropout) for position in positions]
             batches.append(make_batch(layout, dataset, numbers, weights, dropped))
         yield batches
+
+
+def clip_names(dataset: TokenDataset, order: Order, first: int, count: int) -> list[str]:
+    """What ``count`` samples of ``training_batches`` are, from position ``first`` on."""
+    rows = (dataset.row(order.clip_at(first + number)) for number in range(count))
+    return [f"{row.source} (from frame {row.first_frame})" for row in rows]
 
 
 def validation_batches(

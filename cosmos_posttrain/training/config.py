@@ -6,9 +6,12 @@ Flows in: defaults < YAML < flags < overrides (``cli.py``). Flows out: a ``Train
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from cosmos_posttrain.cli import Flag, flag_names
 from cosmos_posttrain.config import check, setting
+from cosmos_posttrain.data.paths import DataPaths, parse_data_path
+from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.config import LAYER_SPECS, ROPE_SCALINGS
 
 EMBEDDING_INITS = ("keep", "reset", "mean", "aligned")
@@ -20,21 +23,34 @@ TRAINING_DTYPES = ("bfloat16", "float32")
 
 @dataclass
 class DataConfig:
-    """The prepared data set.
+    """The prepared data.
 
     Attributes:
-        path: folder that prepare_dataset.py wrote, or the original recipe's layout.
+        path: folder that prepare_dataset.py wrote, or the original recipe's layout; or several,
+            with their shares of the samples as A:0.7,B:0.3, or without (then all clips alike).
         split_string: shares of train, validation and test by source video.
         seed: of the split and of the order of the clips.
         latent_shape: grid T,H,W; needed only for data without a manifest.
         vocab_size: vocabulary; needed only for data without a manifest.
+        clips_per_video_per_epoch: largest number of each video's clips in an epoch, drawn anew for
+            each; None means all.
     """
 
-    path: str = ""
+    path: Any = ""  # text, or a list of texts in YAML
     split_string: str = "98,1,1"
     seed: int = 1234
     latent_shape: str | None = None
     vocab_size: int | None = setting(None, at_least=1)
+    clips_per_video_per_epoch: int | None = setting(None, at_least=1)
+
+    @property
+    def sources(self) -> DataPaths:
+        """``path``, read.
+
+        Raises:
+            ConfigError: it is malformed.
+        """
+        return parse_data_path(self.path)
 
 
 @dataclass
@@ -148,6 +164,7 @@ class TrainConfig:
         global_batch_size: clips per optimizer step.
         micro_batch_size: clips per forward pass and data-parallel rank.
         save_every_n_steps: steps between checkpoints.
+        async_save: write checkpoints while the steps go on, from a copy in host memory.
         val_check_interval: steps between validations; None means at every checkpoint.
         limit_val_batches: largest number of global batches per validation; 0 is no validation.
         save_top_k: checkpoints with the lowest validation loss that are kept beside the newest; -1
@@ -158,6 +175,10 @@ class TrainConfig:
             what is minimised, not to the loss that is reported; 1e-4 is usual.
         prompt_dropout: probability of a clip to be trained without its text, which guidance needs;
             for Video2World data.
+        skip_nonfinite: batches of a run that may be left out because their loss or gradient is
+            not finite; one more ends the run.
+        distributed_timeout_minutes: how long a step, a save or a validation may take; then the rank
+            that the others wait for is named and the run ends.
         index_mapping_dir: kept for the original's command lines: no index files are written.
         num_threads: CPU threads per process; None means torch's own choice.
     """
@@ -172,6 +193,7 @@ class TrainConfig:
     global_batch_size: int = setting(2, at_least=1)
     micro_batch_size: int = setting(1, at_least=1)
     save_every_n_steps: int = setting(100, at_least=1)
+    async_save: bool = False
     val_check_interval: int | None = setting(None, at_least=1)
     limit_val_batches: int = setting(32, at_least=0)
     save_top_k: int | None = setting(None, at_least=-1)
@@ -179,12 +201,15 @@ class TrainConfig:
     num_condition_latents: int = setting(0, at_least=0)
     z_loss_coefficient: float = setting(0.0, at_least=0)
     prompt_dropout: float = setting(0.0, at_least=0, below=1)
+    skip_nonfinite: int = setting(0, at_least=0)
+    distributed_timeout_minutes: float = setting(30.0, above=0, at_most=55)
     index_mapping_dir: str | None = None
     num_threads: int | None = setting(None, at_least=1)
 
 
 FLAGS = (
     Flag("--data_path", "data.path"),
+    Flag("--clips_per_video_per_epoch", "data.clips_per_video_per_epoch"),
     Flag("--model_path", "model.path"),
     Flag("--log_dir"),
     Flag("--split_string", "data.split_string"),
@@ -207,7 +232,9 @@ FLAGS = (
     Flag("--num_condition_latents"),
     Flag("--z_loss_coefficient"),
     Flag("--prompt_dropout"),
+    Flag("--skip_nonfinite"),
     Flag("--save_every_n_steps"),
+    Flag("--async_save"),
     Flag("--save_top_k"),
     Flag("--keep_last_n"),
     Flag("--val_check_interval"),
@@ -229,6 +256,7 @@ FLAGS = (
     Flag("--latent_shape", "data.latent_shape"),
     Flag("--vocab_size", "data.vocab_size"),
     Flag("--seed", "data.seed"),
+    Flag("--distributed_timeout_minutes"),
     Flag("--num_threads"),
 )
 
@@ -242,6 +270,8 @@ def validate(config: TrainConfig, world_size: int) -> None:
     problems = []
     if not config.data.path:
         problems.append("--data_path is missing: name the folder that prepare_dataset.py wrote")
+    else:
+        problems += _path_problems(config.data)
     problems += _schedule_problems(config.optimizer, config.max_steps)
     if config.save_top_k == 0:
         problems.append("--save_top_k 0 must be at least 1, or -1 for all")
@@ -273,6 +303,14 @@ def _schedule_problems(optimizer: OptimizerConfig, max_steps: int) -> list[str]:
             f"most --max_steps {max_steps}"
         )
     return problems
+
+
+def _path_problems(data: DataConfig) -> list[str]:
+    try:
+        parse_data_path(data.path)
+    except ConfigError as error:
+        return [str(error).rstrip(".")]
+    return []
 
 
 def _embedding_problems(model: ModelSourceConfig) -> list[str]:

@@ -19,10 +19,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint import context
-from cosmos_posttrain.checkpoint.context import SplitInfo, TrainingData
+from cosmos_posttrain.checkpoint.context import SamplingInfo, SplitInfo, TrainingData
 from cosmos_posttrain.checkpoint.dist import quiet_megatron_logging
 from cosmos_posttrain.checkpoint.source import CheckpointSource, open_source
 from cosmos_posttrain.data.dataset import TokenDataset
+from cosmos_posttrain.data.order import Order, make_order
 from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.data.splits import parse_split_string
 from cosmos_posttrain.distributed import groups
@@ -48,6 +49,7 @@ class Inputs:
 
     Attributes:
         train_data: the training split.
+        order: in which the clips of the training split come.
         val_data: the validation split; None where validation is off.
         folder: the run folder, held against other runs.
         resume_from: the run's own last checkpoint; None for a new run.
@@ -58,6 +60,7 @@ class Inputs:
     """
 
     train_data: TokenDataset
+    order: Order
     val_data: TokenDataset | None
     folder: RunFolder
     resume_from: Path | None
@@ -101,6 +104,7 @@ def open_inputs(
         config.parallel.context_parallel_size,
     )
     train_data = open_split(config.data, "train")
+    order = training_order(config.data, train_data)
     val_data = _open_validation(config, train_data)
     texts.check_data(config, train_data, takes_text)
     groups.start()
@@ -129,7 +133,7 @@ def open_inputs(
     lora = lora_for(source.config, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
     if resume_from is not None:
         _check_same_lora(resume_from, lora)
-    inputs = Inputs(train_data, val_data, folder, resume_from, source, transfer, sizes, lora)
+    inputs = Inputs(train_data, order, val_data, folder, resume_from, source, transfer, sizes, lora)
     check_division(inputs.model_config, sizes, config.parallel.sequence_parallel)
     return inputs
 
@@ -158,12 +162,28 @@ def open_split(config: DataConfig, split: str) -> TokenDataset:
     """
     shape = None if config.latent_shape is None else parse_latent_shape(config.latent_shape)
     return TokenDataset(
-        config.path,
+        config.sources.paths,
         split,
         config.split_string,
         config.seed,
         latent_shape=shape,
         vocab_size=config.vocab_size,
+    )
+
+
+def training_order(config: DataConfig, train_data: TokenDataset) -> Order:
+    """The order in which the clips of the training split come.
+
+    Raises:
+        DatasetError: a data set has no clip there.
+    """
+    limit = config.clips_per_video_per_epoch
+    return make_order(
+        train_data.set_numbers(),
+        None if limit is None else train_data.source_numbers(),
+        config.sources.weights,
+        limit,
+        config.seed,
     )
 
 
@@ -177,7 +197,8 @@ def _open_validation(config: TrainConfig, train_data: TokenDataset) -> TokenData
     if parse_split_string(config.data.split_string)[1] > 0 and config.limit_val_batches > 0:
         split = train_data.other_split("validation")
     if split is not None and len(split):
-        return split
+        # A validation may be shorter than the split, and is to be of all data sets.
+        return split.shuffled(config.data.seed) if len(config.data.sources.paths) > 1 else split
     if config.save_top_k is not None and config.save_top_k > 0:
         raise ConfigError(
             f"--save_top_k {config.save_top_k} keeps the checkpoints of lowest validation loss, "
@@ -190,7 +211,12 @@ def _open_validation(config: TrainConfig, train_data: TokenDataset) -> TokenData
 def describe(dataset: TokenDataset, config: DataConfig) -> TrainingData:
     """What a checkpoint records of its data, and what a resumed run must find again."""
     contract = None if dataset.manifest is None else dataset.manifest.contract
-    return TrainingData(contract, dataset.fingerprint, SplitInfo(config.split_string, config.seed))
+    split = SplitInfo(config.split_string, config.seed)
+    weights, limit = config.sources.weights, config.clips_per_video_per_epoch
+    sampling = None
+    if weights is not None or limit is not None:
+        sampling = SamplingInfo(dataset.fingerprints, weights, limit)
+    return TrainingData(contract, dataset.fingerprint, split, sampling)
 
 
 def _plan_transfer(
@@ -297,6 +323,8 @@ def wrap(model: CosmosGPTModel) -> DistributedDataParallel:
 def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
     """Says what is about to run."""
     sizes, data, say = inputs.parallelism, inputs.train_data, launch.say
+    if inputs.order.num_samples != len(data) or config.data.sources.weights is not None:
+        say(f"an epoch is {inputs.order.num_samples} samples of {config.data.sources}")
     model = inputs.model_config
     trained = ""
     if model.lora is not None:
@@ -321,7 +349,7 @@ def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
             say(f"tokenizer swap: the model saw {known.tokenizer.id}, the data is {tokenizer.id}")
         if advised := advice.sentence(inputs.source, tokenizer, inputs.transfer):
             say(advised)
-    steps = math.ceil(config.max_epochs * len(data) / config.global_batch_size)
+    steps = math.ceil(config.max_epochs * inputs.order.num_samples / config.global_batch_size)
     if steps < config.max_steps:
         say(
             f"note: --max_epochs {config.max_epochs} would end after {steps} steps; "

@@ -31,7 +31,7 @@ def make_callbacks(
 
     Saving comes before validating, so that steps are safe as soon as they can be.
     """
-    callbacks: list[Callback] = [Guard()]
+    callbacks: list[Callback] = [Guard(config)]
     if config.optimizer.ema_decay is not None:
         callbacks.append(Ema(config.optimizer.ema_decay, optimizer))
     callbacks += [Signals(), Save(config)]
