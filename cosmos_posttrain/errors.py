@@ -65,5 +65,9 @@ class SaveError(CosmosPosttrainError):
     """Results could not be written: the disk is full, say."""
 
 
+class RankError(CosmosPosttrainError):
+    """A process of the job is gone or stuck, and the others cannot go on without it."""
+
+
 class StoppedError(CosmosPosttrainError):
     """The job was asked to end, has saved its work, and can be continued."""

@@ -199,14 +199,14 @@ def run_cli(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except CosmosPosttrainError as error:
-        _print_once(str(error))
+        print_once(str(error))
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     sys.exit(code or 0)
 
 
-def _print_once(sentence: str) -> None:
+def print_once(sentence: str) -> None:
     """Rank 0 prints what it met; another rank prints what rank 0 does not, with its rank.
 
     Before torch is imported only the command line has been read, which is the same for all.
@@ -215,7 +215,7 @@ def _print_once(sentence: str) -> None:
     if "torch" not in sys.modules or world_size() == 1:
         say(f"error: {sentence}", error=True)
         return
-    store = _launcher_store()
+    store = launcher_store()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     key = f"cosmos_posttrain/{attempt}/{hashlib.sha256(sentence.encode()).hexdigest()}"
     if store is not None and number != 0:
@@ -227,8 +227,12 @@ def _print_once(sentence: str) -> None:
         _print(f"error{where}: {sentence}", sys.stderr)
 
 
-def _launcher_store() -> Any:
-    """The store at which the processes met; None where it cannot be reached (any more)."""
+def launcher_store(timeout_seconds: float = _PATIENCE_SECONDS) -> Any:
+    """The store at which the processes met; None where it cannot be reached (any more).
+
+    Args:
+        timeout_seconds: how long each question to it may take.
+    """
     import torch.distributed
 
     try:
@@ -238,7 +242,7 @@ def _launcher_store() -> Any:
         return torch.distributed.TCPStore(
             *address,
             is_master=False,
-            timeout=timedelta(seconds=_PATIENCE_SECONDS),
+            timeout=timedelta(seconds=timeout_seconds),
             wait_for_workers=False,
         )
     except Exception:  # whatever it is, the error that is to be printed counts more

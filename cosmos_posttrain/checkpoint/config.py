@@ -24,6 +24,7 @@ class CheckpointConversionConfig:
         overwrite: replace an earlier conversion (or checkpoint) in the target.
         verify: read the written tensors back and compare each with the source's.
         model_config: config.json or size of a source that does not say what it holds.
+        weights: ``last``, or ``ema``: the average that training keeps with ``--ema_decay``.
         max_shard_gb: largest file of a ``safetensors`` target, in 10^9 bytes.
     """
 
@@ -33,6 +34,7 @@ class CheckpointConversionConfig:
     overwrite: bool = False
     verify: bool = False
     model_config: str | None = None
+    weights: str = setting("last", choices=("last", "ema"))
     max_shard_gb: float = setting(5.0, above=0)
 
 
@@ -43,6 +45,7 @@ FLAGS = (
     Flag("--overwrite"),
     Flag("--verify"),
     Flag("--model_config"),
+    Flag("--weights"),
     Flag("--max_shard_gb"),
 )
 

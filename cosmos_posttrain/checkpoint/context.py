@@ -34,6 +34,21 @@ class SplitInfo:
 
 
 @dataclass(frozen=True)
+class SamplingInfo:
+    """How a run draws from its data, where that is not every clip once in each epoch.
+
+    Attributes:
+        datasets: fingerprint of each data set, in order.
+        weights: share of each; None takes all clips alike.
+        clips_per_video_per_epoch: largest number of each video's clips in an epoch; None means all.
+    """
+
+    datasets: tuple[str, ...]
+    weights: tuple[float, ...] | None = None
+    clips_per_video_per_epoch: int | None = None
+
+
+@dataclass(frozen=True)
 class TrainingData:
     """What a model was trained on; goes from checkpoint to checkpoint.
 
@@ -41,6 +56,8 @@ class TrainingData:
         contract: of the data; None for data without a manifest.
         dataset: fingerprint of the data set.
         split: which of its clips.
+        sampling: of which data sets, and how they are drawn; None for every clip of one, or of
+            several without shares, once in each epoch.
         embedding_transfer: how the rows of its tokens began (``transfer/``); None where they were
             kept or drawn with the rest of the model.
         started_from: the model that the run began with: its path, the tokenizer that it knew, and
@@ -50,6 +67,7 @@ class TrainingData:
     contract: Contract | None = None
     dataset: str | None = None
     split: SplitInfo | None = None
+    sampling: SamplingInfo | None = None
     embedding_transfer: dict[str, Any] | None = None
     started_from: dict[str, Any] | None = None
 

@@ -39,6 +39,7 @@ def convert(config: CheckpointConversionConfig) -> None:
     """
     validate(config, launch.world_size())
     source = open_source(config.source, config.model_config)
+    source = dataclasses.replace(source, weights=config.weights)
     if source.path is None:
         raise CheckpointError(
             f"{config.source} has no files to convert; name a checkpoint, for example one that "
@@ -78,6 +79,8 @@ def _identity(source: CheckpointSource, config: CheckpointConversionConfig) -> d
     }
     if registry.WRITABLE[config.target_format].is_sharded:
         identity["max_shard_gb"] = config.max_shard_gb
+    if config.weights != "last":
+        identity["weights"] = config.weights
     return identity
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,20 @@ _WRITABLE = (
 )
 
 
+@dataclass(frozen=True)
+class RankPart:
+    """This rank's part of a checkpoint: its pieces, and the values that lie beside all tensors."""
+
+    pieces: list[Piece]
+    common: dict[str, Any]
+
+
+def own_part(model: CosmosGPTModel, optimizer: PartitionedOptimizer | None = None) -> RankPart:
+    """What this rank writes: views of its memory."""
+    with cpu_device():
+        return RankPart(list(pieces.to_write(model, optimizer)), _common(optimizer))
+
+
 def save(
     folder: Path, model: CosmosGPTModel, optimizer: PartitionedOptimizer | None = None
 ) -> None:
@@ -48,17 +63,31 @@ def save(
     Raises:
         SaveError: on every rank, if any of them could not write its part.
     """
+    write(folder, own_part(model, optimizer))
+
+
+def write(folder: Path, part: RankPart, group: Any = None) -> None:
+    """``save`` of what was taken from a model before.
+
+    Args:
+        folder: existing and empty.
+        part: of this rank.
+        group: all ranks, for a thread beside others that use the usual one; None means that.
+
+    Raises:
+        SaveError: on every rank, if any of them could not write its part.
+    """
     writer = TorchDistWriter(folder, launch.rank())
-    with _together(SaveError, f"{folder} cannot be written", _WRITABLE):
+    with _together(SaveError, f"{folder} cannot be written", _WRITABLE, group):
         try:
-            for piece in _to_write(model, optimizer):
+            for piece in part.pieces:
                 writer.add_box(piece.key, piece.shape, piece.box)
         finally:
             writer.close()
-    indexes = _gather(writer.index)
-    with _together(SaveError, f"{folder} cannot be written", _WRITABLE):
+    indexes = _gather(writer.index, group)
+    with _together(SaveError, f"{folder} cannot be written", _WRITABLE, group):
         if launch.is_rank_zero():
-            write_index(folder, indexes, _common(optimizer))
+            write_index(folder, indexes, part.common)
 
 
 def num_bytes(model: CosmosGPTModel, optimizer: PartitionedOptimizer | None = None) -> int:
@@ -66,7 +95,7 @@ def num_bytes(model: CosmosGPTModel, optimizer: PartitionedOptimizer | None = No
 
     The files are larger by about a kilobyte for each piece.
     """
-    return sum(_all(sum(piece.box[1].nbytes for piece in _to_write(model, optimizer))))
+    return sum(_all(sum(piece.box[1].nbytes for piece in own_part(model, optimizer).pieces)))
 
 
 def load(
@@ -81,7 +110,8 @@ def load(
         CheckpointError: on every rank; the folder is damaged, or does not fit the model.
     """
     with _together(CheckpointError, f"{folder} cannot be read", "restore the checkpoint"):
-        reader, common = _open(folder)
+        # A run goes on from nothing but what it wrote; a model is read as fast as may be.
+        reader, common = _open(folder, verify=optimizer is not None)
         step = _saved_step(folder, common) if optimizer else 0
         with cpu_device():
             wanted = list(pieces.to_read(model, optimizer, reader.shapes.keys()))
@@ -93,11 +123,6 @@ def load(
             reader.read_into(key, [piece.box for piece in same])
         if optimizer is not None:
             optimizer.set_step(step)
-
-
-def _to_write(model: CosmosGPTModel, optimizer: PartitionedOptimizer | None) -> list[Piece]:
-    with cpu_device():
-        return list(pieces.to_write(model, optimizer))
 
 
 def _common(optimizer: PartitionedOptimizer | None) -> dict[str, Any]:
@@ -118,7 +143,7 @@ def _saved_step(folder: Path, common: dict[str, Any]) -> int:
         ) from error
 
 
-def _open(folder: Path) -> tuple[TorchDistReader, dict[str, Any]]:
+def _open(folder: Path, verify: bool) -> tuple[TorchDistReader, dict[str, Any]]:
     """The tensors of a folder, and the values beside them."""
     if not is_torch_dist(folder):
         raise CheckpointError(f"{folder} holds no Megatron torch_dist checkpoint; check the path.")
@@ -128,7 +153,7 @@ def _open(folder: Path) -> tuple[TorchDistReader, dict[str, Any]]:
             f"{folder} is in Megatron's form {form.get('sharded_backend')!r}, not in torch_dist; "
             "restore the checkpoint."
         )
-    return TorchDistReader(folder), guard.read_common(folder)
+    return TorchDistReader(folder, verify), guard.read_common(folder)
 
 
 def _check(reader: TorchDistReader, wanted: list[Piece]) -> None:
@@ -156,31 +181,34 @@ def _check(reader: TorchDistReader, wanted: list[Piece]) -> None:
         )
 
 
-def _all(value: Any) -> list[Any]:
+def _all(value: Any, group: Any = None) -> list[Any]:
     """Every rank's value, on every rank."""
     values = [value] * launch.world_size()
     if len(values) > 1:
-        torch.distributed.all_gather_object(values, value)
+        torch.distributed.all_gather_object(values, value, group=group)
     return values
 
 
-def _gather(index: Index) -> list[Index]:
+def _gather(index: Index, group: Any) -> list[Index]:
     """All ranks' indexes, on rank 0; elsewhere nothing."""
     if launch.world_size() == 1:
         return [index]
     indexes: list[Any] | None = [None] * launch.world_size() if launch.is_rank_zero() else None
-    torch.distributed.gather_object(index, indexes)
+    torch.distributed.gather_object(index, indexes, group=group)
     return indexes or []
 
 
 @contextlib.contextmanager
-def _together(kind: type[CosmosPosttrainError], what: str, fix: str) -> Iterator[None]:
+def _together(
+    kind: type[CosmosPosttrainError], what: str, fix: str, group: Any = None
+) -> Iterator[None]:
     """Raises on every rank what went wrong on any of them, so that none waits for another.
 
     Args:
         kind: of the error that is raised.
         what: how its sentence begins, where the system refused something.
         fix: how it ends.
+        group: all ranks; None means the usual group.
     """
     problem: Exception | None = None
     try:
@@ -188,7 +216,7 @@ def _together(kind: type[CosmosPosttrainError], what: str, fix: str) -> Iterator
     except Exception as error:
         problem = error
     sentence = problem and _sentence(problem, what, fix)
-    told = _all(sentence or (problem and f"{what} ({problem!r})."))
+    told = _all(sentence or (problem and f"{what} ({problem!r})."), group)
     if problem is not None and sentence is None:
         raise problem  # not what happens to files but a fault of this package
     for number, text in enumerate(told):

@@ -22,12 +22,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-from cosmos_posttrain.checkpoint.torch_dist import PREFIX, Box
+from cosmos_posttrain.checkpoint.torch_dist import AVERAGE, PREFIX, STATE, Box
 from cosmos_posttrain.models.builder import CosmosGPTModel
+from cosmos_posttrain.models.lora import is_factor
 
-# In front of the key of the weight that it belongs to, as in Megatron's own checkpoints.
-STATE = "optimizer.state."
-MASTER = "param"
+MASTER = "param"  # float32 master weights, in Megatron's words
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,8 @@ class OwnPart:
         start: the first of its numbers that this rank keeps, counted row after row.
         stop: one behind the last.
         state: (stop - start,) tensors by name: ``exp_avg``, ``exp_avg_sq``, and ``param`` (float32
-            master weights) unless the parameter's own memory is what the optimizer updates.
+            master weights) unless the parameter's own memory is what the optimizer updates; and
+            ``ema`` where an average is kept.
     """
 
     parameter: Tensor
@@ -157,7 +157,9 @@ def to_read(
     """All that this rank needs of a checkpoint.
 
     A weight's float32 numbers are its master weights where the checkpoint has them, and the weight
-    itself where it was trained in float32. So a run may go on in another dtype.
+    itself where it was trained in float32. So a run may go on in another dtype. An average begins
+    with them where the checkpoint has none. LoRA's factors stay as they begin where only weights
+    are read and the checkpoint has no factors.
 
     Args:
         model: this rank's model.
@@ -166,6 +168,8 @@ def to_read(
     """
     parts = _by_parameter(optimizer)
     for area in _areas(model):
+        if optimizer is None and is_factor(area.key) and area.key not in keys:
+            continue
         numbers = area.owner.detach().view(-1)
         master = f"{STATE}{MASTER}.{area.key}"
         exact = master if master in keys else area.key
@@ -175,7 +179,9 @@ def to_read(
         own = parts.get(id(area.owner))
         if own is not None:
             for name, values in own.state.items():
-                key = exact if name == MASTER else f"{STATE}{name}.{area.key}"
+                key = f"{STATE}{name}.{area.key}"
+                if name == MASTER or (name == AVERAGE and key not in keys):
+                    key = exact
                 yield from area.cut(key, own.start, own.stop, values)
 
 

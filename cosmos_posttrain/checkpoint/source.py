@@ -36,12 +36,14 @@ class CheckpointSource:
         format: how it is written there; None for fresh weights.
         config: the model's numbers.
         data: what it was trained on; None where that is not recorded.
+        weights: ``last``, or ``ema`` for the average over the steps of training.
     """
 
     path: Path | None
     format: CheckpointFormat | None
     config: ModelConfig
     data: TrainingData | None = None
+    weights: str = "last"
 
     @property
     def is_fresh(self) -> bool:
@@ -100,7 +102,10 @@ class CheckpointSource:
                 all of them are named.
         """
         assert self.format is not None and self.path is not None
-        return self.format.open(self.path, self.config)
+        is_average = self.weights == "ema"
+        return (self.format.open_average if is_average else self.format.open)(
+            self.path, self.config
+        )
 
     def load_weights(self, model: CosmosGPTModel) -> None:
         """Fills a built model's parameters on this rank; fresh weights stay as they were built.

@@ -17,6 +17,8 @@ import errno
 import io
 import os
 import pickle
+import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +33,10 @@ from cosmos_posttrain.files import sync, write_json
 
 # NeMo wraps its models once, so all its keys start with this.
 PREFIX = "module."
+# In front of the key of the weight that it belongs to, as in Megatron's own checkpoints: optimizer
+# state, such as the weights' average over the steps.
+STATE = "optimizer.state."
+AVERAGE = "ema"
 # A new file is begun after this many bytes, so that no single file becomes unwieldy.
 MAX_FILE_BYTES = 5 * 10**9
 BACKEND = {
@@ -84,6 +90,8 @@ class TorchDistReader:
 
     Args:
         folder: the folder with the index.
+        verify: compare every piece that is read with the checksum that was stored with it, which
+            torch does not.
 
     Attributes:
         shapes: shape of every tensor by its key; other objects are left out.
@@ -94,10 +102,11 @@ class TorchDistReader:
         CheckpointError: the index is missing, damaged, or holds code.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, verify: bool = False) -> None:
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
         self.folder = folder
+        self._verify = verify
         metadata = guard.read_metadata(folder)
         tensors = {
             key: entry
@@ -173,20 +182,32 @@ class TorchDistReader:
                 window = _Window(file, place.offset, place.length)
                 where = f"{self.folder} ({key})"
                 piece = guard.load(window, where, "is damaged; restore the checkpoint")
+                is_sound = not self._verify or _has_stored_checksum(window, piece)
         except FileNotFoundError as error:
             raise CheckpointError(
                 f"{self.folder} lacks {place.relative_path}; restore the checkpoint."
             ) from error
         if (
-            not isinstance(piece, Tensor)
+            not is_sound
+            or not isinstance(piece, Tensor)
             or piece.dtype != self.dtypes[key]
             or piece.numel() != chunk.sizes.numel()
         ):
             raise CheckpointError(
-                f"{self.folder} holds something else as {key} than its index says; restore the "
+                f"{self.folder} holds something else as {key} than was written; restore the "
                 "checkpoint."
             )
         return piece.reshape(tuple(chunk.sizes))
+
+
+def _has_stored_checksum(file: Any, piece: Any) -> bool:
+    """Whether a loaded tensor's bytes are those that ``torch.save`` wrote, by the file's CRC-32."""
+    file.seek(0)
+    stored = [i for i in zipfile.ZipFile(file).infolist() if i.filename.endswith("/data/0")]
+    if not (isinstance(piece, Tensor) and len(stored) == 1):
+        return False
+    numbers = torch.empty(0, dtype=torch.uint8).set_(piece.untyped_storage())
+    return zlib.crc32(memoryview(numbers.numpy())) == stored[0].CRC
 
 
 def _region(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:

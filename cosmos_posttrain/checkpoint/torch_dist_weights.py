@@ -3,6 +3,8 @@
 Flows in: a ``weights`` folder. Flows out: its model's tensors (``WholeWeights``) and, where no
 config says them, its numbers. And the other way round: whole tensors become such a folder.
 
+LoRA's factors, where a run of this package has them beside the weights, are merged into these.
+
 Writers differ in the prefix of the keys, in norms that stand alone or are named by the layer that
 they are fused into, in layers that are stacked or single, and in the rows that pad the vocabulary.
 """
@@ -18,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos_posttrain.checkpoint import infer_config, mapping
+from cosmos_posttrain.checkpoint import infer_config, lora_factors, mapping
 from cosmos_posttrain.checkpoint.tensor_bytes import Tensors
 from cosmos_posttrain.checkpoint.torch_dist import (
+    AVERAGE,
     PREFIX,
+    STATE,
     TorchDistReader,
     TorchDistWriter,
     is_torch_dist,
@@ -29,6 +33,7 @@ from cosmos_posttrain.checkpoint.torch_dist import (
 from cosmos_posttrain.checkpoint.weights import WholeWeights
 from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.lora_config import LoraConfig
 
 ZARR_SCRIPT = "scripts/convert_zarr_checkpoint.py"
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -117,18 +122,33 @@ class TorchDistWeights(WholeWeights):
     Args:
         folder: the ``weights`` folder.
         config: the model's numbers.
+        lora: what is beside the weights, to be merged into them.
+        averaged: give of every weight that was trained its average over the steps.
 
     Raises:
         CheckpointError: the index is damaged, or tensors are missing, surplus or misshapen; all of
             them are named.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig) -> None:
-        self.config, self._folder = config, folder
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        lora: LoraConfig | None = None,
+        averaged: bool = False,
+    ) -> None:
+        self.config, self.lora, self._folder = config, lora, folder
+        self._averaged = averaged
         self._reader = TorchDistReader(folder)
         self._prefix = _prefix(self._reader)
         self._reference_shapes = mapping.reference_shapes(config)
-        self._places = {name: self._place(name) for name in mapping.megatron_names(config)}
+        names = mapping.megatron_names(config)
+        self._places = {name: self._place(name) for name in names}
+        self._factors = {
+            name: tuple(self._place(factor) for factor in factors)
+            for name in names
+            if lora is not None and (factors := lora_factors.factor_names(name, lora))
+        }
         self._check()
 
     def _place(self, name: str) -> tuple[str, int | None]:
@@ -170,6 +190,16 @@ class TorchDistWeights(WholeWeights):
             if shapes[key] != wanted:
                 wrong.add(f"has {key} of shape {shapes[key]} instead of {wanted}")
         used = {key for key, _ in self._places.values()}
+        for name, factors in self._factors.items():
+            assert self.lora is not None
+            sizes = lora_factors.factor_shapes(name, self._expected_shape(name), self.lora)
+            for (key, layer), size in zip(factors, sizes, strict=True):
+                used.add(key)
+                wanted = size if layer is None else (self.config.num_layers, *size)
+                if key not in shapes:
+                    missing.add(key)
+                elif shapes[key] != wanted:
+                    wrong.add(f"has {key} of shape {shapes[key]} instead of {wanted}")
         surplus = {self._prefix + name for name in model_shapes(self._reader)} - used
         objects = missing & self._reader.objects
         missing -= objects
@@ -185,10 +215,25 @@ class TorchDistWeights(WholeWeights):
             raise CheckpointError(
                 f"{self._folder} does not fit its config: it {'; '.join(problems)}."
             )
+        if self._averaged and not any(_average(key) in shapes for key in used):
+            raise CheckpointError(
+                f"{self._folder} keeps no average of the weights; train with --ema_decay, or leave "
+                "out --weights ema."
+            )
+
+    def _read(self, key: str, layer: int | None) -> Tensor:
+        """A tensor, or its average in the tensor's dtype; what is frozen has none."""
+        if not self._averaged or _average(key) not in self._reader.shapes:
+            return self._reader.read(key, layer)
+        return self._reader.read(_average(key), layer).to(self._reader.dtypes[key])
 
     def megatron(self, name: str) -> Tensor:
         key, layer = self._places[name]
-        tensor = self._reader.read(key, layer)
+        tensor = self._read(key, layer)
+        if name in self._factors:
+            assert self.lora is not None
+            a, b = (self._read(*place) for place in self._factors[name])
+            return lora_factors.merged(tensor, a, b, self.lora)
         wanted = self._expected_shape(name)
         if name in VOCABULARY and tuple(tensor.shape) != wanted:
             (part,) = mapping.reference_sources(name)
@@ -206,6 +251,11 @@ class TorchDistWeights(WholeWeights):
             for name, (key, _) in self._places.items()
             for part in mapping.reference_sources(name)
         }
+
+
+def _average(key: str) -> str:
+    """Where the average of a tensor lies."""
+    return f"{STATE}{AVERAGE}.{key}"
 
 
 def check_stackable(tensors: Tensors, config: ModelConfig) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.data.dataset import TokenDataset
+from cosmos_posttrain.data.order import Order
 from cosmos_posttrain.data.sampler import ClipSampler
 
 _DROPOUT = 1  # so that these draws are no others'
@@ -43,6 +44,11 @@ class Batch:
         """The batch on a device."""
         context = None if self.context is None else self.context.to(device, non_blocking=True)
         return self._map(lambda tensor: tensor.to(device, non_blocking=True), context)
+
+    def pinned(self) -> Batch:
+        """The batch in memory from which a GPU copies without waiting."""
+        context = None if self.context is None else self.context.pin_memory()
+        return self._map(lambda tensor: tensor.pin_memory(), context)
 
     def at(self, positions: Tensor) -> Batch:
         """The part of the sequence at some positions, (n,) int64; the context is whole."""
@@ -147,6 +153,7 @@ def training_batches(
     consumed_samples: int,
     seed: int,
     prompt_dropout: float = 0.0,
+    order: Order | None = None,
 ) -> Iterator[list[Batch]]:
     """Endless global batches of this rank, from ``consumed_samples`` on.
 
@@ -157,6 +164,7 @@ def training_batches(
         consumed_samples: samples that all ranks together have trained on; where to start.
         seed: of the order of the clips, and of the dropped texts.
         prompt_dropout: probability of a sample to be trained without its text.
+        order: of the clips; None is all of them once in each epoch.
     """
     sampler = ClipSampler(
         len(dataset),
@@ -165,6 +173,7 @@ def training_batches(
         sizes.num_ranks,
         consumed_samples,
         seed,
+        order,
     )
     weights = torch.ones(sizes.micro_batch_size)
     samples = sampler.positions()
@@ -176,6 +185,12 @@ def training_batches(
             dropped = [drops_prompt(position, seed, prompt_dropout) for position in positions]
             batches.append(make_batch(layout, dataset, numbers, weights, dropped))
         yield batches
+
+
+def clip_names(dataset: TokenDataset, order: Order, first: int, count: int) -> list[str]:
+    """What ``count`` samples of ``training_batches`` are, from position ``first`` on."""
+    rows = (dataset.row(order.clip_at(first + number)) for number in range(count))
+    return [f"{row.source} (from frame {row.first_frame})" for row in rows]
 
 
 def validation_batches(

@@ -47,6 +47,7 @@ class TokenDataset(Dataset[torch.Tensor]):
         seq_length: tokens of every clip.
         vocab_size: of the tokenizer.
         fingerprint: equal only for equal data; a resumed run compares it.
+        fingerprints: of each folder.
         indices: (len(self),) int64, numbers of the split's documents in the folder(s).
 
     Raises:
@@ -71,6 +72,7 @@ class TokenDataset(Dataset[torch.Tensor]):
         self.manifest = self._documents.manifest
         self.seq_length = self._documents.seq_length
         self.fingerprint = self._documents.fingerprint
+        self.fingerprints = self._documents.fingerprints
         self._latent_shape = self._check_shape(latent_shape)
         self.vocab_size = vocab_size or _FOREIGN_VOCAB_SIZE
         if self.manifest is not None:
@@ -164,6 +166,16 @@ class TokenDataset(Dataset[torch.Tensor]):
         """(len(self),) a number for each clip's source video, equal for clips of the same."""
         numbers: NDArray[np.int64] = self._documents.source_numbers()[self.indices]
         return numbers
+
+    def set_numbers(self) -> NDArray[np.int64]:
+        """(len(self),) which of the folders each clip lies in, counted from 0."""
+        return self._documents.set_numbers(self.indices)
+
+    def shuffled(self, seed: int) -> TokenDataset:
+        """The same clips in another order, so that the first of them are of all folders."""
+        other = copy.copy(self)
+        other.indices = np.random.default_rng(seed).permutation(self.indices)
+        return other
 
     def source(self, index: int) -> str:
         """The source video of clip ``index`` of the split."""

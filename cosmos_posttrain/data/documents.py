@@ -97,6 +97,7 @@ class Documents:
         manifest: of the first folder; None for data without one.
         seq_length: tokens of every document.
         fingerprint: equal only for equal data.
+        fingerprints: of each folder.
     """
 
     def __init__(self, paths: Sequence[str | Path], sets: Sequence[ShardSet]) -> None:
@@ -111,7 +112,8 @@ class Documents:
                 "must have the same number."
             )
         self.seq_length = lengths[0]
-        self.fingerprint = sha256_of_json([item.fingerprint for item in sets])
+        self.fingerprints = tuple(item.fingerprint for item in sets)
+        self.fingerprint = sha256_of_json(list(self.fingerprints))
         self._ends: NDArray[np.int64] = np.cumsum([len(item) for item in sets])
         self._splits: dict[tuple[str, int], NDArray[np.uint8]] = {}
         self._num_unserved = sum(
@@ -145,6 +147,10 @@ class Documents:
         """(len(self),) a number for the source of every document, equal for equal sources."""
         digests, num_documents = self._digests(seed=0)
         return np.repeat(number_sources(digests), num_documents)
+
+    def set_numbers(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(len(documents),) which of the folders each of some documents lies in."""
+        return np.searchsorted(self._ends, documents, side="right")
 
     def _split(self, split_string: str, seed: int) -> NDArray[np.uint8]:
         """The split of every document, as its number in ``SPLITS``; another one is in none."""

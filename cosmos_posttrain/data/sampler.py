@@ -3,22 +3,18 @@
 Flows in: the number of clips, the batch layout and how many samples were consumed. Flows out:
 micro batches of clip numbers for one data-parallel rank, without end.
 
-All epochs in a row, each with its own permutation, form one global stream. A step of all ranks
-takes the next ``micro_batch_size * data_parallel_size`` numbers, rank by rank, so global batch k is
-the same set of clips for any number of ranks, and resuming means starting further on.
+All epochs in a row, each with its own permutation (see ``order.py``), form one global stream. A
+step of all ranks takes the next ``micro_batch_size * data_parallel_size`` numbers, rank by rank, so
+global batch k is the same set of clips for any number of ranks, and resuming means starting further
+on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-import numpy as np
-
+from cosmos_posttrain.data.order import Order, Shuffled
 from cosmos_posttrain.errors import ConfigError, DatasetError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 class ClipSampler:
@@ -31,6 +27,7 @@ class ClipSampler:
         data_parallel_size: ranks that train on different clips.
         consumed_samples: samples that all ranks together have trained on; where to start.
         seed: of the permutations.
+        order: another order than all clips once in each epoch; it has its own seed.
 
     Raises:
         DatasetError: there is no clip.
@@ -45,6 +42,7 @@ class ClipSampler:
         data_parallel_size: int = 1,
         consumed_samples: int = 0,
         seed: int = 1234,
+        order: Order | None = None,
     ) -> None:
         if num_samples < 1:
             raise DatasetError("the split holds no clip; change --split_string or add videos.")
@@ -61,16 +59,11 @@ class ClipSampler:
         self.data_parallel_size = data_parallel_size
         self.consumed_samples = consumed_samples
         self.seed = seed
-        self._epoch = -1
-        self._order: NDArray[np.int64] = np.empty(0, np.int64)
+        self.order: Order = order or Shuffled(num_samples, seed)
 
     def sample_at(self, position: int) -> int:
         """The clip at a position of the endless global stream."""
-        epoch, offset = divmod(position, self.num_samples)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
-        return int(self._order[offset])
+        return self.order.clip_at(position)
 
     def positions(self) -> Iterator[list[int]]:
         """Positions in the endless global stream, a micro batch of this rank at a time."""

@@ -40,12 +40,17 @@ def parse_split_string(value: str) -> tuple[float, float, float]:
     return parts[0] / total, parts[1] / total, parts[2] / total
 
 
-def _counts(num_sources: int, shares: Sequence[float]) -> list[int]:
-    """Sources of each split by largest remainder, at least one for each non-zero share."""
-    quotas = [num_sources * share for share in shares]
+def share_out(number: int, shares: Sequence[float]) -> list[int]:
+    """Divides a number by largest remainder, at least one for each non-zero share.
+
+    Args:
+        number: at least as large as there are shares.
+        shares: adding up to 1.
+    """
+    quotas = [number * share for share in shares]
     counts = [int(quota + 1e-9) for quota in quotas]
     by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - quotas[i], i))
-    for split in by_remainder[: num_sources - sum(counts)]:
+    for split in by_remainder[: number - sum(counts)]:
         counts[split] += 1
     for split, share in enumerate(shares):
         if share > 0 and counts[split] == 0:
@@ -84,7 +89,7 @@ def split_digests(digests: NDArray[np.uint64], split_string: str = "98,1,1") -> 
             split_string,
         )
         return np.zeros(len(digests), np.uint8)
-    num_train, num_validation, _ = _counts(num_sources, shares)
+    num_train, num_validation, _ = share_out(num_sources, shares)
     splits = np.empty(len(digests), np.uint8)
     splits[order] = (ranks >= num_train).astype(np.uint8) + (ranks >= num_train + num_validation)
     return splits

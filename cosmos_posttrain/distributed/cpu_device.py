@@ -4,17 +4,19 @@ Megatron names CUDA in a handful of places: ``torch.cuda.current_device()`` as t
 tensor, ``device="cuda"``, ``Tensor.cuda()``, ``torch.cuda.synchronize()``, and assertions on
 ``Tensor.type()``. Inside ``cpu_device()`` these mean the CPU. Where CUDA exists it does nothing.
 
-It costs a Python call for every torch function, so it is entered around set-up, schedules,
-optimizer steps and checkpoints, and ``plain_torch()`` leaves it again for the forward pass of the
-model.
+It costs a Python call for every torch function, so it is entered around set-up, schedules and
+checkpoints only, and ``plain_torch()`` leaves it again for the forward pass of the model; a
+schedule's backward pass leaves it by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -61,6 +63,69 @@ _PATCHES: dict[str, Callable] = {
         lambda *_, **__: contextlib.nullcontext()
     ),
 }
+# Called inside ``cpu_device``, but nothing in it names a device.
+_FULL_SPEED = ("megatron.core.pipeline_parallel.schedules.backward_step",)
+
+
+class _Patches:
+    """Puts replacements in the places of functions, for as long as any thread asks for it.
+
+    Args:
+        make: gives them, by dotted name of a module's function, or of a class's in a module. Called
+            once, when they are first needed: it may import what is slow to import.
+    """
+
+    def __init__(self, make: Callable[[], dict[str, Callable]]) -> None:
+        self._make = make
+        self._originals: list[tuple[Any, str, Any]] = []
+        self._depth = 0
+        self._lock = threading.Lock()
+
+    @functools.cached_property
+    def _places(self) -> list[tuple[Any, str, Callable]]:
+        return [(*_place(name), value) for name, value in self._make().items()]
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                self._originals = [(at, name, getattr(at, name)) for at, name, _ in self._places]
+                for at, name, replacement in self._places:
+                    setattr(at, name, replacement)
+
+    def __exit__(self, *_error: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                for at, name, original in self._originals:
+                    setattr(at, name, original)
+
+
+def _place(dotted: str) -> tuple[Any, str]:
+    """The module or class that holds what a dotted name means, and the name in it."""
+    path, _, name = dotted.rpartition(".")
+    try:
+        return importlib.import_module(path), name
+    except ModuleNotFoundError:
+        module, _, holder = path.rpartition(".")
+        return getattr(importlib.import_module(module), holder), name
+
+
+def _at_full_speed(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with plain_torch():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _schedule_patches() -> dict[str, Callable]:
+    return {name: _at_full_speed(getattr(*_place(name))) for name in _FULL_SPEED}
+
+
+_CUDA = _Patches(lambda: _PATCHES)
+_SCHEDULES = _Patches(_schedule_patches)
 
 
 @contextlib.contextmanager
@@ -69,20 +134,20 @@ def cuda_calls_mean_cpu() -> Iterator[None]:
 
     Enough for forward passes under sequence parallelism, which ask for the current device.
     """
-    with contextlib.ExitStack() as stack:
-        if not torch.cuda.is_available():
-            for name, replacement in _PATCHES.items():
-                stack.enter_context(mock.patch(name, replacement))
+    if torch.cuda.is_available():
+        yield
+        return
+    with _CUDA:
         yield
 
 
 @contextlib.contextmanager
 def cpu_device() -> Iterator[None]:
     """Megatron's CUDA calls mean the CPU inside; nothing at all happens where CUDA exists."""
-    with contextlib.ExitStack() as stack:
-        if not torch.cuda.is_available():
-            stack.enter_context(cuda_calls_mean_cpu())
-            stack.enter_context(_CudaMeansCpu())
+    if torch.cuda.is_available():
+        yield
+        return
+    with _CUDA, _SCHEDULES, _CudaMeansCpu():
         yield
 
 

@@ -150,6 +150,16 @@ def shutdown() -> None:
         torch.distributed.destroy_process_group()
 
 
+def side_group() -> Any:
+    """All ranks once more, over gloo: for a thread beside those that use the other groups.
+
+    None in a world of one.
+    """
+    if torch.distributed.get_world_size() == 1:
+        return None
+    return torch.distributed.new_group(backend="gloo", timeout=_TIMEOUT)
+
+
 def barrier() -> None:
     """Waits for all ranks."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:

@@ -19,6 +19,7 @@ from cosmos_posttrain.checkpoint.source import CheckpointSource, open_source
 from cosmos_posttrain.data.batch import SequenceLayout
 from cosmos_posttrain.data.contract import Contract
 from cosmos_posttrain.data.dataset import TokenDataset
+from cosmos_posttrain.data.paths import parse_data_path
 from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import ConfigError, DatasetError, GeometryError, TokenizerError
@@ -167,7 +168,7 @@ def _choose_split(config: LossEvalConfig, source: CheckpointSource) -> tuple[Spl
 def _open_split(config: LossEvalConfig, split: SplitInfo) -> TokenDataset:
     shape = None if config.latent_shape is None else parse_latent_shape(config.latent_shape)
     clips = TokenDataset(
-        config.data_path,
+        parse_data_path(config.data_path).paths,  # the splits of several are not those of each
         config.split,
         split.split_string,
         split.seed,

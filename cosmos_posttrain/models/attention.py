@@ -15,6 +15,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
+from cosmos_posttrain.models.heads import rotated_heads
 from cosmos_posttrain.models.rope import context_parallel_positions, rotate
 from cosmos_posttrain.models.sdpa import attend
 
@@ -147,6 +148,38 @@ class RotatedSelfAttention(SelfAttention):
 
 class CachedSelfAttention(RotatedSelfAttention):
     """With a cache that asks nothing about its device, and leaves the mask to the positions."""
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's; in training the norms and the rotation are one step.
+
+        Args:
+            hidden_states: (S, B, hidden_size), this rank's part of the sequence.
+            *args: of Megatron's.
+            rotary_pos_emb: (2, S, 1, 1, D), see ``rope.rotary_table``.
+            **kwargs: of Megatron's.
+
+        Returns:
+            (S, B, hidden_size), and no bias.
+        """
+        output: tuple[Tensor, Tensor | None]
+        if not self.training or self.checkpoint_core_attention:
+            output = super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+            return output
+        packed, _ = self.linear_qkv(hidden_states)
+        norms = self.q_layernorm, self.k_layernorm
+        query, key, value = rotated_heads(
+            packed,
+            norms[0].weight,
+            norms[1].weight,
+            rotary_pos_emb,
+            self.num_query_groups_per_partition,
+            norms[0].eps,
+        )
+        attended = self.core_attention(query, key, value, None, self.attn_mask_type)
+        output = self.linear_proj(attended)
+        return output
 
     def _stored(
         self,

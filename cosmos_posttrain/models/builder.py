@@ -18,6 +18,7 @@ from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.cpu_device import cpu_device
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.gpt_model import CosmosGPTModel, Video2WorldModel
+from cosmos_posttrain.models.lora_start import freeze_base, start_factors
 from cosmos_posttrain.models.specs import block_spec
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -66,8 +67,6 @@ def transformer_config(
         "apply_rope_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
-        # Megatron's fused loss rounds its gradients to bfloat16, whatever the model's dtype.
-        "cross_entropy_loss_fusion": on_gpu and dtype == torch.bfloat16,
         "batch_p2p_comm": on_gpu,
     }
     return TransformerConfig(**(values | overrides))
@@ -95,7 +94,7 @@ def build_model(
         **overrides: fields of Megatron's ``TransformerConfig``.
 
     Raises:
-        ConfigError: parallel sizes that do not divide the model.
+        ConfigError: parallel sizes that do not divide the model, or LoRA where it cannot work.
     """
     model.check_tensor_parallel(parallel_state.get_tensor_model_parallel_world_size())
     model.check_pipeline_parallel(parallel_state.get_pipeline_model_parallel_world_size())
@@ -112,12 +111,14 @@ def build_model(
             return _construct(model, config, layer_spec)
     with cpu_device():
         module = _construct(model, config, layer_spec)
+    if model.lora is not None:
+        start_factors(module, seed)
     return module.to(device=launch.device(), dtype=dtype)
 
 
 def _construct(model: ModelConfig, config: TransformerConfig, layer_spec: str) -> CosmosGPTModel:
     kind = Video2WorldModel if model.is_video2world else CosmosGPTModel
-    return kind(
+    module = kind(
         model,
         config=config,
         transformer_layer_spec=block_spec(
@@ -131,3 +132,6 @@ def _construct(model: ModelConfig, config: TransformerConfig, layer_spec: str) -
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
     )
+    if model.lora is not None:
+        freeze_base(module)
+    return module

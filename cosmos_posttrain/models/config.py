@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from cosmos_posttrain.errors import CheckpointError, ConfigError
 from cosmos_posttrain.geometry import LatentShape, parse_latent_shape
+from cosmos_posttrain.models.lora_config import LoraConfig
 
 # Embedding and output rows are padded to a multiple of this, whatever the tensor parallel size, so
 # that a checkpoint's shapes do not depend on the layout that wrote it. 64000 and 64064 need none.
@@ -21,6 +22,10 @@ VOCAB_SIZE_MULTIPLE = 64
 # first, <pad> the third), and what the length of a sequence is rounded up to.
 NUM_SPECIAL_TOKENS = 64
 SEQ_LENGTH_MULTIPLE = 64
+
+# Logits of one rank that stand side by side in the loss: 64 MB in float32; 512 MB on a GPU, whose
+# matrix products want to be large.
+LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 27}
 
 # A damaged config must be refused, not have its tensors listed without end.
 MAX_LAYERS, MAX_COUNT = 10_000, 2**31
@@ -83,6 +88,8 @@ class ModelConfig:
         context_dim: width of the text embeddings; None for a base model, which takes no text.
         context_len: rows of text embeddings of one prompt, padding counted in (512 for T5-11B).
         position_scale: what positions are multiplied by (position interpolation); see ``at_grid``.
+        lora: low-rank factors beside frozen matrices, while a model is trained so; None elsewhere.
+            Readers of checkpoints merge them.
 
     Raises:
         ConfigError: numbers that no model can have; lists all of them.
@@ -103,6 +110,7 @@ class ModelConfig:
     context_dim: int | None = None
     context_len: int = 512
     position_scale: AxisScale = UNSCALED
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         wrong = _impossible_numbers(self)
@@ -265,7 +273,10 @@ class ModelConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a checkpoint's ``context/model.json``."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if self.lora is None:
+            del values["lora"]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> ModelConfig:
@@ -282,11 +293,23 @@ class ModelConfig:
                 yarn["original_latent_shape"] = parse_latent_shape(yarn["original_latent_shape"])
                 values["yarn"] = YarnConfig(**yarn)
             values["position_scale"] = AxisScale(*values.get("position_scale", UNSCALED))
+            if values.get("lora") is not None:
+                values["lora"] = LoraConfig.from_json(values["lora"])
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the model config is not one of ours ({error}); restore the checkpoint."
             ) from error
+
+
+def positions_at_once(num_columns: int, device_type: str) -> int:
+    """Positions whose logits stand side by side in the loss.
+
+    Args:
+        num_columns: of the vocabulary on this rank.
+        device_type: ``cpu`` or ``cuda``.
+    """
+    return max(LOGITS_AT_ONCE[device_type] // num_columns, 1)
 
 
 def _impossible_numbers(config: ModelConfig) -> list[str]:

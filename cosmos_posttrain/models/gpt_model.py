@@ -10,8 +10,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
@@ -19,12 +17,19 @@ from torch import Tensor
 
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.rope import RotaryEmbedding3D
+from cosmos_posttrain.models.token_losses import token_losses
 
 
 class CosmosGPTModel(GPTModel):
-    """Megatron's GPT model with the Cosmos 3D RoPE and a vocabulary of any size."""
+    """Megatron's GPT model with the Cosmos 3D RoPE and a vocabulary of any size.
+
+    Attributes:
+        z_loss_coefficient: of the z-loss whose gradient training adds to the loss's; the value of
+            the loss stays the cross-entropy.
+    """
 
     post_process: bool
+    z_loss_coefficient: float = 0.0
 
     def __init__(self, model_config: ModelConfig, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
@@ -40,16 +45,32 @@ class CosmosGPTModel(GPTModel):
         finally:
             self.post_process = before
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross-entropy (B, S) in nats; rows that only pad the vocabulary take no part."""
-        surplus = self.model_config.padded_vocab_size - self.model_config.vocab_size
-        if surplus:
-            size = parallel_state.get_tensor_model_parallel_world_size()
-            first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-            column = first + torch.arange(logits.shape[-1], device=logits.device)
-            assert logits.shape[-1] * size == self.model_config.padded_vocab_size
-            logits = logits.masked_fill(column >= self.model_config.vocab_size, float("-inf"))
-        return super().compute_language_model_loss(labels, logits)
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """As Megatron's, with a loss that never holds the logits of all positions.
+
+        Args:
+            *args: of Megatron's.
+            labels: (B, S) int64; with them the last stage gives losses.
+            **kwargs: of Megatron's.
+
+        Returns:
+            Losses (B, S) float32 in nats; without labels logits (B, S, V / TP), whose columns that
+            only pad the vocabulary mean nothing; before the last stage hidden states.
+        """
+        output: Tensor
+        if labels is None or not self.post_process:
+            output = super().forward(*args, **kwargs)
+            return output
+        with self.hidden_states_only():
+            output = super().forward(*args, **kwargs)
+        return token_losses(
+            output,
+            self.output_layer.weight,
+            labels,
+            self.model_config.vocab_size,
+            self.config.sequence_parallel,
+            self.z_loss_coefficient if self.training else 0.0,
+        )
 
 
 class Video2WorldModel(CosmosGPTModel):

@@ -7,12 +7,14 @@ layers. ``te`` uses Transformer Engine and needs a GPU. Both have the same names
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -26,7 +28,10 @@ from cosmos_posttrain.models.attention import (
 )
 from cosmos_posttrain.models.config import LAYER_SPECS, ModelConfig
 from cosmos_posttrain.models.cross_attention import CrossAttention, CrossAttentionSubmodules
+from cosmos_posttrain.models.lora import with_factors
+from cosmos_posttrain.models.lora_config import ROW_PARALLEL, LoraConfig
 from cosmos_posttrain.models.norm import RMSNorm
+from cosmos_posttrain.models.swiglu import SwiGLUMLP
 from cosmos_posttrain.models.video2world import Video2WorldLayer
 
 # Transformer Engine fuses a norm into the linear layer behind it and names it after that layer.
@@ -37,7 +42,13 @@ NAMES_ON_DISK = {
 }
 
 
-def _torch_layer() -> ModuleSpec:
+def _torch_linear(lora: LoraConfig | None, name: str) -> type:
+    base = RowParallelLinear if name in ROW_PARALLEL else ColumnParallelLinear
+    return with_factors(base, lora, name)
+
+
+def _torch_layer(lora: LoraConfig | None) -> ModuleSpec:
+    linear = partial(_torch_linear, lora)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -46,9 +57,9 @@ def _torch_layer() -> ModuleSpec:
                 module=CachedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=linear("linear_qkv"),
                     core_attention=SDPACoreAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=linear("linear_proj"),
                     q_layernorm=RMSNorm,
                     k_layernorm=RMSNorm,
                 ),
@@ -56,9 +67,9 @@ def _torch_layer() -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
-                module=MLP,
+                module=SwiGLUMLP,
                 submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
+                    linear_fc1=linear("linear_fc1"), linear_fc2=linear("linear_fc2")
                 ),
             ),
             mlp_bda=get_bias_dropout_add,
@@ -71,8 +82,7 @@ def _with_text(
     layer: ModuleSpec,
     model: ModelConfig,
     positions: AbsolutePositions,
-    column: type,
-    row: type,
+    linear: Callable[[str], type],
     norm: type,
 ) -> ModuleSpec:
     """A base layer's spec with what a Video2World layer has on top of it.
@@ -84,7 +94,11 @@ def _with_text(
         module=CrossAttention,
         params={"context_dim": model.context_dim},
         submodules=CrossAttentionSubmodules(
-            linear_q=column, linear_kv=column, linear_proj=row, q_layernorm=norm, k_layernorm=norm
+            linear_q=linear("linear_q"),
+            linear_kv=linear("linear_kv"),
+            linear_proj=linear("linear_proj"),
+            q_layernorm=norm,
+            k_layernorm=norm,
         ),
     )
     return ModuleSpec(
@@ -100,14 +114,20 @@ def _with_text(
 
 
 def _torch_block(model: ModelConfig, num_layers: int) -> TransformerBlockSubmodules:
-    layer = _torch_layer()
+    layer = _torch_layer(model.lora)
     if model.is_video2world:
-        linears = ColumnParallelLinear, RowParallelLinear
-        layer = _with_text(layer, model, AbsolutePositions(model), *linears, RMSNorm)
+        linear = partial(_torch_linear, model.lora)
+        layer = _with_text(layer, model, AbsolutePositions(model), linear, RMSNorm)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
 def _te_block(model: ModelConfig, num_layers: int) -> TransformerBlockSubmodules:
+    if model.lora is not None:
+        raise ConfigError(
+            "--layer_spec te computes a norm and the linear layer behind it in one, so that "
+            "LoRA's factors cannot be put beside the linear layer; use --layer_spec torch with "
+            "--lora_rank."
+        )
     try:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError as error:
@@ -127,8 +147,11 @@ def _te_block(model: ModelConfig, num_layers: int) -> TransformerBlockSubmodules
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
     layer.submodules.self_attention.module = RotatedSelfAttention
     if model.is_video2world:
-        linears = TEColumnParallelLinear, TERowParallelLinear
-        layer = _with_text(layer, model, AbsolutePositions(model), *linears, TENorm)
+
+        def linear(name: str) -> type:
+            return TERowParallelLinear if name in ROW_PARALLEL else TEColumnParallelLinear
+
+        layer = _with_text(layer, model, AbsolutePositions(model), linear, TENorm)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
 
 
@@ -141,7 +164,7 @@ def block_spec(name: str, model: ModelConfig, num_layers: int) -> TransformerBlo
         num_layers: layers on this pipeline stage.
 
     Raises:
-        ConfigError: an unknown name, or ``te`` without Transformer Engine.
+        ConfigError: an unknown name, or ``te`` with LoRA or without Transformer Engine.
     """
     if name == "torch":
         return _torch_block(model, num_layers)

@@ -15,6 +15,7 @@ from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.geometry import parse_latent_shape
 from cosmos_posttrain.launch import run_cli
 from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.lora_shapes import lora_for
 from cosmos_posttrain.models.presets import PRESETS, preset
 from cosmos_posttrain.models.reference_config import from_reference
 from cosmos_posttrain.plan.config import (
@@ -116,8 +117,10 @@ def main() -> int:
 
     name = config.model or DEFAULT_MODEL
     model, model_path = read_model(name)
+    model = _at_size(model, config)
+    model = dataclasses.replace(model, lora=lora_for(model, config.lora_rank, None, None))
     work = Workload(
-        _at_size(model, config),
+        model,
         config.micro_batch_size,
         config.global_batch_size,
         DTYPE_NAMES[config.dtype],

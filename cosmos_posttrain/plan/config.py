@@ -44,6 +44,8 @@ class PlanConfig:
         global_batch_size: clips per optimizer step.
         dtype: of weights and activations.
         distributed_optimizer: divide optimizer state over data-parallel ranks.
+        lora_rank: train low-rank factors beside frozen matrices, and embedding and output rows in
+            full; None trains everything.
         max_layouts: rows of the table.
         json: print JSON and nothing else.
     """
@@ -64,6 +66,7 @@ class PlanConfig:
     global_batch_size: int = setting(32, at_least=1)
     dtype: str = setting("bf16", choices=tuple(DTYPE_NAMES))
     distributed_optimizer: bool = True
+    lora_rank: int | None = setting(None, at_least=1)
     max_layouts: int = setting(10, at_least=1)
     json: bool = False
 
@@ -89,6 +92,7 @@ FLAGS = (
     Flag("--global_batch_size"),
     Flag("--dtype"),
     Flag("--distributed_optimizer"),
+    Flag("--lora_rank"),
     Flag("--max_layouts"),
     Flag("--json"),
 )

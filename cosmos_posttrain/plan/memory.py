@@ -4,8 +4,8 @@ Flows in: a model, a layout and the batch. Flows out: ``Memory`` of the pipeline
 most. The method is that of Korthikanti et al., 2022, "Reducing Activation Recomputation in Large
 Transformer Models" (arXiv:2205.05198): add up what each operation keeps for its backward pass. The
 terms are those of this package's ``torch`` layers (grouped queries, q/k norms, SwiGLU, fused
-attention, norms computed in float32); ``docs/plan.md`` derives them, and a test compares them with
-what a real training step keeps.
+attention, norms that compute again what they do not keep); ``docs/plan.md`` derives them, and a
+test compares them with what a real training step keeps.
 
 Symbols: b micro-batch, S tokens of a clip, s = S / CP tokens of this rank, h hidden size, q and k
 widths of all query and of all key heads, f SwiGLU width, V padded vocabulary, e bytes of a number
@@ -17,8 +17,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from cosmos_posttrain.models.config import ModelConfig
-from cosmos_posttrain.plan.parameters import rank_parameters
+from cosmos_posttrain.models.config import ModelConfig, positions_at_once
+from cosmos_posttrain.models.lora_shapes import target_shapes
+from cosmos_posttrain.plan.parameters import rank_parameters, rank_trained_parameters
 
 # The CUDA context, NCCL's channels and cuBLAS's workspaces; an assumption, not a measurement.
 FRAMEWORK_BYTES = 2 * 2**30
@@ -64,8 +65,9 @@ class Workload:
         global_batch_size: clips per optimizer step.
         dtype: ``bfloat16`` or ``float32``.
         distributed_optimizer: optimizer state is divided over the data-parallel ranks.
-        gpu_kernels: False counts the CPU's kernels: SwiGLU is not fused there, context parallelism
-            needs masks, and float32 attention takes grouped keys and values as they are.
+        gpu_kernels: False counts the CPU's kernels: context parallelism needs masks there, float32
+            attention takes grouped keys and values as they are, and the loss takes fewer positions
+            at once.
     """
 
     model: ModelConfig
@@ -94,7 +96,7 @@ class Memory:
         gradients: Megatron's float32 gradient buffer.
         optimizer: float32 master weights and Adam's two moments.
         activations: what the layers keep for the backward pass, over all batches in flight.
-        logits: float32 softmax over the vocabulary, kept for the loss's backward pass.
+        logits: float32 softmax over the vocabulary, where it is small enough to be kept.
         working: the largest of the buffers that come and go.
         overhead: framework and fragmentation, by ``FRAMEWORK_BYTES`` and ``FRAGMENTATION``.
     """
@@ -127,20 +129,20 @@ def table_bytes(work: Workload) -> float:
 
 def gradient_bytes(work: Workload, layout: Layout, stage: int) -> float:
     """Megatron's gradient buffer: float32 whatever the dtype, and whole on every rank."""
-    return 4 * rank_parameters(work.model, layout.tensor, layout.pipeline, stage)
+    return 4 * rank_trained_parameters(work.model, layout.tensor, layout.pipeline, stage)
 
 
 def optimizer_bytes(work: Workload, layout: Layout, stage: int) -> float:
     """AdamW: two float32 moments, and float32 master weights unless the weights are float32."""
     per_parameter = 8 if work.dtype == "float32" else 12
     ranks = layout.data * layout.context if work.distributed_optimizer else 1
-    count = rank_parameters(work.model, layout.tensor, layout.pipeline, stage)
+    count = rank_trained_parameters(work.model, layout.tensor, layout.pipeline, stage)
     return per_parameter * count / ranks
 
 
 def _norm_width_bytes(work: Workload) -> int:
-    """RMSNorm keeps its input in float32, and the normalised input before and after the weight."""
-    return 4 + 2 * work.element_bytes
+    """RMSNorm keeps its input; its result is kept by the linear layer behind it."""
+    return 2 * work.element_bytes
 
 
 def _attention_bytes(work: Workload, layout: Layout) -> float:
@@ -149,24 +151,16 @@ def _attention_bytes(work: Workload, layout: Layout) -> float:
     t, context = layout.tensor, layout.context
     queries = model.num_attention_heads * model.kv_channels / t
     keys = model.num_query_groups * model.kv_channels / t
-    float32 = work.dtype == "float32"
-    # float32 norms need no copy in float32, except that queries leave the packed projection by a
-    # copy where several groups of several heads lie in it.
-    copied_queries = (
-        0 if float32 and model.num_query_groups in (t, model.num_attention_heads) else 4
-    )
-    queries_bytes = queries * (copied_queries + 3 * e)  # norm's input and result, RoPE's, output
-    keys_bytes = keys * (e if float32 else 4 + e)
-    packed = e * (queries + 2 * keys)  # the projection's result: values are a view of it
+    queries_bytes = 2 * e * queries  # rotated, and attention's output
+    packed = e * (queries + 2 * keys)  # the projection's result, from which the norms start again
     # In float32 a GPU's kernel takes keys and values repeated for every head.
-    repeated = float32 and work.gpu_kernels and queries != keys
+    repeated = work.dtype == "float32" and work.gpu_kernels and queries != keys
     if context == 1:
-        held = 2 * e * queries if repeated else e * keys
-        return queries_bytes + keys_bytes + held + packed
+        return queries_bytes + 2 * e * (queries if repeated else keys) + packed
     # Every chunk of a rank keeps its own repeated copy of the keys before its end.
     gathered = 2 * e * (queries * (context + 0.5) if repeated else keys * context)
     joined = e * queries  # the outputs of the two chunks, one behind the other
-    return queries_bytes + joined + keys_bytes + gathered + (packed if float32 else 0)
+    return queries_bytes + joined + gathered + packed
 
 
 def _cross_attention_bytes(work: Workload, layout: Layout) -> float:
@@ -178,9 +172,9 @@ def _cross_attention_bytes(work: Workload, layout: Layout) -> float:
     heads, groups = model.num_attention_heads / t, model.num_query_groups / t
     queries, keys = heads * model.kv_channels, groups * model.kv_channels
     norm = model.hidden_size * _norm_width_bytes(work) / p
-    per_token = norm + queries * (4 + 3 * e) + 4 * (1 / p + 2 * heads)
+    per_token = norm + queries * 3 * e + 4 * (1 / p + 2 * heads)
     # Keys and values lie packed; keys are normalised.
-    per_row = keys * (4 * e + (0 if work.dtype == "float32" else 4)) + 4 * groups
+    per_row = keys * 3 * e + 4 * groups
     return model.seq_length / layout.context * per_token + model.context_len * per_row
 
 
@@ -200,11 +194,12 @@ def layer_activation_bytes(work: Workload, layout: Layout) -> float:
     model, e, t = work.model, work.element_bytes, layout.tensor
     p = t if layout.sequence_parallel else 1
     norms = 2 * model.hidden_size * _norm_width_bytes(work) / p
-    # The first linear's result and the product; the CPU also keeps silu(x1) and a copy of x2.
-    mlp = e * model.ffn_hidden_size * (3 if work.gpu_kernels else 5) / t
+    mlp = 3 * e * model.ffn_hidden_size / t  # the first linear's result, and the product
     heads, groups = model.num_attention_heads / t, model.num_query_groups / t
     statistics = 4 * (2 / p + 2 * heads + groups)  # of the norms, and attention's log-sum-exp
     per_token = norms + _attention_bytes(work, layout) + mlp + statistics
+    if model.lora is not None:  # what lies between its factors; norms, frozen, keep less than this
+        per_token += e * model.lora.rank * len(target_shapes(model, model.lora))
     tokens = model.seq_length / layout.context
     per_clip = tokens * per_token + _cross_attention_bytes(work, layout)
     return work.micro_batch_size * per_clip + _mask_bytes(work, layout)
@@ -235,18 +230,27 @@ def stage_activation_bytes(work: Workload, layout: Layout, stage: int) -> float:
     elif not layout.recompute:
         total += _hidden_bytes(work, layout)  # received; with recomputation it is counted above
     if stage == layout.pipeline - 1:
-        total += tokens * (model.hidden_size * _norm_width_bytes(work) + 4) / p  # last norm
-        total += tokens * (8 + 4 + 1)  # labels, weights, mask
+        # The last norm's input and statistics; its result is whole before the output layer.
+        total += tokens * (work.element_bytes * model.hidden_size + 4) / p
+        total += tokens * work.element_bytes * model.hidden_size
+        total += tokens * (8 + 4 + 4)  # labels, weights, log-sum-exp
     else:
         total += _hidden_bytes(work, layout)  # sent on
     return total
 
 
+def _positions_at_once(work: Workload, layout: Layout) -> int:
+    """Positions of this rank whose logits stand side by side."""
+    device = "cuda" if work.gpu_kernels else "cpu"
+    at_once = positions_at_once(work.model.padded_vocab_size // layout.tensor, device)
+    return min(at_once, work.model.seq_length // layout.context * work.micro_batch_size)
+
+
 def logits_bytes(work: Workload, layout: Layout, stage: int) -> float:
-    """The vocabulary-parallel cross-entropy keeps the softmax in float32."""
-    if stage < layout.pipeline - 1:
+    """The softmax in float32, where the loss takes all positions at once; else it keeps none."""
+    tokens = work.model.seq_length // layout.context * work.micro_batch_size
+    if stage < layout.pipeline - 1 or _positions_at_once(work, layout) < tokens:
         return 0.0
-    tokens = work.model.seq_length / layout.context * work.micro_batch_size
     return 4 * tokens * work.model.padded_vocab_size / layout.tensor
 
 
@@ -262,10 +266,12 @@ def _working_bytes(work: Workload, layout: Layout, stage: int) -> float:
         layer += layer_activation_bytes(work, layout)
     loss = 0.0
     if stage == layout.pipeline - 1:
-        # Logits beside their float32 copy or gradient, the weight's gradient, the input's.
-        copies = (e == 2) + (model.padded_vocab_size != model.vocab_size)
-        rows = model.padded_vocab_size / t
-        loss = e * rows * (copies * tokens + model.hidden_size) + full_hidden
+        # Logits of the positions that are taken at once, or only their copy in the model's dtype
+        # where the softmax is kept; the weight's gradient, the input's.
+        positions, columns = _positions_at_once(work, layout), model.padded_vocab_size / t
+        wide = 0 if logits_bytes(work, layout, stage) else 4
+        copies = positions * columns * (wide + (e if e == 2 else 0))
+        loss = copies + e * columns * model.hidden_size + full_hidden
     return max(layer, loss)
 
 

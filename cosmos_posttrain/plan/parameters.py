@@ -1,7 +1,7 @@
 """How many parameters a model has, whole and on one rank. Plain numbers, no torch.
 
 Flows in: a ``ModelConfig`` and the sizes of the parallel groups. Flows out: counts that equal those
-of the built models, rows that only pad the vocabulary included.
+of the built models, rows that only pad the vocabulary and LoRA's factors included.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.lora_config import ROW_PARALLEL
+from cosmos_posttrain.models.lora_shapes import num_lora_parameters, target_shapes
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def parameter_groups(model: ModelConfig) -> dict[str, int]:
         "mlp": model.num_layers * layer.mlp,
         "norm": model.num_layers * layer.norm + model.hidden_size,
         "output": model.padded_vocab_size * model.hidden_size,
+        **({"lora": num_lora_parameters(model)} if model.lora is not None else {}),
     }
 
 
@@ -72,8 +75,30 @@ def rank_parameters(model: ModelConfig, tensor: int, pipeline: int, stage: int) 
     """
     layer = layer_parameters(model)
     count = model.num_layers // pipeline * (layer.matrices // tensor + layer.norm)
-    if stage == 0:
-        count += model.padded_input_vocab_size * model.hidden_size // tensor
     if stage == pipeline - 1:
-        count += model.padded_vocab_size * model.hidden_size // tensor + model.hidden_size
-    return count
+        count += model.hidden_size  # the last norm
+    return count + _rows(model, tensor, pipeline, stage) + _factors(model, tensor, pipeline)
+
+
+def rank_trained_parameters(model: ModelConfig, tensor: int, pipeline: int, stage: int) -> int:
+    """Parameters of a GPU that are trained: under LoRA its factors and rows, else all."""
+    if model.lora is None:
+        return rank_parameters(model, tensor, pipeline, stage)
+    return _rows(model, tensor, pipeline, stage) + _factors(model, tensor, pipeline)
+
+
+def _rows(model: ModelConfig, tensor: int, pipeline: int, stage: int) -> int:
+    rows = model.padded_input_vocab_size if stage == 0 else 0
+    rows += model.padded_vocab_size if stage == pipeline - 1 else 0
+    return rows * model.hidden_size // tensor
+
+
+def _factors(model: ModelConfig, tensor: int, pipeline: int) -> int:
+    """LoRA's factors on one GPU: tensor parallelism divides one of each two."""
+    if model.lora is None:
+        return 0
+    sides = 0
+    for name, outputs, inputs in target_shapes(model, model.lora):
+        is_row = name in ROW_PARALLEL
+        sides += outputs + inputs // tensor if is_row else outputs // tensor + inputs
+    return model.num_layers // pipeline * model.lora.rank * sides

@@ -54,6 +54,8 @@ def train_arguments(plan: TrainingPlan, layout: Layout) -> list[str]:
         arguments += [f"--{name}_{middle}_size", str(size)]
     arguments += ["--sequence_parallel"] * layout.sequence_parallel
     arguments += ["--recompute"] * layout.recompute
+    if work.model.lora is not None:
+        arguments += ["--lora_rank", str(work.model.lora.rank)]
     arguments += ["--micro_batch_size", str(work.micro_batch_size)]
     arguments += ["--global_batch_size", str(work.global_batch_size)]
     return arguments

@@ -80,7 +80,7 @@ class TokenFlops:
     """Model FLOPs of forward and backward for one token.
 
     Attributes:
-        layers: the layers' matrices.
+        layers: the layers' matrices; frozen ones (LoRA) cost two thirds.
         attention: scores and values, halved by causality.
         output: the output layer.
     """
@@ -118,7 +118,9 @@ def speed(work: Workload, layout: Layout, gpu: Hardware) -> Speed:
     """Expected speed of one layout."""
     model = work.model
     flops = token_flops(model)
-    layers = (flops.layers + flops.attention) * (4 / 3 if layout.recompute else 1)
+    layers = flops.layers + flops.attention
+    if layout.recompute:  # forward again, which is half of the work on a frozen matrix
+        layers += flops.layers / (3 if model.lora is None else 2) + flops.attention / 3
     tokens = work.micro_batch_size * model.seq_length
     # The last stage has the output layer beside its layers.
     stage_flops = tokens * (layers / layout.pipeline + flops.output)

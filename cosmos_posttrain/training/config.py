@@ -6,34 +6,51 @@ Flows in: defaults < YAML < flags < overrides (``cli.py``). Flows out: a ``Train
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from cosmos_posttrain.cli import Flag, flag_names
 from cosmos_posttrain.config import check, setting
+from cosmos_posttrain.data.paths import DataPaths, parse_data_path
+from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.config import LAYER_SPECS, ROPE_SCALINGS
 
 EMBEDDING_INITS = ("keep", "reset", "mean", "aligned")
-LR_DECAY_STYLES = ("cosine", "linear", "constant")
+LR_DECAY_STYLES = ("cosine", "linear", "constant", "wsd")
+WSD_DECAY_STYLES = ("minus_sqrt", "linear", "cosine", "exponential")
 # Not float16, whose gradients would need a loss scaler.
 TRAINING_DTYPES = ("bfloat16", "float32")
 
 
 @dataclass
 class DataConfig:
-    """The prepared data set.
+    """The prepared data.
 
     Attributes:
-        path: folder that prepare_dataset.py wrote, or the original recipe's layout.
+        path: folder that prepare_dataset.py wrote, or the original recipe's layout; or several,
+            with their shares of the samples as A:0.7,B:0.3, or without (then all clips alike).
         split_string: shares of train, validation and test by source video.
         seed: of the split and of the order of the clips.
         latent_shape: grid T,H,W; needed only for data without a manifest.
         vocab_size: vocabulary; needed only for data without a manifest.
+        clips_per_video_per_epoch: largest number of each video's clips in an epoch, drawn anew for
+            each; None means all.
     """
 
-    path: str = ""
+    path: Any = ""  # text, or a list of texts in YAML
     split_string: str = "98,1,1"
     seed: int = 1234
     latent_shape: str | None = None
     vocab_size: int | None = setting(None, at_least=1)
+    clips_per_video_per_epoch: int | None = setting(None, at_least=1)
+
+    @property
+    def sources(self) -> DataPaths:
+        """``path``, read.
+
+        Raises:
+            ConfigError: it is malformed.
+        """
+        return parse_data_path(self.path)
 
 
 @dataclass
@@ -52,6 +69,12 @@ class ModelSourceConfig:
         embedding_init: what becomes of the checkpoint's token embeddings and output rows at the
             start of a run: ``keep``, ``reset``, ``mean`` or ``aligned``.
         cooccurrence_path: the file for ``aligned``, see ``transfer/align.py``.
+        lora_rank: train low-rank factors beside the frozen matrices of the layers, and embedding
+            and output rows in full; None trains everything.
+        lora_alpha: the factors' product counts ``lora_alpha / lora_rank`` times; None means once.
+        lora_targets: the matrices, with commas between them: ``linear_qkv``, ``linear_proj``,
+            ``linear_fc1``, ``linear_fc2``, and of Video2World models ``linear_q``, ``linear_kv``;
+            None means all of them.
     """
 
     path: str = "nvidia/Cosmos-1.0-Autoregressive-4B"
@@ -63,6 +86,9 @@ class ModelSourceConfig:
     rope_scale: float | None = setting(None, at_least=1)
     embedding_init: str = setting("keep", choices=EMBEDDING_INITS)
     cooccurrence_path: str | None = None
+    lora_rank: int | None = setting(None, at_least=1)
+    lora_alpha: float | None = setting(None, above=0)
+    lora_targets: str | None = None
 
 
 @dataclass
@@ -90,8 +116,16 @@ class OptimizerConfig:
         lr: peak learning rate.
         min_lr: learning rate at the end; None means a tenth of ``lr``.
         lr_warmup_steps: linear warm-up; None means a twentieth of the steps.
-        lr_decay_style: ``cosine``, ``linear`` or ``constant``.
-        weight_decay: decoupled, on matrices only.
+        lr_decay_style: ``cosine``, ``linear``, ``constant``, or ``wsd``: constant, and a decay
+            over the last ``lr_wsd_decay_steps``.
+        lr_wsd_decay_steps: steps of ``wsd``'s decay; None means a tenth of all.
+        lr_wsd_decay_style: the decay of ``wsd``: ``minus_sqrt``, ``linear``, ``cosine`` or
+            ``exponential``.
+        embedding_lr: peak learning rate of token embedding and output rows; None means ``lr``.
+        freeze_body_steps: first steps that train token embedding and output rows only.
+        ema_decay: share of the weights' average that stays at each step; None keeps no average.
+        weight_decay: decoupled; of matrices (embedding, output rows and LoRA's factors among them),
+            not of norms.
         adam_beta1: decay of the first moment.
         adam_beta2: decay of the second moment.
         adam_eps: added to the root of the second moment.
@@ -102,11 +136,21 @@ class OptimizerConfig:
     min_lr: float | None = setting(None, at_least=0)
     lr_warmup_steps: int | None = setting(None, at_least=0)
     lr_decay_style: str = setting("cosine", choices=LR_DECAY_STYLES)
+    lr_wsd_decay_steps: int | None = setting(None, at_least=1)
+    lr_wsd_decay_style: str = setting("minus_sqrt", choices=WSD_DECAY_STYLES)
+    embedding_lr: float | None = setting(None, above=0)
+    freeze_body_steps: int = setting(0, at_least=0)
+    ema_decay: float | None = setting(None, at_least=0, below=1)
     weight_decay: float = setting(0.1, at_least=0)
     adam_beta1: float = setting(0.9, at_least=0, below=1)
     adam_beta2: float = setting(0.95, at_least=0, below=1)
     adam_eps: float = setting(1e-8, above=0)
     clip_grad: float = setting(1.0, at_least=0)
+
+    def wsd_decay_steps(self, max_steps: int) -> int:
+        """Steps of ``wsd``'s decay, given all of the run's."""
+        given = self.lr_wsd_decay_steps
+        return max(max_steps // 10, 1) if given is None else given
 
 
 @dataclass
@@ -120,14 +164,21 @@ class TrainConfig:
         global_batch_size: clips per optimizer step.
         micro_batch_size: clips per forward pass and data-parallel rank.
         save_every_n_steps: steps between checkpoints.
+        async_save: write checkpoints while the steps go on, from a copy in host memory.
         val_check_interval: steps between validations; None means at every checkpoint.
         limit_val_batches: largest number of global batches per validation; 0 is no validation.
         save_top_k: checkpoints with the lowest validation loss that are kept beside the newest; -1
             keeps all, and so does leaving out both this and ``keep_last_n``.
         keep_last_n: newest checkpoints that are kept, whatever their loss.
         num_condition_latents: latent frames at each clip's start on which there is no loss.
+        z_loss_coefficient: adds this times the squared log of the logits' sum of exponentials to
+            what is minimised, not to the loss that is reported; 1e-4 is usual.
         prompt_dropout: probability of a clip to be trained without its text, which guidance needs;
             for Video2World data.
+        skip_nonfinite: batches of a run that may be left out because their loss or gradient is
+            not finite; one more ends the run.
+        distributed_timeout_minutes: how long a step, a save or a validation may take; then the rank
+            that the others wait for is named and the run ends.
         index_mapping_dir: kept for the original's command lines: no index files are written.
         num_threads: CPU threads per process; None means torch's own choice.
     """
@@ -142,18 +193,23 @@ class TrainConfig:
     global_batch_size: int = setting(2, at_least=1)
     micro_batch_size: int = setting(1, at_least=1)
     save_every_n_steps: int = setting(100, at_least=1)
+    async_save: bool = False
     val_check_interval: int | None = setting(None, at_least=1)
     limit_val_batches: int = setting(32, at_least=0)
     save_top_k: int | None = setting(None, at_least=-1)
     keep_last_n: int | None = setting(None, at_least=1)
     num_condition_latents: int = setting(0, at_least=0)
+    z_loss_coefficient: float = setting(0.0, at_least=0)
     prompt_dropout: float = setting(0.0, at_least=0, below=1)
+    skip_nonfinite: int = setting(0, at_least=0)
+    distributed_timeout_minutes: float = setting(30.0, above=0, at_most=55)
     index_mapping_dir: str | None = None
     num_threads: int | None = setting(None, at_least=1)
 
 
 FLAGS = (
     Flag("--data_path", "data.path"),
+    Flag("--clips_per_video_per_epoch", "data.clips_per_video_per_epoch"),
     Flag("--model_path", "model.path"),
     Flag("--log_dir"),
     Flag("--split_string", "data.split_string"),
@@ -163,14 +219,22 @@ FLAGS = (
     Flag("--lr", "optimizer.lr"),
     Flag("--min_lr", "optimizer.min_lr"),
     Flag("--lr_warmup_steps", "optimizer.lr_warmup_steps"),
-    Flag("--lr_decay_style", "optimizer.lr_decay_style"),
+    Flag("--lr_decay_style", "optimizer.lr_decay_style", aliases=("--lr_scheduler",)),
+    Flag("--lr_wsd_decay_steps", "optimizer.lr_wsd_decay_steps"),
+    Flag("--lr_wsd_decay_style", "optimizer.lr_wsd_decay_style"),
+    Flag("--embedding_lr", "optimizer.embedding_lr"),
+    Flag("--freeze_body_steps", "optimizer.freeze_body_steps"),
+    Flag("--ema_decay", "optimizer.ema_decay"),
     Flag("--weight_decay", "optimizer.weight_decay"),
     Flag("--clip_grad", "optimizer.clip_grad"),
     Flag("--max_steps"),
     Flag("--max_epochs"),
     Flag("--num_condition_latents"),
+    Flag("--z_loss_coefficient"),
     Flag("--prompt_dropout"),
+    Flag("--skip_nonfinite"),
     Flag("--save_every_n_steps"),
+    Flag("--async_save"),
     Flag("--save_top_k"),
     Flag("--keep_last_n"),
     Flag("--val_check_interval"),
@@ -186,9 +250,13 @@ FLAGS = (
     Flag("--rope_scale", "model.rope_scale"),
     Flag("--embedding_init", "model.embedding_init"),
     Flag("--cooccurrence_path", "model.cooccurrence_path"),
+    Flag("--lora_rank", "model.lora_rank"),
+    Flag("--lora_alpha", "model.lora_alpha"),
+    Flag("--lora_targets", "model.lora_targets"),
     Flag("--latent_shape", "data.latent_shape"),
     Flag("--vocab_size", "data.vocab_size"),
     Flag("--seed", "data.seed"),
+    Flag("--distributed_timeout_minutes"),
     Flag("--num_threads"),
 )
 
@@ -202,20 +270,47 @@ def validate(config: TrainConfig, world_size: int) -> None:
     problems = []
     if not config.data.path:
         problems.append("--data_path is missing: name the folder that prepare_dataset.py wrote")
-    optimizer = config.optimizer
-    if optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
-        problems.append(f"--min_lr {optimizer.min_lr} must be at most --lr {optimizer.lr}")
-    warmup = optimizer.lr_warmup_steps
-    if warmup is not None and warmup >= config.max_steps:
-        problems.append(f"--lr_warmup_steps {warmup} must be below --max_steps {config.max_steps}")
+    else:
+        problems += _path_problems(config.data)
+    problems += _schedule_problems(config.optimizer, config.max_steps)
     if config.save_top_k == 0:
         problems.append("--save_top_k 0 must be at least 1, or -1 for all")
     parallel = config.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         problems.append("--sequence_parallel needs --tensor_model_parallel_size above 1")
     problems += _embedding_problems(config.model)
+    problems += _lora_problems(config.model)
     problems += _batch_problems(config, world_size)
     check(config, flag_names(FLAGS), problems)
+
+
+def _schedule_problems(optimizer: OptimizerConfig, max_steps: int) -> list[str]:
+    problems = []
+    if optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
+        problems.append(f"--min_lr {optimizer.min_lr} must be at most --lr {optimizer.lr}")
+    warmup = optimizer.lr_warmup_steps
+    if warmup is not None and warmup >= max_steps:
+        problems.append(f"--lr_warmup_steps {warmup} must be below --max_steps {max_steps}")
+    decay = optimizer.lr_wsd_decay_steps
+    if decay is not None and optimizer.lr_decay_style != "wsd":
+        problems.append(
+            f"--lr_wsd_decay_steps {decay} has no effect with --lr_decay_style "
+            f"{optimizer.lr_decay_style}: give wsd"
+        )
+    elif decay is not None and decay + (warmup or 0) > max_steps:
+        problems.append(
+            f"--lr_wsd_decay_steps {decay} and --lr_warmup_steps {warmup or 0} together must be at "
+            f"most --max_steps {max_steps}"
+        )
+    return problems
+
+
+def _path_problems(data: DataConfig) -> list[str]:
+    try:
+        parse_data_path(data.path)
+    except ConfigError as error:
+        return [str(error).rstrip(".")]
+    return []
 
 
 def _embedding_problems(model: ModelSourceConfig) -> list[str]:
@@ -227,6 +322,18 @@ def _embedding_problems(model: ModelSourceConfig) -> list[str]:
         ]
     if init != "aligned" and path is not None:
         return [f"--cooccurrence_path has no effect with --embedding_init {init}: give aligned"]
+    return []
+
+
+def _lora_problems(model: ModelSourceConfig) -> list[str]:
+    if model.lora_rank is None:
+        given = [name for name in ("lora_alpha", "lora_targets") if getattr(model, name)]
+        return [f"--{name} has no effect without --lora_rank" for name in given]
+    if model.layer_spec == "te":
+        return [
+            "--lora_rank does not work with --layer_spec te, which computes a norm and the linear "
+            "layer behind it in one, out of the factors' reach: use --layer_spec torch"
+        ]
     return []
 
 

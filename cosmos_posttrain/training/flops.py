@@ -7,6 +7,7 @@ and the planner report them.
 from __future__ import annotations
 
 from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.lora_shapes import num_lora_parameters
 
 # Dense bfloat16 peak in FLOP/s, from the vendors' data sheets, by a part of the device's name.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
@@ -17,6 +18,9 @@ def flops_per_token(model: ModelConfig) -> float:
 
     Six per parameter that multiplies (the embedding does not), and causal attention's scores and
     values: 12 * layers * heads * head_dim * sequence length, halved by causality.
+
+    Under LoRA a frozen matrix has no gradient of its own: four per parameter, and six per parameter
+    of the factors and the output rows.
 
     A Video2World model also attends to all ``context_len`` rows of its text, without a mask. It
     projects them to keys and values once per clip, not once per token.
@@ -29,4 +33,7 @@ def flops_per_token(model: ModelConfig) -> float:
         projections = model.num_layers * 2 * model.context_dim * keys
         matrices -= projections * (1 - model.context_len / model.seq_length)
         attention += 12.0 * model.num_layers * width * model.context_len
-    return 6.0 * matrices + attention
+    if model.lora is None:
+        return 6.0 * matrices + attention
+    output = float(model.vocab_size * model.hidden_size)
+    return 4.0 * (matrices - output) + 6.0 * (output + num_lora_parameters(model)) + attention

@@ -1,7 +1,7 @@
-"""Optimizer and learning-rate schedule, from Megatron-Core.
+"""The optimizer, from Megatron-Core.
 
 Flows in: the model wrapped for data parallelism and the run's config. Flows out: Megatron's
-distributed optimizer (AdamW) and its schedule, and the optimizer as checkpoints see it.
+distributed optimizer (AdamW), and the optimizer as checkpoints see it.
 """
 
 from __future__ import annotations
@@ -10,26 +10,30 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from torch import Tensor
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint.pieces import MASTER, OwnPart
-from cosmos_posttrain.distributed import groups
-from cosmos_posttrain.distributed.cpu_device import cpu_device
+from cosmos_posttrain.checkpoint.torch_dist import AVERAGE
+from cosmos_posttrain.distributed.cpu_device import cpu_device, cuda_calls_mean_cpu
 from cosmos_posttrain.training.config import TrainConfig
+from cosmos_posttrain.training.schedule import BODY, min_lr, row_rates
 
 
 def build_optimizer(config: TrainConfig, model: torch.nn.Module, dtype: torch.dtype) -> Any:
     """Megatron's distributed optimizer over this rank's parameters."""
     settings = config.optimizer
+    row_lr, row_min_lr = row_rates(settings) or (None, None)
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
-        min_lr=_min_lr(config),
+        min_lr=min_lr(settings),
+        decoupled_lr=row_lr,
+        decoupled_min_lr=row_min_lr,
         weight_decay=settings.weight_decay,
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,
@@ -40,74 +44,106 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module, dtype: torch.dt
         use_distributed_optimizer=True,
     )
     with cpu_device():
-        return get_megatron_optimizer(
+        optimizer = get_megatron_optimizer(
             megatron_config, [model], use_gloo_process_groups=torch.cuda.is_available()
         )
-
-
-def _min_lr(config: TrainConfig) -> float:
-    settings = config.optimizer
-    return settings.lr / 10 if settings.min_lr is None else settings.min_lr
-
-
-def build_schedule(config: TrainConfig, optimizer: Any) -> OptimizerParamScheduler:
-    """Linear warm-up, then decay to ``min_lr`` at ``max_steps``; counted in optimizer steps.
-
-    Megatron's schedule starts at 0; ours is one ahead, so that no step has a learning rate of 0.
-    """
-    settings = config.optimizer
-    warmup = settings.lr_warmup_steps
-    if warmup is None:
-        warmup = config.max_steps // 20
-    schedule = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=_min_lr(config),
-        lr_warmup_steps=warmup + 1,
-        lr_decay_steps=config.max_steps + 1,
-        lr_decay_style=settings.lr_decay_style,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-    )
-    schedule.step(increment=1)
-    return schedule
-
-
-def gradient_norm(optimizer: Any) -> float:
-    """Norm of the whole model's gradient, made ready for an update; the same on every rank.
-
-    Infinite wherever any rank's gradient is not finite: Megatron's norm looks at the first
-    tensor-parallel rank's copy of those weights that every rank has.
-    """
-    with cpu_device():
-        if optimizer.prepare_grads():
-            return float("inf")
-        norm = float(optimizer.get_grad_norm())
-        if parallel_state.get_tensor_model_parallel_world_size() == 1:
-            return norm
-        is_finite = all(bool(torch.isfinite(copy).all()) for copy in _copied_gradients(optimizer))
-        return float("inf") if groups.any_rank(int(not is_finite)) else norm
-
-
-def _copied_gradients(optimizer: Any) -> Iterator[torch.Tensor]:
-    """Gradients of this rank that the norm leaves out."""
     for part in parts_of(optimizer):
+        _fuse(part.optimizer)
+    if row_lr is not None:
+        _tell_body_from_rows(optimizer)
+    return optimizer
+
+
+def _fuse(optimizer: Any) -> None:
+    """Lets torch's AdamW (where Transformer Engine's and apex's are absent) update in one pass."""
+    if not _counts_in_state(optimizer) or not _has_fused_kernel():
+        return
+    for group in optimizer.param_groups:
+        group["fused"] = True
+    optimizer.grad_scale = None
+
+
+def _has_fused_kernel() -> bool:
+    return launch.device().type in _get_fused_kernels_supported_devices()
+
+
+def is_fused(optimizer: Any) -> bool:
+    """Whether it is torch's AdamW, updating in one pass."""
+    return _counts_in_state(optimizer) and all(g["fused"] for g in optimizer.param_groups)
+
+
+def _is_row(parameter: Tensor) -> bool:
+    """Whether it is the embedding or the output layer, as Megatron's models mark them."""
+    return getattr(parameter, "is_embedding_or_output_parameter", False)
+
+
+def _tell_body_from_rows(optimizer: Any) -> None:
+    """Marks this rank's parameter groups for the schedule."""
+    for part in parts_of(optimizer):
+        for parameter, (number, _) in part.model_param_group_index_map.items():
+            part.optimizer.param_groups[number][BODY] = not _is_row(parameter)
+
+
+def drop_body_gradients(optimizer: Any) -> None:
+    """Zeroes the gradients of all but embedding and output rows, before their norm is taken."""
+    for part in parts_of(optimizer):
+        for parameter in part.model_param_group_index_map:
+            if not _is_row(parameter):
+                parameter.main_grad.zero_()
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: Any) -> Tensor:
+    """Norm of the whole model's gradient, made ready for an update.
+
+    Not finite wherever any rank's gradient is not: Megatron's norm looks at the first
+    tensor-parallel rank's copy of those weights that every rank has, so the other copies go in
+    with a factor of zero, which NaN and infinity survive.
+
+    Returns:
+        A float32 scalar on the parameters' device, the same on every rank.
+    """
+    counted: list[Tensor] = []
+    copied: list[Tensor] = []
+    for part in parts_of(optimizer):
+        part.prepare_grads()
         for parameter in part.get_parameters():
-            gradient = parameter.grad
-            if gradient is not None and not param_is_not_tensor_parallel_duplicate(parameter):
-                yield gradient
+            if parameter.grad is not None:
+                is_own = param_is_not_tensor_parallel_duplicate(parameter)
+                (counted if is_own else copied).append(parameter.grad)
+    total = _sum_of_squares(counted) + 0 * _sum_of_squares(copied)
+    group = optimizer.get_grad_stats_parallel_group()
+    if torch.distributed.get_world_size(group) > 1:
+        torch.distributed.all_reduce(total, group=group)
+    return total.sqrt()
+
+
+def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
+    if not gradients:
+        return torch.zeros((), device=launch.device())
+    return torch.stack(torch._foreach_norm(gradients)).square().sum()
 
 
 def apply_gradients(optimizer: Any, norm: float) -> None:
     """Clips the gradient, whose norm is known, and updates the parameters."""
-    with cpu_device():
-        for part in parts_of(optimizer):
-            if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
-                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    for part in parts_of(optimizer):
+        # Megatron's formula.
+        clip = part.config.clip_grad
+        factor = clip / (norm + 1e-6) if clip > 0 else 1.0
+        if factor < 1 and (parameters := part.get_parameters()):
+            _scale(part.optimizer, [p.grad for p in parameters if p.grad is not None], factor)
+    with cuda_calls_mean_cpu():
         optimizer.step_with_ready_grads()
+    for part in parts_of(optimizer):
+        part.optimizer.grad_scale = None
+
+
+def _scale(optimizer: Any, gradients: list[Tensor], factor: float) -> None:
+    """Torch's fused AdamW scales gradients as it reads them; others get a pass of its own."""
+    if is_fused(optimizer):
+        optimizer.grad_scale = torch.full((), 1 / factor, device=gradients[0].device)
+    else:
+        torch._foreach_mul_(gradients, factor)
 
 
 def parts_of(optimizer: Any) -> Iterator[Any]:
@@ -118,12 +154,18 @@ def parts_of(optimizer: Any) -> Iterator[Any]:
 class CheckpointableOptimizer:
     """Megatron's distributed optimizer as checkpoints see it; see ``checkpoint.pieces``.
 
-    Attributes:
+    Args:
         optimizer: Megatron's, which keeps of each parameter a range on each data-parallel rank.
+        has_average: keep an average of the weights beside them; it begins as they are when it is
+            first asked for.
+
+    Attributes:
+        optimizer: the same.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, has_average: bool = False) -> None:
         self.optimizer = optimizer
+        self._averages: dict[int, Tensor] | None = {} if has_average else None
 
     def own_parts(self) -> Iterator[OwnPart]:
         """What this rank keeps of each parameter: views of the optimizer's own memory."""
@@ -138,8 +180,29 @@ class CheckpointableOptimizer:
                 }
                 if main.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
                     state[MASTER] = main.detach()
+                if self._averages is not None:
+                    state[AVERAGE] = self._average_of(main)
                 numbers = part._get_model_param_range_map(parameter)["param"]
                 yield OwnPart(parameter, numbers.start, numbers.end, state)
+
+    def _average_of(self, main: Tensor) -> Tensor:
+        assert self._averages is not None
+        average = self._averages.get(id(main))
+        if average is None:
+            average = self._averages[id(main)] = main.detach().clone()
+        return average
+
+    def average(self, decay: float) -> None:
+        """Moves the average towards the weights: ``decay`` of it stays."""
+        mains = [
+            main
+            for part in parts_of(self.optimizer)
+            for group in part.optimizer.param_groups
+            for main in group["params"]
+        ]
+        with torch.no_grad():
+            if mains:
+                torch._foreach_lerp_([self._average_of(main) for main in mains], mains, 1 - decay)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Settings of the parameter groups, and the number of steps as ``step``."""
@@ -153,7 +216,7 @@ class CheckpointableOptimizer:
     def set_step(self, step: int) -> None:
         """Goes on counting at ``step`` completed steps."""
         for part in parts_of(self.optimizer):
-            if _counts_in_state(part):
+            if _counts_in_state(part.optimizer):
                 for state in part.optimizer.state.values():
                     state["step"].fill_(step)
             else:
@@ -168,15 +231,15 @@ class CheckpointableOptimizer:
         return max(counts)
 
 
-def _counts_in_state(part: Any) -> bool:
+def _counts_in_state(optimizer: Any) -> bool:
     """Whether the optimizer is torch's; Transformer Engine's and apex's count in their groups."""
-    return isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
 
 
 def _make_state(part: Any) -> None:
     """Adam's moments (Megatron makes them) and counters, of zeros, where it has not stepped yet."""
     part.init_state_fn(part.optimizer, part.config)
-    for group in part.optimizer.param_groups if _counts_in_state(part) else ():
+    for group in part.optimizer.param_groups if _counts_in_state(part.optimizer) else ():
         for main in group["params"]:
             on_device = group["capturable"] or group["fused"]
             step = torch.zeros((), device=main.device if on_device else "cpu")

@@ -7,6 +7,7 @@
     LOG_DIR/default/tb_logs/                                 TensorBoard
     LOG_DIR/default/checkpoints/epoch=E-step=S/weights       Megatron torch_dist
     LOG_DIR/default/checkpoints/epoch=E-step=S/context       model, data, state, metrics, config
+    LOG_DIR/default/damaged_checkpoints/                     what could not be resumed from
 
 A checkpoint is written under a hidden name and renamed when all ranks are done, so a killed run
 leaves either a whole checkpoint or none. Rank 0 decides, and writes everything but weights.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,9 +27,11 @@ from cosmos_posttrain import environment, files
 from cosmos_posttrain.checkpoint import context, dist
 from cosmos_posttrain.config import to_yaml
 from cosmos_posttrain.distributed import groups
-from cosmos_posttrain.errors import ConfigError, OutputFolderError, SaveError
+from cosmos_posttrain.errors import CheckpointError, ConfigError, OutputFolderError, SaveError
 from cosmos_posttrain.models.builder import CosmosGPTModel
+from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.training.config import TrainConfig
+from cosmos_posttrain.training.fallback import Candidates
 from cosmos_posttrain.training.optimizer import CheckpointableOptimizer
 from cosmos_posttrain.training.retention import to_remove
 
@@ -44,6 +48,21 @@ class TrainState:
     def epoch(self, num_clips: int) -> int:
         """Passes over the training clips completed before the last step's last clip."""
         return max(self.consumed_samples - 1, 0) // num_clips
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint holds beside its numbers and the data: all plain.
+
+    Attributes:
+        model: the model's numbers.
+        state: how far the run is, and what callbacks keep.
+        row: of the last step.
+    """
+
+    model: ModelConfig
+    state: dict[str, Any]
+    row: dict[str, Any]
 
 
 class RunFolder:
@@ -63,14 +82,16 @@ class RunFolder:
         self.checkpoints = self.run / "checkpoints"
         self.data = data
         self._held = contextlib.ExitStack()
+        self._candidates: Candidates | None = None  # on rank 0
 
     def open(self) -> Path | None:
         """Holds the folder against other runs and finds the checkpoint to resume from.
 
         Returns:
-            The newest checkpoint, the same on every rank; None for a new run.
+            The newest checkpoint that is whole, the same on every rank; None for a new run.
 
         Raises:
+            CheckpointError: there are checkpoints, but none is whole.
             OutputFolderError: another run writes there, or the folder holds something else.
             ConfigError: the run was trained on other data.
         """
@@ -88,10 +109,9 @@ class RunFolder:
                 "an empty or new folder."
             )
         self._held.enter_context(files.locked(self.log_dir))
-        checkpoints = context.list_checkpoints(self.log_dir)
-        if not checkpoints:
-            return None, self.data
-        return checkpoints[-1], self._same_data(checkpoints[-1])
+        self._candidates = Candidates(self.log_dir)
+        newest = self._candidates.newest()
+        return newest, self.data if newest is None else self._same_data(newest)
 
     def close(self) -> None:
         """Lets other runs write here again."""
@@ -99,7 +119,7 @@ class RunFolder:
 
     def _same_data(self, checkpoint: Path) -> context.TrainingData:
         before = context.read_data(checkpoint) or context.TrainingData()
-        names = ("contract", "dataset", "split")
+        names = ("contract", "dataset", "split", "sampling")
         different = [name for name in names if getattr(before, name) != getattr(self.data, name)]
         if different:
             raise ConfigError(
@@ -121,19 +141,22 @@ class RunFolder:
         """Keeps in all checkpoints of the run which model it began with."""
         self.data = dataclasses.replace(self.data, started_from=started_from)
 
-    def start(self, config: TrainConfig, num_bytes: int) -> None:
+    def start(self, config: TrainConfig, num_bytes: int, resumed: Path | None) -> None:
         """Makes the folder, saves the config and removes what a killed run left.
 
         Args:
             config: the run's.
             num_bytes: of a checkpoint, about.
+            resumed: the checkpoint that was loaded; damaged ones after it are moved aside.
 
         Raises:
             OutputFolderError: the disk cannot hold a checkpoint.
         """
-        groups.decide(lambda: self._start(config, num_bytes))
+        groups.decide(lambda: self._start(config, num_bytes, resumed))
 
-    def _start(self, config: TrainConfig, num_bytes: int) -> None:
+    def _start(self, config: TrainConfig, num_bytes: int, resumed: Path | None) -> None:
+        assert self._candidates is not None
+        self._candidates.set_aside(resumed)
         files.check_free_space(self.log_dir, self._size(num_bytes), "a checkpoint of this run")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(self.checkpoints)
@@ -154,49 +177,19 @@ class RunFolder:
         checkpoints = context.list_checkpoints(self.log_dir)
         return files.num_bytes_in(checkpoints[-1]) if checkpoints else estimate
 
-    def save(
-        self,
-        config: TrainConfig,
-        model: CosmosGPTModel,
-        optimizer: CheckpointableOptimizer,
-        name: str,
-        state: dict[str, Any],
-        row: dict[str, Any],
-        num_bytes: int,
-    ) -> Path:
-        """Writes a checkpoint; every rank takes part. Returns its path.
+    def make_room(self, name: str, num_bytes: int) -> Path:
+        """Begins a checkpoint; every rank takes part. Returns the folder that it is written in.
 
         Args:
-            config: the run's.
-            model: this rank's part.
-            optimizer: this rank's part.
             name: of the checkpoint's folder.
-            state: how far the run is, and what callbacks keep.
-            row: of the last step.
             num_bytes: of a checkpoint, about.
 
         Raises:
-            SaveError: there is no room, or writing failed; older checkpoints are untouched.
+            SaveError: there is no room; older checkpoints are untouched.
         """
-        target = self.checkpoints / name
-        temporary = files.temporary_path(target, is_shared=True)
+        temporary = files.temporary_path(self.checkpoints / name, is_shared=True)
         groups.decide(lambda: self._make_room(temporary, num_bytes))
-        try:
-            dist.save(temporary / "weights", model, optimizer)
-        except SaveError:  # raised on every rank
-            groups.decide(lambda: files.remove(temporary))
-            raise
-
-        def complete() -> None:
-            context.write_context(temporary, model.model_config, self.data, state)
-            files.write_json(temporary / "context" / METRICS_FILE, row)
-            files.write_text(temporary / "context" / "config.yaml", to_yaml(config))
-            files.remove(target)
-            temporary.rename(target)
-            self._prune(config)
-
-        groups.decide(complete)
-        return target
+        return temporary
 
     def _make_room(self, temporary: Path, num_bytes: int) -> None:
         try:
@@ -209,14 +202,50 @@ class RunFolder:
         files.remove(temporary)
         (temporary / "weights").mkdir(parents=True)
 
+    def write(
+        self, config: TrainConfig, temporary: Path, part: dist.RankPart, record: Record, group: Any
+    ) -> None:
+        """Writes a checkpoint and gives it its name; every rank takes part.
+
+        Args:
+            config: the run's.
+            temporary: from ``make_room``.
+            part: of this rank.
+            record: what else belongs to it.
+            group: all ranks, for a thread of its own; None means the usual group.
+
+        Raises:
+            SaveError: on every rank, if writing failed; older checkpoints are untouched.
+        """
+
+        def complete() -> None:
+            context.write_context(temporary, record.model, self.data, record.state)
+            files.write_json(temporary / "context" / METRICS_FILE, record.row)
+            files.write_text(temporary / "context" / "config.yaml", to_yaml(config))
+            target = temporary.with_name(files.final_name(temporary.name))
+            files.remove(target)
+            temporary.rename(target)
+            self._prune(config)
+
+        try:
+            dist.write(temporary / "weights", part, group)
+            groups.decide(lambda: _saving(complete, temporary), group=group)
+        except SaveError:  # raised on every rank
+            groups.decide(lambda: files.remove(temporary), group=group)
+            raise
+
     def record_validation(self, config: TrainConfig, checkpoint: Path, row: dict[str, Any]) -> None:
-        """Writes a checkpoint's row again, which now has its validation loss."""
+        """Writes a checkpoint's row again, which now has its validation loss; for rank 0.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
 
         def record() -> None:
             files.write_json(checkpoint / "context" / METRICS_FILE, row)
             self._prune(config)
 
-        groups.decide(record)
+        _saving(record, checkpoint)
 
     def _prune(self, config: TrainConfig) -> None:
         """Removes what need not be kept; each under a hidden name first, so that none is half."""
@@ -230,9 +259,41 @@ class RunFolder:
     def restore(
         self, checkpoint: Path, model: CosmosGPTModel, optimizer: CheckpointableOptimizer
     ) -> dict[str, Any]:
-        """Loads weights and optimizer, at any layout; returns the state that was saved."""
+        """Loads weights and optimizer, at any layout; returns the state that was saved.
+
+        Raises:
+            CheckpointError: on every rank; see ``fall_back``.
+        """
         dist.load(checkpoint / "weights", model, optimizer)
         return context.read_json(checkpoint / "context" / "state.json")
+
+    def fall_back(self, checkpoint: Path, error: CheckpointError) -> Path:
+        """The newest whole checkpoint before one that could not be restored.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+
+        def choose() -> Path:
+            assert self._candidates is not None
+            return self._candidates.instead_of(checkpoint, str(error))
+
+        return groups.decide(choose)
+
+
+def _saving(function: Callable[[], None], what: Path) -> None:
+    """Calls a function on one rank, where a full disk is a sentence for all.
+
+    Raises:
+        SaveError: a file cannot be written.
+    """
+    try:
+        function()
+    except OSError as error:
+        raise SaveError(
+            f"{what} cannot be written ({error.strerror or error}); make room, then give the same "
+            "command again."
+        ) from error
 
 
 def saved_row(checkpoint: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ and the model built and wrapped for training. Nothing is written before all of i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,12 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from cosmos_posttrain import launch
-from cosmos_posttrain.checkpoint.context import SplitInfo, TrainingData
+from cosmos_posttrain.checkpoint import context
+from cosmos_posttrain.checkpoint.context import SamplingInfo, SplitInfo, TrainingData
 from cosmos_posttrain.checkpoint.dist import quiet_megatron_logging
 from cosmos_posttrain.checkpoint.source import CheckpointSource, open_source
 from cosmos_posttrain.data.dataset import TokenDataset
+from cosmos_posttrain.data.order import Order, make_order
 from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.data.splits import parse_split_string
 from cosmos_posttrain.distributed import groups
@@ -29,9 +32,12 @@ from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.geometry import parse_latent_shape
 from cosmos_posttrain.models.builder import CosmosGPTModel, build_model
 from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.lora_config import LoraConfig
+from cosmos_posttrain.models.lora_shapes import lora_for, num_trained_parameters
 from cosmos_posttrain.runlog import wants_wandb
 from cosmos_posttrain.training import texts
 from cosmos_posttrain.training.config import DataConfig, TrainConfig, validate
+from cosmos_posttrain.training.gradients import fuse_weight_gradients, skip_exchange_with_oneself
 from cosmos_posttrain.training.run_folder import RunFolder
 from cosmos_posttrain.transfer import advice
 from cosmos_posttrain.transfer.embedding import Transfer, plan_transfer
@@ -43,26 +49,31 @@ class Inputs:
 
     Attributes:
         train_data: the training split.
+        order: in which the clips of the training split come.
         val_data: the validation split; None where validation is off.
         folder: the run folder, held against other runs.
         resume_from: the run's own last checkpoint; None for a new run.
         source: the model to start from, at the data's grid.
         transfer: other rows for the new tokens; None keeps the source's.
         parallelism: sizes of the parallel groups.
+        lora: the factors that are trained beside frozen matrices; None trains everything.
     """
 
     train_data: TokenDataset
+    order: Order
     val_data: TokenDataset | None
     folder: RunFolder
     resume_from: Path | None
     source: CheckpointSource
     transfer: Transfer | None
     parallelism: groups.Parallelism
+    lora: LoraConfig | None = None
 
     @property
     def model_config(self) -> ModelConfig:
         """The numbers of the model that is trained."""
-        return self.source.config if self.transfer is None else self.transfer.config
+        start = self.source.config if self.transfer is None else self.transfer.config
+        return dataclasses.replace(start, lora=self.lora)
 
     def load_weights(self, model: CosmosGPTModel) -> None:
         """Fills a built model at the start of a run."""
@@ -93,6 +104,7 @@ def open_inputs(
         config.parallel.context_parallel_size,
     )
     train_data = open_split(config.data, "train")
+    order = training_order(config.data, train_data)
     val_data = _open_validation(config, train_data)
     texts.check_data(config, train_data, takes_text)
     groups.start()
@@ -118,9 +130,28 @@ def open_inputs(
         )
     if resume_from is None:
         folder.record_start(_describe_start(config, source, folder, transfer))
-    inputs = Inputs(train_data, val_data, folder, resume_from, source, transfer, sizes)
+    lora = lora_for(source.config, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
+    if resume_from is not None:
+        _check_same_lora(resume_from, lora)
+    inputs = Inputs(train_data, order, val_data, folder, resume_from, source, transfer, sizes, lora)
     check_division(inputs.model_config, sizes, config.parallel.sequence_parallel)
     return inputs
+
+
+def _check_same_lora(resume_from: Path, lora: LoraConfig | None) -> None:
+    """Refuses to go on with other factors than a run began with.
+
+    Raises:
+        ConfigError: names both.
+    """
+    before = context.read_model_config(resume_from).lora
+    if before != lora:
+        known, now = (f"LoRA ({x})" if x is not None else "no LoRA" for x in (before, lora))
+        raise ConfigError(
+            f"{resume_from} was trained with {known}, but now with {now}; give the same "
+            "--lora_rank, --lora_alpha and --lora_targets, or start a new --log_dir from it with "
+            "--model_path."
+        )
 
 
 def open_split(config: DataConfig, split: str) -> TokenDataset:
@@ -131,12 +162,28 @@ def open_split(config: DataConfig, split: str) -> TokenDataset:
     """
     shape = None if config.latent_shape is None else parse_latent_shape(config.latent_shape)
     return TokenDataset(
-        config.path,
+        config.sources.paths,
         split,
         config.split_string,
         config.seed,
         latent_shape=shape,
         vocab_size=config.vocab_size,
+    )
+
+
+def training_order(config: DataConfig, train_data: TokenDataset) -> Order:
+    """The order in which the clips of the training split come.
+
+    Raises:
+        DatasetError: a data set has no clip there.
+    """
+    limit = config.clips_per_video_per_epoch
+    return make_order(
+        train_data.set_numbers(),
+        None if limit is None else train_data.source_numbers(),
+        config.sources.weights,
+        limit,
+        config.seed,
     )
 
 
@@ -150,7 +197,8 @@ def _open_validation(config: TrainConfig, train_data: TokenDataset) -> TokenData
     if parse_split_string(config.data.split_string)[1] > 0 and config.limit_val_batches > 0:
         split = train_data.other_split("validation")
     if split is not None and len(split):
-        return split
+        # A validation may be shorter than the split, and is to be of all data sets.
+        return split.shuffled(config.data.seed) if len(config.data.sources.paths) > 1 else split
     if config.save_top_k is not None and config.save_top_k > 0:
         raise ConfigError(
             f"--save_top_k {config.save_top_k} keeps the checkpoints of lowest validation loss, "
@@ -163,7 +211,12 @@ def _open_validation(config: TrainConfig, train_data: TokenDataset) -> TokenData
 def describe(dataset: TokenDataset, config: DataConfig) -> TrainingData:
     """What a checkpoint records of its data, and what a resumed run must find again."""
     contract = None if dataset.manifest is None else dataset.manifest.contract
-    return TrainingData(contract, dataset.fingerprint, SplitInfo(config.split_string, config.seed))
+    split = SplitInfo(config.split_string, config.seed)
+    weights, limit = config.sources.weights, config.clips_per_video_per_epoch
+    sampling = None
+    if weights is not None or limit is not None:
+        sampling = SamplingInfo(dataset.fingerprints, weights, limit)
+    return TrainingData(contract, dataset.fingerprint, split, sampling)
 
 
 def _plan_transfer(
@@ -236,36 +289,48 @@ def build(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> Cosmos
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    return build_model(
+    module = build_model(
         model,
         dtype=dtype,
         layer_spec=config.model.layer_spec,
         sequence_parallel=config.parallel.sequence_parallel,
         seed=config.model.seed,
         calculate_per_token_loss=True,
+        gradient_accumulation_fusion=fuse_weight_gradients(),
         **recompute,
     )
+    module.z_loss_coefficient = config.z_loss_coefficient
+    return module
 
 
 def wrap(model: CosmosGPTModel) -> DistributedDataParallel:
-    """The model with Megatron's gradient buffers."""
+    """The model with Megatron's gradient buffers; on a GPU they are summed behind the backward."""
+    num_ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     with cpu_device():
-        return DistributedDataParallel(
+        ddp = DistributedDataParallel(
             model.config,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=True,
-                overlap_grad_reduce=torch.cuda.is_available(),
+                overlap_grad_reduce=torch.cuda.is_available() and num_ranks > 1,
             ),
             model,
         )
+    skip_exchange_with_oneself(ddp)
+    return ddp
 
 
 def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
     """Says what is about to run."""
     sizes, data, say = inputs.parallelism, inputs.train_data, launch.say
+    if inputs.order.num_samples != len(data) or config.data.sources.weights is not None:
+        say(f"an epoch is {inputs.order.num_samples} samples of {config.data.sources}")
+    model = inputs.model_config
+    trained = ""
+    if model.lora is not None:
+        trained = f" ({num_trained_parameters(model) / 1e6:,.1f}M trained: LoRA of {model.lora})"
     say(
-        f"{inputs.model_config.num_parameters / 1e6:,.1f}M parameters, {len(data)} training clips "
+        f"{model.num_parameters / 1e6:,.1f}M parameters{trained}, {len(data)} training clips "
         f"of {data.seq_length} tokens {tuple(data.latent_shape)}, TP {sizes.tensor} PP "
         f"{sizes.pipeline} CP {sizes.context} DP "
         f"{parallel_state.get_data_parallel_world_size()}, {dtype}"
@@ -284,7 +349,7 @@ def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
             say(f"tokenizer swap: the model saw {known.tokenizer.id}, the data is {tokenizer.id}")
         if advised := advice.sentence(inputs.source, tokenizer, inputs.transfer):
             say(advised)
-    steps = math.ceil(config.max_epochs * len(data) / config.global_batch_size)
+    steps = math.ceil(config.max_epochs * inputs.order.num_samples / config.global_batch_size)
     if steps < config.max_steps:
         say(
             f"note: --max_epochs {config.max_epochs} would end after {steps} steps; "

@@ -20,6 +20,7 @@ from cosmos_posttrain.data.batch import Batch
 from cosmos_posttrain.distributed.cpu_device import cpu_device, cuda_calls_mean_cpu, plain_torch
 from cosmos_posttrain.models.builder import CosmosGPTModel
 from cosmos_posttrain.models.rope import context_parallel_positions
+from cosmos_posttrain.training.gradients import complete_gradients
 
 
 def _own_part(batch: Batch, device: torch.device) -> Batch:
@@ -30,11 +31,23 @@ def _own_part(batch: Batch, device: torch.device) -> Batch:
     return batch.at(context_parallel_positions(batch.tokens.shape[1], device))
 
 
-def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the losses in nats and number of predicted tokens, as Megatron's schedules want."""
-    total = (losses.float() * loss_mask).sum()
-    count = loss_mask.sum()
-    return total, count.to(torch.int), {"sum": total.detach(), "count": count}
+def _loss(loss_mask: Tensor, num_tokens: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """This micro-batch's share of the mean loss, as Megatron's schedules want it.
+
+    Divided by the tokens of the whole global batch before the backward pass, gradients need no pass
+    of their own for it. The schedules' count of tokens is left at zero: nobody asks for it.
+    """
+    share = (losses.float() * loss_mask).sum() / num_tokens
+    return share, torch.zeros((), dtype=torch.int, device=share.device), share.detach()
+
+
+def _num_predicted(batches: list[Batch], device: torch.device) -> Tensor:
+    """Predicted tokens of the whole global batch, over all data-parallel ranks; at least 1."""
+    own = torch.stack([batch.loss_mask.sum(dtype=torch.float32) for batch in batches]).sum()
+    count = own.to(device, non_blocking=True)
+    if parallel_state.get_data_parallel_world_size() > 1:
+        torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
+    return count.clamp(min=1)
 
 
 def forward(batches: Iterator[Batch], model: Any, with_labels: bool) -> tuple[Tensor, Batch]:
@@ -56,26 +69,24 @@ def forward(batches: Iterator[Batch], model: Any, with_labels: bool) -> tuple[Te
         return model(batch.tokens, None, None, **more), batch
 
 
-def _forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+def _forward_step(num_tokens: Tensor, batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
     losses, batch = forward(batches, model, with_labels=True)
-    return losses, partial(_loss, batch.loss_mask)
+    return losses, partial(_loss, batch.loss_mask, num_tokens)
 
 
-def _reduce(outputs: list[dict[str, Tensor]], device: torch.device) -> tuple[float, int]:
-    """Mean loss over all micro-batches and ranks, and the number of predicted tokens."""
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for output in outputs:
-        totals += torch.stack([output["sum"].double(), output["count"].double()])
-    torch.distributed.all_reduce(
-        totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
-    )
+def _mean_loss(shares: list[Tensor], device: torch.device) -> Tensor:
+    """Mean over all micro-batches and ranks, float32, on every rank; nothing waits for it."""
+    loss = torch.stack(shares).sum() if shares else torch.zeros((), device=device)
+    if parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(loss, group=group)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         torch.distributed.broadcast(
-            totals,
+            loss,
             parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
-    return float(totals[0] / totals[1].clamp(min=1)), int(totals[1])
+    return loss
 
 
 def wire_gradients(ddp: DistributedDataParallel, optimizer: Any) -> None:
@@ -83,7 +94,14 @@ def wire_gradients(ddp: DistributedDataParallel, optimizer: Any) -> None:
     config = ddp.module.config
     config.grad_scale_func = optimizer.scale_loss
     config.no_sync_func = ddp.no_sync
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = _finish_gradients
+
+
+def _finish_gradients(models: list[Any], _num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """Megatron's; gradients were divided by the number of tokens before they were made."""
+    complete_gradients(models[0])
+    with plain_torch():
+        finalize_model_grads(models, None, **kwargs)
 
 
 def run_schedule(
@@ -113,13 +131,21 @@ def run_schedule(
 
 def run_batches(
     ddp: DistributedDataParallel, batches: list[Batch], forward_only: bool = False
-) -> tuple[float, int]:
+) -> tuple[Tensor, Tensor]:
     """Runs all micro-batches of a global batch.
+
+    Args:
+        ddp: the model.
+        batches: of this rank, on the CPU.
+        forward_only: leaves the gradients alone.
 
     Returns:
         Mean loss in nats per predicted token over the whole global batch, and the number of
-        predicted tokens; the same on every rank.
+        predicted tokens: float32 scalars on the model's device, the same on every rank. A GPU may
+        not have computed them yet.
     """
     model: CosmosGPTModel = ddp.module
-    outputs = run_schedule(ddp, batches, _forward_step, forward_only)
-    return _reduce(outputs, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    num_tokens = _num_predicted(batches, device)
+    step = partial(_forward_step, num_tokens)
+    return _mean_loss(run_schedule(ddp, batches, step, forward_only), device), num_tokens

@@ -18,7 +18,7 @@ def check_data(config: TrainConfig, data: TokenDataset, takes_text: bool) -> Non
     Raises:
         ConfigError: one sentence.
     """
-    path, has_text = config.data.path, _text_contract(data) is not None
+    path, has_text = config.data.sources, _text_contract(data) is not None
     if has_text and not takes_text:
         raise ConfigError(
             f"{path} holds clips with prompts, which base models do not take; train on it with "

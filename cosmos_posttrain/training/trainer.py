@@ -19,10 +19,12 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from cosmos_posttrain import launch
-from cosmos_posttrain.checkpoint import context, dist
-from cosmos_posttrain.data.batch import Batch, BatchSizes, training_batches
+from cosmos_posttrain.checkpoint import context
+from cosmos_posttrain.data.batch import Batch, BatchSizes, clip_names, training_batches
+from cosmos_posttrain.data.prefetch import prefetched
 from cosmos_posttrain.distributed import groups
-from cosmos_posttrain.errors import NonFiniteLossError, StoppedError
+from cosmos_posttrain.distributed.watch import Watch
+from cosmos_posttrain.errors import CheckpointError, NonFiniteLossError, StoppedError
 from cosmos_posttrain.models.sequence import sequence_layout
 from cosmos_posttrain.training import optimizer as optimizers
 from cosmos_posttrain.training import setup
@@ -30,8 +32,11 @@ from cosmos_posttrain.training.callbacks import Callback, make_callbacks
 from cosmos_posttrain.training.callbacks.log import Log
 from cosmos_posttrain.training.callbacks.save import Save
 from cosmos_posttrain.training.config import TrainConfig
+from cosmos_posttrain.training.gradients import forget_gradients
 from cosmos_posttrain.training.metrics import model_flops_utilization
 from cosmos_posttrain.training.run_folder import TrainState, saved_row
+from cosmos_posttrain.training.saving import Saver
+from cosmos_posttrain.training.schedule import Schedule
 from cosmos_posttrain.training.step import run_batches, wire_gradients
 from cosmos_posttrain.training.validation import Validation
 
@@ -68,25 +73,28 @@ class Trainer:
         self.state = TrainState()
         self.stop_reason: str | None = None
         self.callbacks: list[Callback] = []
+        self.watch: Watch | None = None
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as on_error:
             on_error.callback(self.close)
-            self._set_up()
+            self.inputs = setup.open_inputs(config, self._closing, self.takes_text)
+            self.watch = Watch(config.distributed_timeout_minutes)
+            with self.watch.explaining():
+                self._set_up()
             on_error.pop_all()
 
     def _set_up(self) -> None:
-        config = self.config
-        self.inputs = inputs = setup.open_inputs(config, self._closing, self.takes_text)
+        config, inputs = self.config, self.inputs
         self.train_data, self.folder = inputs.train_data, inputs.folder
-        self.resume_from = inputs.resume_from
         groups.initialize(inputs.parallelism, config.model.seed)
         self.dtype = setup.training_dtype(config)
         self.model = setup.build(config, inputs.model_config, self.dtype)
         self.ddp = setup.wrap(self.model)
         self.optimizer = optimizers.CheckpointableOptimizer(
-            optimizers.build_optimizer(config, self.ddp, self.dtype)
+            optimizers.build_optimizer(config, self.ddp, self.dtype),
+            has_average=config.optimizer.ema_decay is not None,
         )
-        self.schedule = optimizers.build_schedule(config, self.optimizer.optimizer)
+        self.schedule = Schedule(config, self.optimizer.optimizer)
         wire_gradients(self.ddp, self.optimizer.optimizer)
         self.layout = sequence_layout(self.model.model_config, config.num_condition_latents)
         self.sizes = BatchSizes(
@@ -96,14 +104,16 @@ class Trainer:
             parallel_state.get_data_parallel_world_size(),
         )
         kept = self._load()
-        self._checkpoint_bytes = dist.num_bytes(self.model, self.optimizer)
-        self.folder.start(config, self._checkpoint_bytes)
+        self.saver = Saver(config, self.folder, self.model, self.optimizer)
+        self.folder.start(config, self.saver.num_bytes, self.resume_from)
+        self.saver.prepare()
+        self._closing.callback(self.saver.close)
         self.log = Log(config, self.folder.run, self.state.completed_steps)
         validation = None
         if inputs.val_data is not None:
             limit = config.limit_val_batches
             validation = Validation(self.ddp, inputs.val_data, self.layout, self.sizes, limit)
-        self.callbacks = make_callbacks(config, validation, self.log)
+        self.callbacks = make_callbacks(config, self.optimizer, validation, self.log)
         for callback in self.callbacks:
             callback.state = kept.get(type(callback).__name__, {})
         setup.announce(config, inputs, self.dtype)
@@ -114,7 +124,12 @@ class Trainer:
             self.inputs.load_weights(self.model)
             self.optimizer.optimizer.reload_model_params()
             return {}
-        saved = self.folder.restore(self.resume_from, self.model, self.optimizer)
+        saved = None
+        while saved is None:
+            try:
+                saved = self.folder.restore(self.resume_from, self.model, self.optimizer)
+            except CheckpointError as error:  # on every rank alike
+                self.inputs.resume_from = self.folder.fall_back(self.resume_from, error)
         self.state = TrainState(saved["completed_steps"], saved["consumed_samples"])
         self.schedule.step(increment=self.completed_steps)
         kept: dict[str, Any] = saved.get("callbacks", {})
@@ -122,10 +137,17 @@ class Trainer:
 
     def close(self) -> None:
         """Closes the callbacks and lets others write into the folder; safe to call twice."""
+        if self.watch is not None:
+            self.watch.close()
         for callback in self.callbacks:
             callback.close()
         self.callbacks = []
         self._closing.close()
+
+    @property
+    def resume_from(self) -> Path | None:
+        """The run's own checkpoint that it began with; None for a new run."""
+        return self.inputs.resume_from
 
     @property
     def completed_steps(self) -> int:
@@ -139,24 +161,38 @@ class Trainer:
 
     def fit(self) -> Path:
         """Trains up to ``max_steps``; saves, validates and logs on the way."""
+        assert self.watch is not None
+        with self.watch.explaining():
+            self._train(self.watch)
+            self.watch.close(finished=True)
+        config, checkpoint = self.config, self.last_checkpoint
+        assert checkpoint is not None
+        if self.completed_steps < config.max_steps:
+            raise StoppedError(
+                f"stopped by {self.stop_reason} after {self.completed_steps} of {config.max_steps} "
+                f"steps, saved as {checkpoint}; the same command goes on."
+            )
+        command = shlex.join(["python", "evaluate.py", "report", "--run", config.log_dir])
+        launch.say(f"a page about this run: {command}")
+        return checkpoint
+
+    def _train(self, watch: Watch) -> None:
         config, self.last_checkpoint = self.config, self.resume_from
         if self.completed_steps >= config.max_steps:
             launch.say(f"nothing to do: {self.resume_from} has {config.max_steps} steps or more")
         self._finish_interrupted_step()
         batches = self.batches()
         while not self.is_last_step:
-            row = self.train_step(next(batches))
+            step = self.completed_steps
+            watch.at(f"before step {step}, where it reads clips")
+            batch = next(batches)
+            watch.at(f"in step {step}")
+            row = self.train_step(batch)
             for callback in self.callbacks:
+                watch.at(f"after step {step}, in {type(callback).__name__}")
                 callback.after_step(self, row)
-        assert self.last_checkpoint is not None
-        if self.completed_steps < config.max_steps:
-            raise StoppedError(
-                f"stopped by {self.stop_reason} after {self.completed_steps} of {config.max_steps} "
-                f"steps, saved as {self.last_checkpoint}; the same command goes on."
-            )
-        command = shlex.join(["python", "evaluate.py", "report", "--run", config.log_dir])
-        launch.say(f"a page about this run: {command}")
-        return self.last_checkpoint
+        watch.at("at the end, where it waits for the last checkpoint")
+        self.finish_save()
 
     def _finish_interrupted_step(self) -> None:
         """What a run that was killed between saving and logging still owes its last step."""
@@ -169,14 +205,17 @@ class Trainer:
             callback.after_step(self, row)
 
     def batches(self) -> Iterator[list[Batch]]:
-        """Global batches of this rank, from where the run is, without end."""
-        return training_batches(
-            self.train_data,
-            self.layout,
-            self.sizes,
-            self.state.consumed_samples,
-            self.config.data.seed,
-            self.config.prompt_dropout,
+        """Global batches of this rank, from where the run is, without end; one is made ahead."""
+        return prefetched(
+            training_batches(
+                self.train_data,
+                self.layout,
+                self.sizes,
+                self.state.consumed_samples,
+                self.config.data.seed,
+                self.config.prompt_dropout,
+                self.inputs.order,
+            )
         )
 
     def train_step(self, batches: list[Batch]) -> dict[str, Any]:
@@ -186,44 +225,67 @@ class Trainer:
         """
         started = time.monotonic()
         self.ddp.train()
-        self.ddp.zero_grad_buffer()
+        forget_gradients(self.ddp)
         self.optimizer.optimizer.zero_grad()
-        lr = float(self.optimizer.optimizer.param_groups[0]["lr"])
-        loss, _ = run_batches(self.ddp, batches)
-        norm = optimizers.gradient_norm(self.optimizer.optimizer)
+        rates = self.schedule.rates()
+        mean, _ = run_batches(self.ddp, batches)
+        if self.schedule.body_is_frozen:
+            optimizers.drop_body_gradients(self.optimizer.optimizer)
+        # The one moment of a step at which the CPU waits for the GPU.
+        loss, norm = torch.stack(
+            [mean, optimizers.gradient_norm(self.optimizer.optimizer)]
+        ).tolist()
         step, clips = self.completed_steps, self.config.global_batch_size
         if math.isfinite(loss) and math.isfinite(norm):
             optimizers.apply_gradients(self.optimizer.optimizer, norm)
-            self.schedule.step(increment=1)
-            self.state = TrainState(step + 1, self.state.consumed_samples + clips)
+            self._advance()
         seconds = time.monotonic() - started
         rate = clips * self.train_data.seq_length / seconds
         return {
             "step": step,
             "reduced_train_loss": loss,
-            "lr": lr,
+            **rates,
             "grad_norm": norm,
-            "consumed_samples": self.state.consumed_samples,
-            "epoch": self.state.epoch(len(self.train_data)),
+            **self._counts(),
             "train_step_seconds": seconds,
             "tokens_per_second": rate,
             "mfu": model_flops_utilization(rate, self.model.model_config),
         }
 
+    def _advance(self) -> None:
+        """A batch is behind the run; the schedule counts it too."""
+        self.schedule.step(increment=1)
+        consumed = self.state.consumed_samples + self.config.global_batch_size
+        self.state = TrainState(self.completed_steps + 1, consumed)
+
+    def _counts(self) -> dict[str, int]:
+        return {
+            "consumed_samples": self.state.consumed_samples,
+            "epoch": self.state.epoch(self.inputs.order.num_samples),
+        }
+
+    def skip_batch(self, row: dict[str, Any]) -> list[str]:
+        """Goes on behind a batch that made no update; names its clips (on rank 0)."""
+        names: list[str] = []
+        if launch.is_rank_zero():
+            first, size = self.state.consumed_samples, self.config.global_batch_size
+            names = clip_names(self.train_data, self.inputs.order, first, size)
+        self._advance()
+        row |= self._counts()
+        return names
+
     def save(self, row: dict[str, Any]) -> Path:
-        """Writes a checkpoint; every rank takes part.
+        """Writes a checkpoint, or begins to; every rank takes part.
+
+        The row gets the seconds that the loop waited for it.
 
         Raises:
             NonFiniteLossError: a weight is not finite on some rank; nothing is written.
-            SaveError: it cannot be written.
+            SaveError: it cannot be written, or the one before could not.
         """
-        parameters: list[Tensor] = list(self.model.parameters())
-        is_finite = all(bool(torch.isfinite(p).all()) for p in parameters)
-        if groups.any_rank(int(not is_finite)):
-            raise NonFiniteLossError(
-                f"a weight is not finite after step {row['step']}; nothing was saved. Go on from "
-                "the last checkpoint with a lower --lr."
-            )
+        started = time.monotonic()
+        self.finish_save()
+        self._check_weights(row)
         state: dict[str, Any] = {
             "completed_steps": self.completed_steps,
             "consumed_samples": self.state.consumed_samples,
@@ -231,23 +293,36 @@ class Trainer:
         kept = {type(item).__name__: item.state for item in self.callbacks if item.state}
         if kept:
             state["callbacks"] = kept
-        epoch = self.state.epoch(len(self.train_data))
-        checkpoint = self.folder.save(
-            self.config,
-            self.model,
-            self.optimizer,
-            context.checkpoint_name(epoch, self.completed_steps),
-            state,
-            row,
-            self._checkpoint_bytes,
-        )
-        self.last_checkpoint = checkpoint
-        for callback in self.callbacks:
-            callback.after_save(self, checkpoint)
-        return checkpoint
+        epoch = self.state.epoch(self.inputs.order.num_samples)
+        name = context.checkpoint_name(epoch, self.completed_steps)
+        self.last_checkpoint = self.saver.save(name, state, row)
+        row["save_wait_seconds"] = time.monotonic() - started
+        self.poll_save()
+        return self.last_checkpoint
+
+    def _check_weights(self, row: dict[str, Any]) -> None:
+        parameters: list[Tensor] = list(self.model.parameters())
+        is_finite = all(bool(torch.isfinite(p).all()) for p in parameters)
+        if groups.any_rank(int(not is_finite)):
+            raise NonFiniteLossError(
+                f"a weight is not finite after step {row['step']}; nothing was saved. Go on from "
+                "the last checkpoint with a lower --lr."
+            )
+
+    def poll_save(self) -> None:
+        """Tells the callbacks of a checkpoint that is complete by now; never waits for one."""
+        if self.saver.is_settled():
+            self.finish_save()
+
+    def finish_save(self) -> None:
+        """Waits for a checkpoint that is being written and tells the callbacks of it."""
+        checkpoint = self.saver.wait()
+        if checkpoint is not None:
+            for callback in self.callbacks:
+                callback.after_save(self, checkpoint)
 
     def record_validation(self, row: dict[str, Any]) -> None:
         """Adds the row's validation to the checkpoint of this step, if one was written."""
         checkpoint = self.last_checkpoint
         if checkpoint is not None and context.completed_steps(checkpoint) == self.completed_steps:
-            self.folder.record_validation(self.config, checkpoint, row)
+            self.saver.record_validation(checkpoint, row)

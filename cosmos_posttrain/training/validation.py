@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from cosmos_posttrain.data.batch import BatchSizes, SequenceLayout, validation_batches
 from cosmos_posttrain.data.dataset import TokenDataset
+from cosmos_posttrain.data.prefetch import prefetched
 from cosmos_posttrain.training.step import run_batches
 
 
@@ -40,11 +41,11 @@ class Validation:
         self._ddp.eval()
         total, count = 0.0, 0
         with torch.no_grad():
-            for batches in validation_batches(
-                self._dataset, self._layout, self._sizes, self._limit
+            for batches in prefetched(
+                validation_batches(self._dataset, self._layout, self._sizes, self._limit)
             ):
                 loss, num_tokens = run_batches(self._ddp, batches, forward_only=True)
-                total += loss * num_tokens
-                count += num_tokens
+                total += float(loss) * float(num_tokens)
+                count += float(num_tokens)
         self._ddp.train()
         return total / count

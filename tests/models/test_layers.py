@@ -19,7 +19,7 @@ from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.inference.engine import generate
 from cosmos_posttrain.models import specs
 from cosmos_posttrain.models.attention import RotatedSelfAttention
-from cosmos_posttrain.models.builder import build_model, transformer_config
+from cosmos_posttrain.models.builder import transformer_config
 from cosmos_posttrain.models.config import ModelConfig, YarnConfig
 from cosmos_posttrain.models.norm import RMSNorm
 from cosmos_posttrain.models.presets import preset
@@ -179,48 +179,6 @@ def test_rows_that_pad_the_vocabulary_take_no_part_in_the_loss() -> None:
     assert logits.shape == (2, 24, 1000)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     assert float(loss.mean()) == pytest.approx(float(expected), rel=1e-5)
-
-
-def _loss_gradient(fused: bool, dtype: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the loss with respect to its logits: the model's, and by float64 arithmetic."""
-    groups.initialize(groups.Parallelism())
-    config = preset("tiny", vocab_size=1024, latent_shape=LatentShape(2, 3, 4))
-    module = build_model(config, dtype=getattr(torch, dtype), cross_entropy_loss_fusion=fused)
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(1024, (1, 24), generator=generator).to(device)
-    logits = torch.randn(24, 1, 1024, generator=generator).to(device, getattr(torch, dtype))
-    logits.requires_grad_()
-    with torch.compiler.set_stance("force_eager"):
-        module.compute_language_model_loss(labels, logits.clone()).sum().backward()
-    exact = logits.detach().double().requires_grad_()
-    torch.nn.functional.cross_entropy(exact[:, 0], labels[0], reduction="sum").backward()
-    assert logits.grad is not None and exact.grad is not None
-    return logits.grad.double(), exact.grad
-
-
-def test_gradients_of_a_float32_loss_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    groups.initialize(groups.Parallelism())
-    fused = {}
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: True)  # the choice alone is a GPU's
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            config = transformer_config(preset("tiny"), dtype=dtype)
-            fused[dtype] = config.cross_entropy_loss_fusion
-    assert fused == {torch.float32: False, torch.float16: False, torch.bfloat16: True}
-    gradient, exact = _loss_gradient(fused[torch.float32], "float32", "cpu")
-    torch.testing.assert_close(gradient, exact, atol=1e-7, rtol=1e-5)
-    # Why: the fused loss rounds to bfloat16, with 8 bits.
-    gradient, exact = _loss_gradient(True, "float32", "cpu")
-    assert float(((gradient - exact) / exact).abs().max()) > 1e-3
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_gradients_of_a_float32_loss_are_float32_on_a_gpu() -> None:
-    groups.initialize(groups.Parallelism())
-    fused = transformer_config(preset("tiny"), dtype=torch.float32).cross_entropy_loss_fusion
-    gradient, exact = _loss_gradient(fused, "float32", "cuda")
-    torch.testing.assert_close(gradient, exact, atol=1e-7, rtol=1e-5)
 
 
 def test_tokens_that_do_not_fit() -> None:

@@ -17,13 +17,19 @@ from cosmos_posttrain.cli import parse
 from cosmos_posttrain.config import merge
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.geometry import LatentShape
+from cosmos_posttrain.models.lora_config import BASE_TARGETS, ROW_PARALLEL, LoraConfig
+from cosmos_posttrain.models.lora_shapes import lora_for, num_lora_parameters, target_shapes
 from cosmos_posttrain.models.presets import PRESETS, preset
 from cosmos_posttrain.models.reference_config import to_reference
 from cosmos_posttrain.plan import __main__ as command_line
 from cosmos_posttrain.plan import layouts, report, speed
 from cosmos_posttrain.plan.layouts import GIB
 from cosmos_posttrain.plan.memory import Layout, Workload, memory, stage_memory
-from cosmos_posttrain.plan.parameters import parameter_groups, rank_parameters
+from cosmos_posttrain.plan.parameters import (
+    parameter_groups,
+    rank_parameters,
+    rank_trained_parameters,
+)
 from cosmos_posttrain.training.config import FLAGS, TrainConfig, validate
 from cosmos_posttrain.training.metrics import flops_per_token
 
@@ -361,3 +367,26 @@ def test_help_needs_no_torch() -> None:
     imported = {line.rpartition("|")[2].strip() for line in finished.stderr.splitlines()}
     assert "cosmos_posttrain.cli" in imported
     assert not {"torch", "megatron", "numpy", "rich"} & imported
+
+
+def test_lora_on_one_gpu() -> None:
+    """4B fits 40 GB with recomputation and 80 GB without; the shipped config says the same."""
+    config = merge(TrainConfig, Path(__file__).parents[2] / "configs" / "train_4b_lora.yaml")
+    settings = config.model
+    config.data.path = settings.cooccurrence_path = "x"
+    validate(config, world_size=1)
+    lora = lora_for(preset("4B"), settings.lora_rank, settings.lora_alpha, None)
+    model = dataclasses.replace(preset("4B"), lora=lora)
+    work = Workload(model, global_batch_size=config.global_batch_size, dtype=settings.dtype or "")
+    needed = [memory(work, Layout(recompute=flag)).total / GIB for flag in (True, False)]
+    assert needed[0] < 40 < needed[1] < 80 and settings.recompute
+    whole = memory(Workload(preset("4B")), Layout(recompute=True)).total / GIB
+    assert whole > 80
+    rows, factors = 2 * 64000 * 4096, num_lora_parameters(model)
+    assert rank_trained_parameters(model, 1, 1, 0) == rows + factors
+    # Tensor parallelism divides one of each two factors; the pipeline the layers.
+    halves = [rank_trained_parameters(model, 2, 2, stage) for stage in (0, 1)]
+    assert sum(halves) == rows / 2 + sum(
+        model.num_layers * 16 * (b + a / 2 if name in ROW_PARALLEL else b / 2 + a)
+        for name, b, a in target_shapes(model, LoraConfig(16, 1, BASE_TARGETS))
+    )

@@ -105,7 +105,7 @@ def test_a_non_finite_loss_leaves_the_weights_alone(tokens: Path, tmp_path: Path
     row = trainer.train_step(next(trainer.batches()))
     assert trainer.completed_steps == 0
     with pytest.raises(NonFiniteLossError, match="the loss is nan at step 0"):
-        Guard().after_step(trainer, row)
+        Guard(trainer.config).after_step(trainer, row)
     # Whatever asks for a checkpoint of such weights gets none.
     with pytest.raises(NonFiniteLossError, match="a weight is not finite"):
         trainer.save(row)

@@ -13,8 +13,8 @@ from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.presets import PRESETS
 from cosmos_posttrain.training.config import TrainConfig, validate
 from cosmos_posttrain.training.flops import flops_per_token
-from cosmos_posttrain.training.optimizer import build_schedule
 from cosmos_posttrain.training.run_folder import TrainState
+from cosmos_posttrain.training.schedule import Schedule
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -49,7 +49,7 @@ def schedule_of(steps: int, **changes: object) -> list[float]:
     for key, value in changes.items():
         setattr(config.optimizer, key, value)
     optimizer = ParameterGroups()
-    schedule = build_schedule(config, optimizer)
+    schedule = Schedule(config, optimizer)
     rates = []
     for _ in range(steps):
         rates.append(float(optimizer.param_groups[0]["lr"]))

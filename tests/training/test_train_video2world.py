@@ -92,6 +92,22 @@ def test_same_curve_at_every_layout(prompts, reference_run, tmp_path, layout) ->
     assert largest_difference(losses(expected), losses(tmp_path / "run")) <= 1e-5
 
 
+@pytest.mark.distributed
+def test_lora_beside_cross_attention(prompts, reference_run, tmp_path) -> None:
+    """Its keys and values see the whole text on every rank; its queries, a part of the clip."""
+    settings = SETTINGS | {"model__path": str(reference_run), "model__lora_rank": 3}
+    settings |= {"optimizer__lr": 1e-2}
+    run(make_config(prompts, tmp_path / "one", **settings))
+    for name, more in (("tp2-sp", {"model__recompute": True}), ("pp2", {})):
+        config = make_config(prompts, tmp_path / name, **settings, **LAYOUTS[name], **more)
+        run_distributed(run, 2, config)
+        assert largest_difference(losses(tmp_path / "one"), losses(tmp_path / name)) <= 1e-4
+    before, after = (open_source(x).open_weights() for x in (reference_run, tmp_path / "one"))
+    for name in ("linear_q", "linear_kv", "linear_proj"):
+        key = f"decoder.layers.2.cross_attention.{name}.weight"
+        assert not torch.equal(before.megatron(key), after.megatron(key)), key
+
+
 def stopped_half_way(reference_run: Path, log_dir: Path) -> Path:
     """The run as it is when it is killed after its first checkpoint."""
     shutil.copytree(reference_run, log_dir)

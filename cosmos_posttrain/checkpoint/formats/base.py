@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from cosmos_posttrain.checkpoint.context import TrainingData
+from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -75,6 +76,17 @@ class CheckpointFormat(ABC):
         Raises:
             CheckpointError: files are missing or damaged, or do not fit the config.
         """
+
+    def open_average(self, checkpoint: Path, config: ModelConfig) -> WholeWeights:
+        """The average over the steps of training, where the checkpoint keeps one.
+
+        Raises:
+            CheckpointError: it does not; or see ``open``.
+        """
+        raise CheckpointError(
+            f"{checkpoint} is no checkpoint of a training run, so it keeps no average of the "
+            "weights; leave out --weights ema."
+        )
 
     def load(self, checkpoint: Path, config: ModelConfig, model: CosmosGPTModel) -> None:
         """Fills a built model's parameters on this rank, at any layout.

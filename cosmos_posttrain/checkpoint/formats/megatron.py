@@ -1,10 +1,13 @@
 """``megatron``: ``weights/`` (torch_dist) and ``context/``, as training writes them.
 
 A run folder means its newest checkpoint, and a path that differs only in its epoch is accepted.
+Of a run with LoRA the factors are merged into the weights as they are read; only resuming the run
+reads them as they are.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +35,8 @@ class MegatronFormat(WritableFormat):
         return context.find_checkpoint(folder.parent if folder.name == WEIGHTS else folder)
 
     def config(self, checkpoint: Path, named: ModelConfig | None) -> ModelConfig:
-        return named or context.read_model_config(checkpoint)
+        own = named or context.read_model_config(checkpoint)
+        return dataclasses.replace(own, lora=None)
 
     def data(self, checkpoint: Path) -> context.TrainingData | None:
         return context.read_data(checkpoint)
@@ -43,13 +47,24 @@ class MegatronFormat(WritableFormat):
     def open(self, checkpoint: Path, config: ModelConfig) -> TorchDistWeights:
         from cosmos_posttrain.checkpoint.torch_dist_weights import TorchDistWeights
 
-        return TorchDistWeights(checkpoint / WEIGHTS, config)
+        lora = context.read_model_config(checkpoint).lora
+        return TorchDistWeights(checkpoint / WEIGHTS, config, lora)
+
+    def open_average(self, checkpoint: Path, config: ModelConfig) -> TorchDistWeights:
+        from cosmos_posttrain.checkpoint.torch_dist_weights import TorchDistWeights
+
+        lora = context.read_model_config(checkpoint).lora
+        return TorchDistWeights(checkpoint / WEIGHTS, config, lora, averaged=True)
 
     def load(self, checkpoint: Path, config: ModelConfig, model: CosmosGPTModel) -> None:
         from cosmos_posttrain.checkpoint import dist
+        from cosmos_posttrain.checkpoint.fill import fill
 
-        self.open(checkpoint, config)  # names everything that does not fit; Megatron does not
-        dist.load(checkpoint / WEIGHTS, model)
+        weights = self.open(checkpoint, config)  # names everything that does not fit
+        if weights.lora is None:
+            dist.load(checkpoint / WEIGHTS, model)
+        else:
+            fill(model, weights.megatron)
 
     def write(self, folder: Path, contents: Contents) -> None:
         write_folder(folder, contents)

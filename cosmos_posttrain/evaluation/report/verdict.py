@@ -61,7 +61,8 @@ def findings(runs: list[ReportedRun], evaluations: list[Evaluation]) -> list[Fin
 
 def _command(command: str, run: ReportedRun) -> str:
     """With the flags that both commands share."""
-    data = str(run.settings.get("data.path") or "DATA")
+    path = run.settings.get("data.path") or "DATA"
+    data = ",".join(path) if isinstance(path, list) else str(path)
     words = ["python", "evaluate.py", command, "--data_path", data]
     return shlex.join([*words, "--ar_model_dir", str(run.folder)])
 

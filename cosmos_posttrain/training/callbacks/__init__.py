@@ -8,23 +8,33 @@ a branch in the loop.
 from __future__ import annotations
 
 from cosmos_posttrain.training.callbacks.base import Callback
+from cosmos_posttrain.training.callbacks.ema import Ema
 from cosmos_posttrain.training.callbacks.guard import Guard
 from cosmos_posttrain.training.callbacks.log import Log
 from cosmos_posttrain.training.callbacks.save import Save
 from cosmos_posttrain.training.callbacks.signals import Signals
 from cosmos_posttrain.training.callbacks.validate import Validate
 from cosmos_posttrain.training.config import TrainConfig
+from cosmos_posttrain.training.optimizer import CheckpointableOptimizer
 from cosmos_posttrain.training.validation import Validation
 
 __all__ = ["Callback", "make_callbacks"]
 
 
-def make_callbacks(config: TrainConfig, validation: Validation | None, log: Log) -> list[Callback]:
+def make_callbacks(
+    config: TrainConfig,
+    optimizer: CheckpointableOptimizer,
+    validation: Validation | None,
+    log: Log,
+) -> list[Callback]:
     """The callbacks of a run, in their order.
 
     Saving comes before validating, so that steps are safe as soon as they can be.
     """
-    callbacks: list[Callback] = [Guard(), Signals(), Save(config)]
+    callbacks: list[Callback] = [Guard(config)]
+    if config.optimizer.ema_decay is not None:
+        callbacks.append(Ema(config.optimizer.ema_decay, optimizer))
+    callbacks += [Signals(), Save(config)]
     if validation is not None:
         callbacks.append(Validate(config, validation))
     return [*callbacks, log]

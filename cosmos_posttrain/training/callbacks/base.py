@@ -24,8 +24,19 @@ class Run(Protocol):
         """True after the last step, and where the run was asked to end."""
         ...
 
+    def skip_batch(self, row: Row) -> list[str]:
+        """Goes on behind a batch that made no update, as if it had; names its clips.
+
+        The row gets the new counts. The names are on rank 0 only.
+        """
+        ...
+
     def save(self, row: Row) -> Path:
-        """Writes a checkpoint; every rank takes part."""
+        """Writes a checkpoint, or begins to; every rank takes part."""
+        ...
+
+    def poll_save(self) -> None:
+        """Calls ``after_save`` for a checkpoint that is complete by now."""
         ...
 
     def record_validation(self, row: Row) -> None:
@@ -49,7 +60,10 @@ class Callback:
         """A step is complete; ``row``, what metrics.jsonl will have of it, may be added to."""
 
     def after_save(self, run: Run, checkpoint: Path) -> None:
-        """A checkpoint is complete."""
+        """A checkpoint is complete: at once, or a few steps after it was begun (``async_save``).
+
+        All ranks are told at the same step.
+        """
 
     def close(self) -> None:
         """The run has ended, in whatever way."""

@@ -29,9 +29,9 @@ class Log(Callback):
     def after_step(self, run: Run, row: Row) -> None:
         self._log.write(row)
         parts = [
-            f"loss {row['reduced_train_loss']:.4f}",
+            f"loss {_number(row['reduced_train_loss'], '.4f')}",
             f"lr {row['lr']:.2e}",
-            f"grad norm {row['grad_norm']:.3f}",
+            f"grad norm {_number(row['grad_norm'], '.3f')}",
             f"{row['tokens_per_second']:,.0f} tokens/s",
         ]
         if row.get("mfu") is not None:
@@ -43,3 +43,8 @@ class Log(Callback):
 
     def close(self) -> None:
         self._log.close()
+
+
+def _number(value: float | None, form: str) -> str:
+    """A number; of a skipped batch's, which was not finite, the row has none."""
+    return "not finite" if value is None else format(value, form)

@@ -16,6 +16,7 @@ class Save(Callback):
         self._every = config.save_every_n_steps
 
     def after_step(self, run: Run, row: Row) -> None:
+        run.poll_save()
         if run.is_last_step or run.completed_steps % self._every == 0:
             run.save(row)
 
