@@ -22,7 +22,7 @@ def seconds(model, prompt: torch.Tensor, num_tokens: int) -> tuple[float, torch.
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     started = time.perf_counter()
-    tokens = generate(model, prompt, num_tokens, temperature=0.0)
+    tokens = generate(model, prompt, num_tokens, temperature=0.0, decoding="modules")
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter() - started, tokens

@@ -30,14 +30,16 @@ class Flag:
             own name.
         help: replaces the text of the config's docstring; the default is added from the config.
         aliases: other spellings.
+        takes_many: whether all words up to the next flag are its values.
 
-    A flag of a list is given once for each item.
+    Another flag of a list is given once for each item.
     """
 
     name: str
     key: str = ""
     help: str = ""
     aliases: tuple[str, ...] = ()
+    takes_many: bool = False
 
     @property
     def target(self) -> str:
@@ -104,7 +106,7 @@ def _add(parser: argparse.ArgumentParser, flag: Flag, config_class: type) -> Non
         parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
         return
     if typing.get_origin(kind) is list:
-        options["action"] = "append"
+        options |= {"action": "extend", "nargs": "+"} if flag.takes_many else {"action": "append"}
     if kind in (int, float):
         options["type"] = kind
     options["metavar"] = {int: "N", float: "X"}.get(kind, "S")

@@ -6,7 +6,8 @@ Flows in: a recipe's size, or Hugging Face ids. Flows out: one folder to carry o
     TARGET/download.json      which revision of what, with size and sha256 of every file
     TARGET/SHA256SUMS         the same sums, for ``sha256sum -c``
 
-Every script takes ``TARGET/owner/name`` where it takes a Hugging Face id. A download that was
+Every script takes ``TARGET/owner/name`` where it takes a Hugging Face id. What ``--model_sizes``
+asks for lies in ``checkpoints/name``, as ``infer.py`` looks for bare names. A download that was
 interrupted goes on where it stopped, at the same revision. ``--verify`` compares the folder with
 its sums and needs no network.
 """
@@ -17,7 +18,7 @@ import fnmatch
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,6 +32,11 @@ from cosmos_posttrain.text import DEFAULT_TEXT_ENCODER
 
 RECORD, SUMS = "download.json", "SHA256SUMS"
 RECIPES = ("4B", "12B", "5B-Video2World", "13B-Video2World")
+# As the original's command calls them.
+MODEL_SIZES = {"4B": "4B", "12B": "12B", "5B": "5B-Video2World", "13B": "13B-Video2World"}
+CHECKPOINT_DIR = "checkpoints"
+_GUARDRAIL = "nvidia/Cosmos-1.0-Guardrail"
+_PUBLISHED_TOKENIZER = "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
 _MODEL = "nvidia/Cosmos-1.0-Autoregressive-{}"
 _TOKENIZERS = "nvidia/Cosmos-0.1-Tokenizer-DV4x8x8,nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
 _LICENCES = ("LICENSE*", "NOTICE*")
@@ -44,6 +50,7 @@ _FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("model*.safetensors", "model.safetensors.index.json", "*.json", "spiece.model"),
         ("pytorch_model*.bin", "*.json", "spiece.model"),
     ),
+    "guardrail": (("blocklist/*", "face_blur_filter/*"),),
 }
 
 
@@ -52,7 +59,9 @@ class DownloadConfig:
     """What to fetch, and where to.
 
     Attributes:
-        target: the folder.
+        target: the folder; by default checkpoints, with --model_sizes.
+        model_sizes: 4B, 12B, 5B, 13B, one or several; each with its tokenizer and, for 5B and 13B,
+            T5-11B, and the guardrail, all where infer.py looks for them by their bare names.
         recipe: a model size; adds its model, two tokenizers and, for Video2World, T5-11B.
         models: further ids ``owner/name[@revision]``, separated by commas.
         tokenizers: ids of tokenizers; replaces the recipe's.
@@ -61,15 +70,22 @@ class DownloadConfig:
     """
 
     target: str = ""
+    model_sizes: list[str] = field(default_factory=list)
     recipe: str = setting("", choices=RECIPES)
     models: str = ""
     tokenizers: str = ""
     text_encoder: str = ""
     verify: bool = False
 
+    @property
+    def folder(self) -> str:
+        """Where everything goes; "" where nobody has said."""
+        return self.target or (CHECKPOINT_DIR if self.model_sizes else "")
+
 
 FLAGS = (
-    Flag("--target"),
+    Flag("--target", aliases=("--checkpoint_dir",)),
+    Flag("--model_sizes", takes_many=True),
     Flag("--recipe"),
     Flag("--models"),
     Flag("--tokenizers"),
@@ -80,14 +96,19 @@ FLAGS = (
 
 def wanted(config: DownloadConfig) -> dict[str, str]:
     """The role of every repository that is to be fetched, by its id."""
+    sizes = [MODEL_SIZES.get(size, size) for size in config.model_sizes]
+    sizes += [config.recipe] if config.recipe else []
     tokenizers, text_encoder = config.tokenizers, config.text_encoder
-    if config.recipe:
-        tokenizers = tokenizers or _TOKENIZERS
-    if config.recipe.endswith("Video2World"):
+    if not tokenizers and config.recipe:
+        tokenizers = _TOKENIZERS
+    elif not tokenizers and sizes:
+        tokenizers = _PUBLISHED_TOKENIZER
+    if any(size.endswith("Video2World") for size in sizes):
         text_encoder = text_encoder or DEFAULT_TEXT_ENCODER
-    model = _MODEL.format(config.recipe) if config.recipe else ""
-    roles = {"model": f"{model},{config.models}", "tokenizer": tokenizers}
+    models = ",".join(map(_MODEL.format, sizes))
+    roles = {"model": f"{models},{config.models}", "tokenizer": tokenizers}
     roles["text encoder"] = text_encoder
+    roles["guardrail"] = _GUARDRAIL if config.model_sizes else ""
     return {
         hub_id.strip(): role
         for role, ids in roles.items()
@@ -102,13 +123,19 @@ def validate(config: DownloadConfig) -> None:
     Raises:
         ConfigError: one sentence with all of them.
     """
-    problems = [] if config.target else ["--target is missing: name a folder"]
-    repositories = wanted(config)
-    if not repositories and not config.verify:
-        problems.append("nothing to download: give --recipe, --models or --tokenizers")
+    problems = [] if config.folder else ["--target is missing: name a folder"]
+    problems += [
+        f"--model_sizes {size} is not one of {', '.join(MODEL_SIZES)}"
+        for size in config.model_sizes
+        if size not in (*MODEL_SIZES, *RECIPES)
+    ]
+    if not wanted(config) and not config.verify:
+        problems.append(
+            "nothing to download: give --model_sizes, --recipe, --models or --tokenizers"
+        )
     problems += [
         f"{hub_id} is not an id such as nvidia/Cosmos-1.0-Autoregressive-4B[@revision]"
-        for hub_id in repositories
+        for hub_id in wanted(config)
         if not hub.looks_like_hub_id(hub_id)
     ]
     check(config, flag_names(FLAGS), problems)
@@ -122,19 +149,21 @@ def download(config: DownloadConfig) -> None:
         UserError: a repository that cannot be read, or files that arrived damaged.
     """
     validate(config)
-    target = Path(config.target)
+    target = Path(config.folder)
     files.check_writable(target, "--target")
     with files.locked(target):
-        _fill(target, wanted(config))
+        _fill(target, wanted(config), is_bare=bool(config.model_sizes))
 
 
-def _fill(target: Path, roles: dict[str, str]) -> None:
+def _fill(target: Path, roles: dict[str, str], is_bare: bool) -> None:
     record = _read_record(target)
     for hub_id, role in roles.items():
         name, revision = hub.split_revision(hub_id)
         entry = record["repositories"].get(name)
         if entry is None:
             entry = record["repositories"][name] = _look_up(name, revision, role)
+            if is_bare and role != "text encoder":  # T5 is looked for by its whole name
+                entry["folder"] = name.partition("/")[2]
         elif revision not in (None, entry["requested"], entry["commit"]):
             raise UserError(
                 f"{target} already has {name} at {entry['requested'] or entry['commit']}, not "
@@ -150,7 +179,13 @@ def _fill(target: Path, roles: dict[str, str]) -> None:
     total = sum(info["size"] for _, info in _recorded_files(record))
     print(f"{target}: {total / 1e9:.2f} GB complete; give these paths instead of the ids:")
     for name, entry in record["repositories"].items():
-        print(f"  {entry['role']:<12} {target / name}")
+        print(f"  {entry['role']:<12} {target / _place(name, entry)}")
+
+
+def _place(name: str, entry: dict[str, Any]) -> str:
+    """The folder of a repository, below the target."""
+    place: str = entry.get("folder", name)
+    return place
 
 
 def _look_up(name: str, revision: str | None, role: str) -> dict[str, Any]:
@@ -193,7 +228,7 @@ def _fetch(target: Path, name: str, entry: dict[str, Any]) -> None:
     """Downloads what is not there yet, and checks every file as it arrives."""
     import huggingface_hub
 
-    folder = target / name
+    folder = target / _place(name, entry)
     for number, (path, info) in enumerate(entry["files"].items(), 1):
         local = folder / path
         if info["done"] and local.is_file() and local.stat().st_size == info["size"]:
@@ -242,7 +277,7 @@ def _recorded_files(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any
     """Paths below the target, with what is known of them."""
     for name, entry in record["repositories"].items():
         for path, info in entry["files"].items():
-            yield f"{name}/{path}", info
+            yield f"{_place(name, entry)}/{path}", info
 
 
 def _write_sums(target: Path, record: dict[str, Any]) -> None:
@@ -282,13 +317,13 @@ def main() -> None:
     config = parse(DownloadConfig, FLAGS, None, "python -m cosmos_posttrain.download", description)
     validate(config)
     if config.verify:
-        verify(Path(config.target))
+        verify(Path(config.folder))
         return
     try:
         download(config)
     except OSError as error:
         raise UserError(
-            f"{config.target} cannot be written ({error.strerror or error}); make room or name "
+            f"{config.folder} cannot be written ({error.strerror or error}); make room or name "
             "another --target, then run the same command again."
         ) from error
 

@@ -47,9 +47,10 @@ def temporary_path(path: Path, is_shared: bool = False) -> Path:
 
 
 def final_name(name: str) -> str:
-    """The name that a temporary name becomes; any other name is returned as it is."""
-    match = _TEMPORARY.fullmatch(name)
-    return match[1] if match else name
+    """The name that a temporary name becomes in the end; any other is returned as it is."""
+    while match := _TEMPORARY.fullmatch(name):
+        name = match[1]
+    return name
 
 
 def is_leftover(name: str) -> bool:

@@ -30,6 +30,8 @@ OTHERS = {
     *"--editable --upgrade --check --signal".split(),
     *"--first --video --figure --num_tokens --prompt_tokens --runs --threads --case".split(),
     *"--run --input_dir --split --world --choose --picture".split(),
+    *"--shape --peers --batch --clock --windows --modules --clips".split(),
+    *"--timed_clips --given_latents".split(),
 }
 # Not the arrows of drawings (a --room--> b), and not `--offload_*`.
 FLAG = r"(?<![\w-])--[a-z]\w*(?:-\w+)*(?![\w*-])"

@@ -13,6 +13,7 @@ from helpers.distributed_run import run_script
 from safetensors.torch import load_file, save_file
 
 from cosmos_posttrain import doctor
+from cosmos_posttrain.inference.decode_state import DecodeState
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.tokenizer.network import DVNetwork
 
@@ -51,7 +52,7 @@ def test_float32_has_all_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     watch(DVNetwork, "encode")
     watch(DVNetwork, "decode")
     watch(ARModel, "logits")
-    watch(ARModel, "next_token_logits")
+    watch(DecodeState, "feed")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -60,7 +61,7 @@ def test_float32_has_all_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.set_float32_matmul_precision(before)
     assert {result.status for result in results} == {"PASS"}
-    assert {name for name, *_ in seen} == {"encode", "decode", "logits", "next_token_logits"}
+    assert {name for name, *_ in seen} == {"encode", "decode", "logits", "feed"}
     assert {tuple(allowed) for _, *allowed in seen} == {(False, "highest")}
     assert torch.backends.cudnn.allow_tf32
 

@@ -189,15 +189,49 @@ def test_ids_in_the_scripts(hub: hub_server.Hub, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
+def test_model_sizes_as_the_original_names_them(hub: hub_server.Hub, tmp_path: Path) -> None:
+    names = [f"nvidia/Cosmos-1.0-Autoregressive-{size}" for size in ("4B", "5B-Video2World")]
+    tokenizer = hub.repositories[TOKENIZER]
+    hub.repositories |= {name: _model_files() for name in names}
+    hub.repositories["nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"] = tokenizer
+    hub.repositories["google-t5/t5-11b"] = hub.repositories[TEXT]
+    hub.repositories["nvidia/Cosmos-1.0-Guardrail"] = {
+        "blocklist/custom/violence": b"word",
+        "face_blur_filter/Resnet50_Final.pth": b"faces",
+        "aegis/model.safetensors": b"large",
+    }
+    command = ["-m", "cosmos_posttrain.download", "--model_sizes", "4B", "5B"]
+    command += ["--text_encoder", "google-t5/t5-11b"]
+    finished = run_script(command, env=hub.environment(tmp_path / "home"), cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    folder = tmp_path / "checkpoints"
+    held = {path.parent.relative_to(folder).as_posix() for path in folder.rglob("*.*")}
+    assert {
+        "Cosmos-1.0-Autoregressive-4B",
+        "Cosmos-1.0-Autoregressive-5B-Video2World",
+        "Cosmos-1.0-Tokenizer-DV8x16x16",
+        "Cosmos-1.0-Guardrail/face_blur_filter",
+        "google-t5/t5-11b",
+    } <= held
+    assert (folder / "Cosmos-1.0-Guardrail/blocklist/custom/violence").read_bytes() == b"word"
+    assert not (folder / "Cosmos-1.0-Guardrail" / "aegis").exists()
+    verify(folder)
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+
+
 def test_settings(tmp_path: Path) -> None:
+    sizes = DownloadConfig(model_sizes=["4B", "5B", "12B", "13B"])
+    assert list(wanted(sizes).values()).count("model") == 4 and sizes.folder == "checkpoints"
+    with pytest.raises(ConfigError, match=r"--model_sizes 7B is not one of 4B, 12B, 5B, 13B"):
+        validate(DownloadConfig(model_sizes=["7B"]))
     for recipe in RECIPES:
-        roles = list(wanted(DownloadConfig(str(tmp_path), recipe)).values())
+        roles = list(wanted(DownloadConfig(str(tmp_path), recipe=recipe)).values())
         assert roles.count("model") == 1 and roles.count("tokenizer") == 2
         assert ("text encoder" in roles) == recipe.endswith("Video2World")
     with pytest.raises(ConfigError, match=r"--target is missing.*; nothing to download"):
         download(DownloadConfig())
     with pytest.raises(ConfigError, match=r"--recipe 5B is not one of 4B, .*; x is not an id"):
-        validate(DownloadConfig(str(tmp_path), "5B", "x"))
+        validate(DownloadConfig(str(tmp_path), recipe="5B", models="x"))
     with pytest.raises(ConfigError, match=r"^--target is missing: name a folder\.$"):
         validate(DownloadConfig(verify=True))
     with pytest.raises(ConfigError, match="x is not an id"):

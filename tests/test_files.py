@@ -79,6 +79,8 @@ def test_what_killed_writers_leave_is_known_and_removed(tmp_path: Path) -> None:
         assert files.is_leftover(path.name)
         assert files.final_name(path.name) in ("a.bin", "b.bin")
         path.touch()
+    within = files.temporary_path(files.temporary_path(tmp_path / "a.bin"))
+    assert files.final_name(within.name) == "a.bin"
     folder = files.temporary_path(tmp_path / "c")
     folder.mkdir()
     (folder / "inside").touch()

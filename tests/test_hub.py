@@ -30,7 +30,7 @@ from cosmos_posttrain import download
 from cosmos_posttrain.hub import split_revision
 found = {}
 for recipe in download.RECIPES:
-    for hub_id, role in download.wanted(download.DownloadConfig("unused", recipe)).items():
+    for hub_id, role in download.wanted(download.DownloadConfig("unused", recipe=recipe)).items():
         files = download._look_up(*split_revision(hub_id), role)["files"]
         found[hub_id] = [role, list(files)]
 print(json.dumps(found))

@@ -145,9 +145,21 @@ def write_context(
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(folder / "model.json", model.to_json())
     if data is not None:
-        files.write_json(folder / "data.json", data.to_json())
+        write_data(checkpoint, data)
     if state is not None:
         files.write_json(folder / "state.json", state)
+
+
+def data_path(checkpoint: Path) -> Path:
+    """Where a checkpoint says what it was trained on."""
+    return checkpoint / "context" / "data.json"
+
+
+def write_data(checkpoint: Path, data: TrainingData) -> None:
+    """Writes what a checkpoint was trained on, beside whatever its ``context`` holds."""
+    path = data_path(checkpoint)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, data.to_json())
 
 
 def read_model_config(checkpoint: Path) -> ModelConfig:
@@ -161,5 +173,5 @@ def read_data(checkpoint: Path) -> TrainingData | None:
     Raises:
         CheckpointError: the record is damaged.
     """
-    path = checkpoint / "context" / "data.json"
+    path = data_path(checkpoint)
     return TrainingData.from_json(read_json(path), str(path)) if path.is_file() else None

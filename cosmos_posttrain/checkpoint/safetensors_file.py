@@ -1,7 +1,8 @@
 """safetensors folders: one ``model.safetensors``, or shards with an index.
 
 Flows in: a folder, or tensors one after the other. Flows out: tensors by name, each read on its
-own; or ``model-00001-of-0000N.safetensors`` ... with ``model.safetensors.index.json``.
+own; or ``model.safetensors``, or where that would be too large
+``model-00001-of-0000N.safetensors`` ... with ``model.safetensors.index.json``.
 
 A file holds the length of its header (8 bytes), the header (JSON: dtype, shape and place of every
 tensor) and the tensors' bytes. The library's own writer needs a whole shard in memory; this one
@@ -118,6 +119,8 @@ class SafetensorsWriter:
         self._file: IO[bytes] | None = None
 
     def _file_name(self, shard: int) -> str:
+        if len(self._shards) == 1:
+            return SINGLE
         return f"model-{shard + 1:05d}-of-{len(self._shards):05d}.safetensors"
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -147,9 +150,11 @@ class SafetensorsWriter:
         return len(text).to_bytes(8, "little") + text
 
     def finish(self) -> None:
-        """Closes the last shard and writes the index."""
+        """Closes the last shard and writes the index, where there are several."""
         assert self._next == len(self._order)
         self.close()
+        if len(self._shards) == 1:
+            return
         weight_map = {
             name: self._file_name(number)
             for number, names in enumerate(self._shards)

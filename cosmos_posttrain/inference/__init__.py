@@ -4,9 +4,10 @@ Flows in: a model, a tokenizer and input frames. Flows out: tokens drawn one at 
 cache, decoded to an mp4.
 
 Modules: ``session`` holds a model and its tokenizer and answers ``request``s, ``opening`` finds out
-which they are and ``contract`` whether they belong together; ``engine`` draws tokens one after
-another, ``sampling`` one; ``batch`` is a run of ``infer.py``, ``outputs`` its files, ``config`` its
-settings and flags.
+which they are and ``contract`` whether they belong together; ``stacking`` makes one batch of some
+requests and ``rollout`` one clip of several chunks; ``engine`` draws tokens one after another,
+``sampling`` one; ``batch`` is a run of ``infer.py``: ``inputs`` says what it makes, ``making``
+makes it, ``outputs`` writes it, ``config`` has its settings and flags.
 """
 
 from __future__ import annotations

@@ -168,3 +168,24 @@ def check_input_type(input_type: str | None, model: ModelConfig, name: str) -> N
             f"--input_type {input_type} is for base models and {name} is a Video2World model, "
             f"which needs a text; give text_and_{input_type}, or leave it out."
         )
+
+
+def check_tokens(given: TokenizerInfo, tokenizer: TokenizerInfo, allows_others: bool) -> None:
+    """Refuses tokens that another tokenizer made than the session's; weights count, not names.
+
+    Args:
+        given: that made the tokens; its sha256 is "" where they came without it.
+        tokenizer: the session's.
+        allows_others: whether only the vocabulary must be the same.
+
+    Raises:
+        TokenizerError: names both.
+    """
+    check_vocabulary(given.vocab_size, tokenizer)
+    same_rate = tuple(given.compression) == tuple(tokenizer.compression)
+    if allows_others or (same_rate and given.sha256 in ("", tokenizer.sha256)):
+        return
+    raise TokenizerError(
+        f"the given tokens are of {given.id} and the model's tokenizer is {tokenizer.id}, which "
+        f"has other weights; give tokens of the model's own, {_TRY_ANYWAY}."
+    )

@@ -1,30 +1,38 @@
 """Generation: prompt tokens in, the tokens that follow them out, with a KV cache.
 
 Flows in: an ``ARModel`` and the tokens of the first latent frames (B, P). Flows out: the next N
-tokens (B, N), the same on every rank. The prompt goes through the model at once, then one token at
-a time. With guidance each clip has two rows, (2 B, ...): one with its text and one with another;
-both are fed the same tokens, and one is drawn from their scores together.
+tokens (B, N), the same on every rank.
+
+    model --DecodePlan, or its own modules--> NextScores --a way of decoding--> tokens
+
+With guidance each clip has two rows, (2 B, ...): one with its text and one with another; both are
+fed the same tokens, and one is drawn from their scores together.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
-from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError, GeometryError
-from cosmos_posttrain.inference.sampling import (
-    check_guidance,
-    check_sampling,
-    draw_uniform,
-    guide,
-    sample,
+from cosmos_posttrain.errors import ConfigError, GeometryError
+from cosmos_posttrain.inference.config import DECODINGS
+from cosmos_posttrain.inference.decode_plan import DecodePlan
+from cosmos_posttrain.inference.decode_state import DecodeState
+from cosmos_posttrain.inference.decoding import (
+    Decoded,
+    NextScores,
+    decode_in_windows,
+    decode_one_by_one,
 )
+from cosmos_posttrain.inference.module_scores import GuidedScores, ModuleScores
+from cosmos_posttrain.inference.noise import stream_keys
+from cosmos_posttrain.inference.sampling import Draw, check_guidance, check_sampling
+from cosmos_posttrain.inference.windows import LARGEST_WINDOW
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.builder import CosmosGPTModel
 
@@ -108,28 +116,6 @@ def _whole_sequences(module: CosmosGPTModel) -> Iterator[None]:
             setattr(owner, name, True)
 
 
-def _agree(tokens: Tensor) -> Tensor:
-    """The first tensor-parallel rank's tokens, on all of them.
-
-    The ranks' logits are equal, but a GPU's cumulative sums need not be to the last bit, and ranks
-    that disagree once would fill their caches with different clips.
-    """
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:
-        torch.distributed.broadcast(
-            tokens,
-            parallel_state.get_tensor_model_parallel_src_rank(),
-            group=parallel_state.get_tensor_model_parallel_group(),
-        )
-    return tokens
-
-
-def _check_finite(logits: Tensor) -> None:
-    if not bool(torch.isfinite(logits).all()):
-        raise CosmosPosttrainError(
-            "the model's logits are not finite: the weights are damaged or their training diverged."
-        )
-
-
 def generate(
     model: ARModel,
     prompt_tokens: Tensor,
@@ -138,12 +124,16 @@ def generate(
     temperature: float = 1.0,
     top_p: float | None = None,
     top_k: int | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
+    items: Sequence[int] | None = None,
+    samples: Sequence[int] | None = None,
     context: Tensor | None = None,
     guidance_scale: float = 1.0,
     negative_context: Tensor | None = None,
+    decoding: str = "auto",
+    window: int | None = None,
     progress: Callable[[int], None] | None = None,
-    observe: Callable[[int, Tensor], None] | None = None,
+    observe: Callable[[Decoded], None] | None = None,
 ) -> Tensor:
     """Continues clips of tokens. Every tensor-parallel rank calls it with the same arguments.
 
@@ -155,15 +145,23 @@ def generate(
         temperature: 0 takes the most likely token, 1.0 the model's own distribution.
         top_p: draws among the most likely tokens before which at most this mass lies.
         top_k: draws among this many most likely tokens.
-        seed: the same seed gives the same tokens, at any tensor parallel size up to rounding.
+        seed: of all clips, or one of each. A token depends on the scores at its place and on (seed,
+            item, sample, place) alone: the same at any tensor parallel size, batch size and way of
+            decoding, up to rounding.
+        items: number of each clip in its list, B of them; None counts from 0.
+        samples: number of each clip among the samples of its item; None is 0 for all.
         context: (B, L, context_dim) text embeddings of a Video2World model.
         guidance_scale: tokens are drawn from ``other + guidance_scale * (given - other)``, the
             logits with ``context`` and those with ``negative_context``; 1 draws from the former,
             without computing the latter.
         negative_context: as ``context``; None is the null context, all zeros.
-        progress: called with the number of tokens generated so far, after each.
-        observe: called with the number of each token and the logits (B, vocab_size) float32 that it
-            is drawn from, the same on every rank.
+        decoding: ``sequential``, one token at a time; ``jacobi``, a window of drafts at a time;
+            ``modules``, sequential through Megatron's own modules, slow, to compare with; ``auto``,
+            the fastest of the first two.
+        window: tokens that ``jacobi`` feeds at once; None chooses from pass to pass.
+        progress: called with the number of tokens generated so far, as they come.
+        observe: called with tokens as they are known and the scores that they were drawn from, the
+            same on every rank.
 
     Returns:
         (B, num_tokens) int64 on the model's device.
@@ -179,55 +177,99 @@ def generate(
     _check_prompt(model, prompt_tokens, num_tokens)
     model.check_context(context, prompt_tokens.shape[0])
     contexts = _contexts(context, guidance_scale, negative_context)
+    _check_decoding(decoding, window)
     _check_layout()
+    prompt = prompt_tokens.long().to(model.device)
+    own_draw = Draw(
+        _keys(len(prompt), seed, items, samples).to(model.device),
+        1 if model.config.is_video2world else 0,
+        temperature,
+        top_p,
+        top_k,
+    )
+
+    def draw(scores: Tensor, positions: Tensor) -> Tensor:
+        return _agreed(own_draw(scores, positions))
+
+    length = prompt.shape[1] + num_tokens
+    decoding = chosen_decoding(decoding)
     model.module.eval()
     with torch.inference_mode(), _whole_sequences(model.module):
-        generated = _decode(
-            model,
-            prompt_tokens.long().to(model.device),
-            contexts,
-            guidance_scale,
-            draw_uniform(prompt_tokens.shape[0], num_tokens, seed).to(model.device),
-            lambda logits, u: sample(logits, u, temperature=temperature, top_p=top_p, top_k=top_k),
-            progress,
-            observe,
-        )
+        if decoding == "jacobi":
+            room = length + (window or LARGEST_WINDOW)
+            scores = _open_scores(model, decoding, room, contexts, guidance_scale, len(prompt))
+            frame = model.latent_shape.tokens_per_frame
+            generated = decode_in_windows(
+                scores, prompt, num_tokens, draw, window, frame, progress, observe
+            )
+        else:
+            scores = _open_scores(model, decoding, length, contexts, guidance_scale, len(prompt))
+            generated = decode_one_by_one(scores, prompt, num_tokens, draw, progress, observe)
     # Tensors made in inference mode cannot take part in training; a copy of one can.
     return generated.clone()
 
 
-def _decode(
+def chosen_decoding(decoding: str) -> str:
+    """What ``auto`` means: windows, which become single tokens where drafts do not pay."""
+    return "jacobi" if decoding == "auto" else decoding
+
+
+def _agreed(tokens: Tensor) -> Tensor:
+    """The first tensor-parallel rank's tokens on all of them.
+
+    Ranks compute the same draws from the same gathered scores, but on GPUs of different kinds a
+    logarithm may round differently, and two ranks that go on from different tokens decode noise or
+    wait for each other forever. A few bytes beside the layers' own sums.
+    """
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        tokens = tokens.contiguous()
+        torch.distributed.broadcast(
+            tokens,
+            parallel_state.get_tensor_model_parallel_src_rank(),
+            parallel_state.get_tensor_model_parallel_group(),
+        )
+    return tokens
+
+
+def _check_decoding(decoding: str, window: int | None) -> None:
+    if decoding not in DECODINGS:
+        raise ConfigError(f"there is no decoding {decoding!r}; use {', '.join(DECODINGS)}.")
+    if window is not None and window < 2:
+        raise ConfigError(f"window {window} must be at least 2: a known token and a draft.")
+
+
+def _keys(
+    batch_size: int,
+    seed: int | Sequence[int],
+    items: Sequence[int] | None,
+    samples: Sequence[int] | None,
+) -> Tensor:
+    """(B,) int64, see ``stream_keys``."""
+    numbers = [
+        [seed] * batch_size if isinstance(seed, int) else list(seed),
+        list(range(batch_size) if items is None else items),
+        [0] * batch_size if samples is None else list(samples),
+    ]
+    if any(len(some) != batch_size for some in numbers):
+        raise ConfigError(
+            f"seeds, items and samples must have a number for each of the {batch_size} clips."
+        )
+    return stream_keys(*map(torch.tensor, numbers))
+
+
+def _open_scores(
     model: ARModel,
-    prompt: Tensor,
+    decoding: str,
+    max_length: int,
     contexts: Tensor | None,
     guidance_scale: float,
-    uniform: Tensor,
-    draw: Callable[[Tensor, Tensor], Tensor],
-    progress: Callable[[int], None] | None,
-    observe: Callable[[int, Tensor], None] | None,
-) -> Tensor:
-    """The loop: feeds the prompt (B, P), then each drawn token; returns (B, N)."""
-    batch_size, num_tokens = uniform.shape
-    copies = 1 if guidance_scale == 1 else 2
-    # The last token is never fed, so the cache needs no room for it.
-    cache = StaticInferenceContext(copies * batch_size, prompt.shape[1] + num_tokens - 1)
-
-    def score(tokens: Tensor, contexts: Tensor | None = None) -> Tensor:
-        logits = model.next_token_logits(tokens.repeat(copies, 1), cache, contexts)
-        return logits if copies == 1 else guide(logits, guidance_scale)
-
-    generated = prompt.new_empty(batch_size, num_tokens)
-    logits = score(prompt, contexts)
-    _check_finite(logits)
-    for position in range(num_tokens):
-        if observe is not None:
-            observe(position, logits)
-        token = _agree(draw(logits, uniform[:, position]))
-        generated[:, position] = token
-        if progress is not None:
-            progress(position + 1)
-        if position + 1 < num_tokens:
-            logits = score(token[:, None])
-    # What is not finite stays so through the cache: the last logits speak for all.
-    _check_finite(logits)
-    return generated
+    batch_size: int,
+) -> NextScores:
+    """The model with an empty cache."""
+    rows = batch_size if guidance_scale == 1 else 2 * batch_size
+    scores: NextScores
+    if decoding == "modules":
+        scores = ModuleScores(model, rows, max_length, contexts)
+    else:
+        scores = DecodeState(DecodePlan(model), rows, max_length, contexts)
+    return scores if guidance_scale == 1 else GuidedScores(scores, guidance_scale)

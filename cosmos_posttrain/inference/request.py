@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,12 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.errors import ConfigError, GeometryError, TextError
-from cosmos_posttrain.geometry import ClipGeometry, num_pixel_frames
+from cosmos_posttrain.geometry import (
+    ClipGeometry,
+    Compression,
+    num_latent_frames,
+    num_pixel_frames,
+)
 from cosmos_posttrain.inference.sampling import check_guidance, check_sampling
 from cosmos_posttrain.text.prompts import prompt_problem
 from cosmos_posttrain.video import is_image
@@ -48,7 +53,14 @@ class Request:
         temperature: 0 takes the most likely token each time, 1.0 is the model's own distribution.
         top_p: draws among the most likely tokens before which at most this mass lies.
         top_k: draws among this many most likely tokens.
-        seed: the same seed gives the same tokens.
+        seed: the same seed gives the same tokens; of a clip of a list, with the next two.
+        item: number of the clip in its list, 0 alone.
+        sample: number of the sample among those of its item.
+        num_rollout_chunks: how many lengths of the session's clips, one continuing the other.
+        rollout_overlap: latent frames at the end of what is there that each further chunk is given;
+            None means as many as the first was given, the anchor counted in.
+        rollout_anchor: whether each further chunk is given the clip's first latent frame, too.
+        with_log_probs: whether the clip says how probable its tokens were.
         fps: frames a second of the clip; None means the input's, and 25 where it has none.
 
     Raises:
@@ -68,6 +80,12 @@ class Request:
     top_p: float | None = None
     top_k: int | None = None
     seed: int = 0
+    item: int = 0
+    sample: int = 0
+    num_rollout_chunks: int = 1
+    rollout_overlap: int | None = None
+    rollout_anchor: bool = True
+    with_log_probs: bool = False
     fps: float | None = None
 
     def __post_init__(self) -> None:
@@ -83,6 +101,9 @@ class Request:
         for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
             if text is not None and (problem := prompt_problem(text)):
                 raise TextError(f"{name} {problem}.")
+        for name in ("seed", "item", "sample"):
+            if not 0 <= (number := getattr(self, name)) < 2**63:
+                raise ConfigError(f"{name} {number} must lie in [0, 2**63).")
         check_sampling(self.temperature, self.top_p, self.top_k)
         check_guidance(self.guidance_scale, self.negative_prompt is not None)
 
@@ -119,6 +140,32 @@ class Request:
         geometry.num_condition_tokens(count)
         return count
 
+    def num_overlapping(self, geometry: ClipGeometry) -> int:
+        """Latent frames at the end of what is there that each further chunk is given.
+
+        Raises:
+            GeometryError: they leave nothing to generate.
+        """
+        most, count = geometry.latent_shape.time - 1 - self.rollout_anchor, self.rollout_overlap
+        if count is None:
+            given = num_latent_frames(self.num_given(geometry), geometry.compression)
+            count = max(given - self.rollout_anchor, 1)
+        if not 1 <= count <= most:
+            fix = f"use 1 to {most}" if most else "leave out the anchor with --no-rollout_anchor"
+            raise GeometryError(
+                f"rollout_overlap {count}{' beside the anchor' * self.rollout_anchor} leaves "
+                f"nothing to generate in a clip of {geometry.latent_shape.time} latent frames; "
+                f"{fix}."
+            )
+        return count
+
+    def num_latents(self, geometry: ClipGeometry) -> int:
+        """Latent frames of the whole clip, all chunks together."""
+        time, more = geometry.latent_shape.time, self.num_rollout_chunks - 1
+        if not more:
+            return time
+        return time + more * (time - self.rollout_anchor - self.num_overlapping(geometry))
+
     def settings(self, geometry: ClipGeometry) -> dict[str, Any]:
         """What determines the clip, apart from the session."""
         settings = {
@@ -128,8 +175,16 @@ class Request:
             "top_p": self.top_p,
             "top_k": self.top_k,
             "seed": self.seed,
+            "item": self.item,
+            "sample": self.sample,
             "fps": self.fps,
         }
+        if self.num_rollout_chunks > 1:
+            settings |= {
+                "num_rollout_chunks": self.num_rollout_chunks,
+                "rollout_overlap": self.num_overlapping(geometry),
+                "rollout_anchor": self.rollout_anchor,
+            }
         if self.has_text:
             settings |= {
                 "prompt": self.prompt,
@@ -203,9 +258,12 @@ class GeneratedClip:
         fps: frames a second.
         settings: what determines the clip.
         tensor_model_parallel_size: processes that shared the model.
-        seconds: that each part took so far.
-        decode: makes frames of tokens.
+        seconds: that each part took so far; of a batch of clips, this one's share.
+        decode: makes frames of tokens, part by part: (3, n, H, W) uint8 on the CPU each.
+        decoding: how the tokens were found; see ``SessionConfig``.
         text_encoder: id and sha256 of what encoded its texts; None where nothing did.
+        log_probs: (T, H, W) float32 on the CPU, how probable each token was among all tokens at
+            temperature 1, in nats, guidance included; NaN for given ones. None where not asked for.
     """
 
     tokens: Tensor
@@ -215,16 +273,36 @@ class GeneratedClip:
     settings: dict[str, Any]
     tensor_model_parallel_size: int
     seconds: dict[str, float]
-    decode: Callable[[Tensor], Tensor] = field(repr=False)
+    decode: Callable[[Tensor], Iterator[Tensor]] = field(repr=False)
     text_encoder: dict[str, str] | None = None
+    log_probs: Tensor | None = None
+    decoding: str = "sequential"
 
     @cached_property
     def frames(self) -> Tensor:
         """(3, T, H, W) uint8 on the CPU, decoded when they are first asked for."""
-        start = time.perf_counter()
-        frames = self.decode(self.tokens)
-        self.seconds["decode"] = time.perf_counter() - start
-        return frames
+        return torch.cat(list(self._decoded()), dim=1)
+
+    def frame_parts(self) -> Iterator[Tensor]:
+        """The frames part by part, so that a long clip is never held whole."""
+        if "frames" in self.__dict__:
+            return iter([self.frames])
+        return self._decoded()
+
+    def _decoded(self) -> Iterator[Tensor]:
+        self.seconds["decode"] = 0.0
+        parts = self.decode(self.tokens)
+        while True:
+            start = time.perf_counter()
+            part = next(parts, None)
+            self.seconds["decode"] += time.perf_counter() - start
+            if part is None:
+                return
+            yield part
+
+    def num_frames(self, compression: Compression) -> int:
+        """Frames that it decodes to."""
+        return num_pixel_frames(self.tokens.shape[0], compression)
 
     @property
     def num_generated_tokens(self) -> int:
@@ -244,6 +322,7 @@ class GeneratedClip:
             "tokens_sha256": _sha256(self.tokens),
             "num_repeated": self.num_repeated,
             "fps": self.fps,
+            "decoding": self.decoding,
             "tensor_model_parallel_size": self.tensor_model_parallel_size,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "tokens_per_second": round(self.num_generated_tokens / self.seconds["generate"], 2),

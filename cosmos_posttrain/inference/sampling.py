@@ -1,20 +1,34 @@
 """One token out of the scores of all.
 
-Flows in: logits (B, V) and uniform random numbers (B,). Flows out: tokens (B,).
+Flows in: logits (B, N, V), and Gumbel numbers of the places that they belong to (``noise.py``).
+Flows out: tokens (B, N).
 
-All randomness of a call is drawn at once from a seeded CPU generator, and each token is found from
-its number by inverting the cumulative distribution. So every rank and every kind of device draws
-the same token from the same logits, and nothing waits for the device between tokens.
+    token = argmax(logits / temperature + gumbel) over the tokens that may be drawn
+
+which is a draw from ``softmax(logits / temperature)`` over them (Gumbel-max; Maddison et al., 2014,
+arXiv:1411.0030). A token is thus a function of logits and place alone, whoever computes it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.inference.noise import gumbel
+
+# Gumbel numbers (B, N, V) of tokens, (V,) or (B, N, V), at the places of some scores.
+Numbers = Callable[[Tensor], Tensor]
+
+# So many of the most likely tokens are looked at first, and so many times more if that is too few.
+_FIRST_CANDIDATES, _MORE_CANDIDATES = 256, 8
+# On a GPU: chance at most, in powers of e, that none of the best scores may be drawn.
+_LOG_MISS = -40.0
+_MAX_BEST = 256
 
 
 def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -> None:
@@ -56,88 +70,173 @@ def guide(logits: Tensor, guidance_scale: float) -> Tensor:
     """Classifier-free guidance (Ho and Salimans, 2022, arXiv:2207.12598, equation 6).
 
     Args:
-        logits: (2 B, V) float32: of the text, then of the null or negative text.
+        logits: (2 B, ...): of the text, then of the null or negative text.
         guidance_scale: the paper's w + 1: 0 is the other text alone, 1 the text alone.
 
     Returns:
-        (B, V).
+        (B, ...) float32.
     """
-    given, other = logits.chunk(2)
+    given, other = logits.float().chunk(2)
     return other + guidance_scale * (given - other)
 
 
-def draw_uniform(batch_size: int, num_tokens: int, seed: int) -> Tensor:
-    """The random numbers of a whole call, on the CPU.
-
-    Returns:
-        (B, N) float64 in [0, 1); clip by clip, so that the first clip's do not depend on B.
-    """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.rand(batch_size, num_tokens, dtype=torch.float64, generator=generator)
-
-
-def keep_most_likely(probabilities: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
-    """Which of the sorted tokens may be drawn; the most likely one always may.
-
-    Args:
-        probabilities: (B, K) in descending order: all tokens, or the K most likely of them.
-        top_p: keeps the tokens before which at most this mass lies (nucleus sampling, Holtzman et
-            al., 2020, arXiv:1904.09751); None keeps all.
-        top_k: keeps at most this many; None keeps all.
-
-    Returns:
-        (B, K) bool, true for a prefix of each row.
-    """
-    keep = torch.ones_like(probabilities, dtype=torch.bool)
-    if top_p is not None:
-        mass = probabilities.double()
-        keep &= mass.cumsum(-1) - mass <= top_p
-        keep[:, 0] = True
-    if top_k is not None:
-        keep[:, top_k:] = False
-    return keep
-
-
-def sample(
+def choose(
     logits: Tensor,
-    uniform: Tensor,
+    numbers: Numbers,
     *,
     temperature: float = 1.0,
     top_p: float | None = None,
     top_k: int | None = None,
 ) -> Tensor:
-    """Draws one token a row.
+    """Draws one token for each row of scores.
 
-    ``softmax(logits / temperature)``, cut by top_p and top_k, renormalised; the token is the first
-    whose cumulative probability exceeds the row's random number. Temperature 0 is the argmax.
+    A token may be drawn where the tokens that are more likely than it hold at most ``top_p`` of the
+    probability (nucleus sampling, Holtzman et al., 2020, arXiv:1904.09751) and are fewer than
+    ``top_k``; the most likely one always may.
 
     Args:
-        logits: (B, V) float32.
-        uniform: (B,) float64 in [0, 1), on the logits' device; not used at temperature 0.
-        temperature: at least 0.
-        top_p: see ``keep_most_likely``.
-        top_k: see ``keep_most_likely``.
+        logits: (B, N, V).
+        numbers: Gumbel numbers; not asked for at temperature 0.
+        temperature: 0 takes the most likely token.
+        top_p: None keeps all, as 1 does.
+        top_k: None keeps all.
 
     Returns:
-        (B,) int64.
+        (B, N) int64.
     """
     if temperature == 0:
         return logits.argmax(-1)
     # Less its maximum first: a tiny temperature must not overflow.
-    shifted = logits - logits.amax(-1, keepdim=True)
-    probabilities = torch.softmax(shifted / temperature, -1)
-    if top_k is not None and top_k < logits.shape[-1]:
-        values, tokens = probabilities.topk(top_k, -1)
-    elif top_p is not None and top_p < 1:
-        values, tokens = probabilities.sort(-1, descending=True)
-    else:
-        values, tokens = probabilities, None
-    if tokens is not None:
-        keep = keep_most_likely(values, top_p, top_k)
-        values = values.masked_fill(~keep, 0.0)
-    cumulative = values.cumsum(-1, dtype=torch.float64)
-    target = (uniform * cumulative[:, -1])[:, None]
-    # Rounding may put the target at the very end, behind the last token that may be drawn.
-    last = (values > 0).long().mul(torch.arange(values.shape[-1], device=values.device)).amax(-1)
-    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(-1).minimum(last)
-    return drawn if tokens is None else tokens.gather(-1, drawn[:, None]).squeeze(-1)
+    scaled = (logits.float() - logits.amax(-1, keepdim=True)) / temperature
+    if top_p == 1.0:
+        top_p = None
+    if top_p is None and top_k is None:
+        return (scaled + numbers(_all_tokens(logits))).argmax(-1)
+    # A window is waited for in any case.
+    if logits.is_cuda and logits.shape[-2] == 1:
+        return choose_by_score(scaled, numbers, top_p, top_k)
+    return choose_by_likelihood(scaled, numbers, top_p, top_k)
+
+
+def choose_by_likelihood(
+    scaled: Tensor, numbers: Numbers, top_p: float | None, top_k: int | None
+) -> Tensor:
+    """Looks at the most likely tokens only, as many as may be drawn; nothing is made of the others.
+
+    For the CPU: it asks what it has found before it goes on.
+
+    Args:
+        scaled: (B, N, V) float32, largest 0.
+        numbers: see ``choose``, as the others.
+        top_p: see there.
+        top_k: see there.
+    """
+    size = scaled.shape[-1]
+    total = scaled.exp().sum(-1, keepdim=True)
+    count = min(size, _FIRST_CANDIDATES if top_k is None else min(top_k + 1, _FIRST_CANDIDATES))
+    while True:
+        found = scaled.topk(count, -1)
+        mass = found.values.exp() / total
+        # Number and mass of those that are strictly more likely; equal ones are treated alike.
+        first = torch.searchsorted(-found.values, -found.values)
+        before = (mass.cumsum(-1) - mass).gather(-1, first)
+        keep = torch.ones_like(before, dtype=torch.bool)
+        if top_p is not None:
+            keep = before <= top_p
+        if top_k is not None:
+            keep &= first < top_k
+        keep[..., 0] = True
+        if count == size or not bool(keep[..., -1].any()):
+            break
+        count = min(size, count * _MORE_CANDIDATES)
+    width = int(keep.sum(-1).max())  # what is kept comes first
+    tokens = found.indices[..., :width]
+    scores = found.values[..., :width] + numbers(tokens)
+    best = scores.masked_fill_(~keep[..., :width], -math.inf).argmax(-1, keepdim=True)
+    return tokens.gather(-1, best).squeeze(-1)
+
+
+def choose_by_score(
+    scaled: Tensor, numbers: Numbers, top_p: float | None, top_k: int | None
+) -> Tensor:
+    """Looks at the best scores, one of which may be drawn; nothing is asked on the way.
+
+    For the GPU. What may be drawn holds more than ``top_p``, so that one after another, each of the
+    best scores belongs to it with at least this probability.
+
+    Args:
+        scaled: (B, N, V) float32, largest 0.
+        numbers: see ``choose``, as the others.
+        top_p: see there.
+        top_k: see there.
+    """
+    size = scaled.shape[-1]
+    masses = torch.softmax(scaled, -1)
+    if top_k is not None and top_k < size:
+        smallest = scaled.topk(top_k, -1).values[..., -1:]
+        scaled = scaled.masked_fill(scaled < smallest, -math.inf)
+    scores = scaled + numbers(_all_tokens(scaled))
+    if top_p is None:
+        return scores.argmax(-1)
+    count = size
+    if top_k is None and top_p > 0:
+        count = min(size, math.ceil(_LOG_MISS / math.log1p(-top_p)))
+    if count > _MAX_BEST:  # few tokens hold so little: look at the most likely ones instead
+        return _choose_sorted(scores, masses, top_p)
+    best = scores.topk(count, -1).indices
+    likelier = masses[..., None, :] > masses.gather(-1, best)[..., None]
+    keep = (masses[..., None, :] * likelier).sum(-1) <= top_p
+    # The first of them; argmax of equal values may be any.
+    order = torch.arange(count, 0, -1, device=keep.device)
+    return best.gather(-1, (keep * order).argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def _choose_sorted(scores: Tensor, masses: Tensor, top_p: float) -> Tensor:
+    found = masses.sort(-1, descending=True)
+    before = found.values.cumsum(-1) - found.values
+    first = torch.searchsorted(-found.values, -found.values)
+    keep = before.gather(-1, first) <= top_p
+    keep[..., 0] = True
+    kept = scores.gather(-1, found.indices).masked_fill(~keep, -math.inf)
+    return found.indices.gather(-1, kept.argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def _all_tokens(logits: Tensor) -> Tensor:
+    return torch.arange(logits.shape[-1], device=logits.device)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How tokens of some clips are drawn.
+
+    Attributes:
+        keys: (B,) int64, see ``stream_keys``.
+        prefix: tokens before the clip's own (``<bov>``), which are no places of it.
+        temperature: see ``choose``, as the next two.
+        top_p: see there.
+        top_k: see there.
+    """
+
+    keys: Tensor
+    prefix: int = 0
+    temperature: float = 1.0
+    top_p: float | None = None
+    top_k: int | None = None
+
+    def __call__(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """Draws the tokens at some places.
+
+        Args:
+            scores: (B, N, V), of the same places.
+            positions: (N,) or (B, N) int64, in the sequence.
+
+        Returns:
+            (B, N) int64.
+        """
+        return choose(
+            scores,
+            lambda tokens: gumbel(self.keys, positions - self.prefix, tokens),
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+        )

@@ -37,11 +37,16 @@ from cosmos_posttrain.inference import contract as contracts
 from cosmos_posttrain.inference import opening
 from cosmos_posttrain.inference.conditioning import TextConditioner
 from cosmos_posttrain.inference.config import SESSION_FLAGS, SessionConfig
-from cosmos_posttrain.inference.engine import generate
+from cosmos_posttrain.inference.decode_plan import lay_out
+from cosmos_posttrain.inference.engine import chosen_decoding
+from cosmos_posttrain.inference.memory import Peaks
+from cosmos_posttrain.inference.quantization import check_quantization, quantize
 from cosmos_posttrain.inference.request import IMAGE_FPS, GeneratedClip, Prompt, Request
+from cosmos_posttrain.inference.rollout import roll_out
+from cosmos_posttrain.inference.stacking import check_alike, continue_prompts
+from cosmos_posttrain.inference.watching import OnTokens
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.config import ModelConfig
-from cosmos_posttrain.models.sequence import sequence_layout
 from cosmos_posttrain.tokenizer.video_tokenizer import VideoTokenizer
 from cosmos_posttrain.video import read_input, to_float, to_uint8
 
@@ -61,13 +66,16 @@ class Session:
         tokenizer_info: which tokenizer it is.
         tensor_model_parallel_size: processes that share the model.
         notes: sentences for the user.
+        peaks: memory of each stage so far.
 
     Raises:
         UserError: one of its children, for anything that does not fit together.
     """
 
     def __init__(self, config: SessionConfig) -> None:
+        self.peaks = Peaks()
         check(config, flag_names(SESSION_FLAGS))
+        check_quantization(config.quantization, config.decoding)
         self._config = config
         source = opening.open_checkpoint(config)
         self.contract = contract = source.contract
@@ -139,6 +147,7 @@ class Session:
             "latent_shape": list(clip.latent_shape),
             "rope_scaling": config.rope_scaling,
             "rope_scale": config.rope_scale,
+            **({} if config.quantization is None else {"quantization": config.quantization}),
         }
 
     def check(self, request: Request) -> None:
@@ -149,6 +158,7 @@ class Session:
             ConfigError: a text for a base model, or none for a Video2World model.
         """
         request.num_given(self.geometry)
+        request.num_latents(self.geometry)
         contracts.check_text(request, self.model_config, self.name)
 
     def encode_prompts(
@@ -175,11 +185,12 @@ class Session:
             return
         if self._model is None:
             groups.initialize(groups.Parallelism(tensor=self.tensor_model_parallel_size))
-        groups.decide(
-            lambda: conditioner.encode(prompts, others, progress),
-            parallel_state.get_tensor_model_parallel_src_rank(),
-            parallel_state.get_tensor_model_parallel_group(),
-        )
+        with self.peaks.stage("text"):
+            groups.decide(
+                lambda: conditioner.encode(prompts, others, progress),
+                parallel_state.get_tensor_model_parallel_src_rank(),
+                parallel_state.get_tensor_model_parallel_group(),
+            )
 
     def load(self) -> None:
         """Loads the model's weights, once; all ranks of the job together.
@@ -198,56 +209,114 @@ class Session:
             self.tensor_model_parallel_size,
             self._config.layer_spec,
         )
+        if self._config.quantization is not None:
+            quantize(self._model)
+        lay_out(self._model)
         if self._config.offload_ar_model:
             self._move_model("cpu")
 
     def generate(
-        self, request: Request, progress: Callable[[int], None] | None = None
+        self,
+        request: Request,
+        progress: Callable[[int], None] | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> GeneratedClip:
-        """Generates one clip; all ranks that share the model together.
+        """Generates one clip; see ``generate_many``."""
+        return self.generate_many([request], progress, on_tokens)[0]
+
+    def generate_many(
+        self,
+        requests: Sequence[Request],
+        progress: Callable[[int], None] | None = None,
+        on_tokens: OnTokens | None = None,
+    ) -> list[GeneratedClip]:
+        """Generates clips in one batch; all ranks that share the model together.
+
+        A clip is what it would be alone, up to rounding.
 
         Args:
-            request: what is given of the clip.
-            progress: called with the number of tokens generated so far, after each.
+            requests: what is given of each clip, as many frames, and how it is sampled: the same
+                temperature, top_p, top_k and guidance_scale.
+            progress: called with the number of tokens of a clip so far, as they come.
+            on_tokens: called with the number of a request and its clip's tokens so far, given ones
+                included, (n,) int64 on the CPU: once a latent frame, on every rank.
 
         Raises:
+            ConfigError: requests that cannot be one batch.
             VideoError: the input cannot be decoded; on all of those ranks.
             TextError: the text encoder is missing, damaged or not the model's.
             UserError: see ``check``.
             CosmosPosttrainError: the model's logits are not finite.
         """
-        settings = self.settings_of(request)
+        check_alike(requests, self.geometry)
+        if requests[0].num_rollout_chunks == 1:
+            return self._generate_chunk(requests, progress, on_tokens)
+        chunk = self._generate_chunk
+        clips = roll_out(chunk, requests, self.geometry, progress, on_tokens)
+        return [
+            dataclasses.replace(clip, settings=self.settings_of(request))
+            for clip, request in zip(clips, requests, strict=True)
+        ]
+
+    def _generate_chunk(
+        self,
+        requests: Sequence[Request],
+        progress: Callable[[int], None] | None,
+        on_tokens: OnTokens | None,
+    ) -> list[GeneratedClip]:
+        """Generates clips of the session's length."""
+        settings = [self.settings_of(request) for request in requests]
         start = time.perf_counter()
-        self.encode_prompts(request.prompts)
+        self.encode_prompts([text for request in requests for text in request.prompts])
         text_seconds = time.perf_counter() - start
         self.load()
         start = time.perf_counter()
-        prompt = self._prompt(request)
+        prompts = [self._prompt(request) for request in requests]
         encoded = time.perf_counter()
-        tokens = self._continue(prompt, request, progress)
-        return GeneratedClip(
-            tokens=tokens.view(*self.geometry.latent_shape),
-            num_condition_tokens=prompt.tokens.shape[1],
-            num_repeated=prompt.num_repeated,
-            fps=request.fps or (prompt.fps if 0 < prompt.fps < 1000 else IMAGE_FPS),
-            settings=settings,
-            tensor_model_parallel_size=self.tensor_model_parallel_size,
-            seconds={
-                "encode": text_seconds + encoded - start,
-                "generate": time.perf_counter() - encoded,
-            },
-            decode=self.decode,
-            text_encoder=prompt.text_encoder,
-        )
+        with self.peaks.stage("generate"):
+            tokens, log_probs = self._continue(prompts, requests, progress, on_tokens)
+        seconds = {
+            "encode": (text_seconds + encoded - start) / len(requests),
+            "generate": (time.perf_counter() - encoded) / len(requests),
+        }
+        shape = self.geometry.latent_shape
+        return [
+            GeneratedClip(
+                tokens=tokens[number].view(*shape),
+                num_condition_tokens=prompt.tokens.shape[1],
+                num_repeated=prompt.num_repeated,
+                fps=request.fps or (prompt.fps if 0 < prompt.fps < 1000 else IMAGE_FPS),
+                settings=settings[number],
+                tensor_model_parallel_size=self.tensor_model_parallel_size,
+                seconds=dict(seconds),
+                decode=self.decode_parts,
+                text_encoder=prompt.text_encoder,
+                log_probs=None if log_probs is None else log_probs[number].view(*shape),
+                decoding=chosen_decoding(self._config.decoding),
+            )
+            for number, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
+        ]
 
     def encode(self, frames: Tensor) -> Tensor:
         """Frames (3, T, H, W) uint8 -> tokens (t, h, w) int64 on the CPU."""
-        indices = self._get_tokenizer().encode(to_float(frames)[None])
-        return indices[0].long().cpu()
+        with self.peaks.stage("encode"):
+            indices = self._get_tokenizer().encode(to_float(frames)[None])
+            return indices[0].long().cpu()
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens (t, h, w) -> frames (3, T, H, W) uint8 on the CPU."""
-        return to_uint8(self._get_tokenizer().decode(tokens[None])[0]).cpu()
+        return torch.cat(list(self.decode_parts(tokens)), dim=1)
+
+    def decode_parts(self, tokens: Tensor) -> Iterator[Tensor]:
+        """The frames of ``decode`` part by part: of a long clip a part at a time is held."""
+        parts = self._get_tokenizer().decode_parts(tokens[None])
+        while True:
+            with self.peaks.stage("decode"):
+                part = next(parts, None)
+                if part is None:
+                    return
+                pixels = to_uint8(part[0]).cpu()
+            yield pixels
 
     def _prompt(self, request: Request) -> Prompt:
         """The request's prompt on every rank, or the same error on every rank."""
@@ -289,28 +358,26 @@ class Session:
         )
 
     def _continue(
-        self, prompt: Prompt, request: Request, progress: Callable[[int], None] | None
-    ) -> Tensor:
-        """(1, T * h * w): the prompt's tokens and what follows them, on the CPU."""
+        self,
+        prompts: Sequence[Prompt],
+        requests: Sequence[Request],
+        progress: Callable[[int], None] | None,
+        on_tokens: OnTokens | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See ``continue_prompts``."""
         if self._config.offload_tokenizer:
             self._free_tokenizer()
-        tokens = prompt.tokens
-        prefix = torch.tensor([sequence_layout(self.model_config).prefix], dtype=torch.long)
         with self._working_model() as model:
-            generated = generate(
+            return continue_prompts(
                 model,
-                torch.cat([prefix, tokens], dim=1),
-                self.geometry.seq_length - tokens.shape[1],
-                temperature=request.temperature,
-                top_p=request.top_p,
-                top_k=request.top_k,
-                seed=request.seed,
-                context=prompt.context,
-                guidance_scale=request.guidance_scale,
-                negative_context=prompt.negative_context,
+                self.geometry,
+                prompts,
+                requests,
+                decoding=chosen_decoding(self._config.decoding),
+                window=self._config.decoding_window,
                 progress=progress,
+                on_tokens=on_tokens,
             )
-            return torch.cat([tokens, generated.cpu()], dim=1)
 
     # Memory: nothing else holds the tokenizer or the model.
 

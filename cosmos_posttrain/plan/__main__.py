@@ -17,7 +17,14 @@ from cosmos_posttrain.launch import run_cli
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.presets import PRESETS, preset
 from cosmos_posttrain.models.reference_config import from_reference
-from cosmos_posttrain.plan.config import DTYPE_NAMES, FLAGS, GPU_MEMORY_GB, PlanConfig, validate
+from cosmos_posttrain.plan.config import (
+    DEFAULT_MODEL,
+    DTYPE_NAMES,
+    FLAGS,
+    GPU_MEMORY_GB,
+    PlanConfig,
+    validate,
+)
 
 if TYPE_CHECKING:
     from cosmos_posttrain.plan.layouts import Cluster
@@ -75,21 +82,42 @@ def _cluster(config: PlanConfig) -> Cluster:
     return Cluster(config.gpus, gigabytes * GIB, config.gpus_per_node, gpu)
 
 
+def _at_size(model: ModelConfig, config: PlanConfig) -> ModelConfig:
+    """With the grid and vocabulary that were asked for."""
+    if config.latent_shape is not None:
+        model = model.at_grid(parse_latent_shape(config.latent_shape))
+    if config.vocab_size is not None:
+        model = dataclasses.replace(model, vocab_size=config.vocab_size)
+    return model
+
+
+def _plan_inference(config: PlanConfig) -> None:
+    from cosmos_posttrain.plan import inference_report
+
+    published = [name for name in PRESETS if not name.startswith("tiny")]
+    names = published if config.model is None else [config.model]
+    models = {name: _at_size(read_model(name)[0], config) for name in names}
+    sizes: tuple[float, ...] = inference_report.GPU_SIZES
+    if config.gpu_memory_gb is not None:
+        sizes = (config.gpu_memory_gb,)
+    inference_report.show(models, config.batch_size, sizes, config.json)
+
+
 def main() -> int:
     """Plans and prints; returns the exit code."""
     description = "Plans a training run: parameters, memory per GPU, layouts that fit, speed."
     config = parse(PlanConfig, FLAGS, None, "python -m cosmos_posttrain.plan", description)
     validate(config)
+    if config.inference:
+        _plan_inference(config)
+        return 0
     from cosmos_posttrain.plan import layouts, report
     from cosmos_posttrain.plan.memory import Workload
 
-    model, model_path = read_model(config.model)
-    if config.latent_shape is not None:
-        model = model.at_grid(parse_latent_shape(config.latent_shape))
-    if config.vocab_size is not None:
-        model = dataclasses.replace(model, vocab_size=config.vocab_size)
+    name = config.model or DEFAULT_MODEL
+    model, model_path = read_model(name)
     work = Workload(
-        model,
+        _at_size(model, config),
         config.micro_batch_size,
         config.global_batch_size,
         DTYPE_NAMES[config.dtype],
@@ -98,8 +126,8 @@ def main() -> int:
     cluster = _cluster(config)
     fitting, smallest = layouts.search(work, cluster)
     if not fitting:
-        raise layouts.refusal(config.model, work, cluster, smallest)
-    plan = report.TrainingPlan(config.model, model_path, work, cluster, fitting)
+        raise layouts.refusal(name, work, cluster, smallest)
+    plan = report.TrainingPlan(name, model_path, work, cluster, fitting)
     if config.json:
         print(json.dumps(report.to_json(plan), indent=2))
     else:

@@ -1,4 +1,4 @@
-"""What is planned: the model, the GPUs and the batch; flags and checks. No torch.
+"""What is planned: training or inference, the model, the GPUs and the batch. No torch.
 
 Flows in: the command line. Flows out: a ``PlanConfig``.
 """
@@ -14,6 +14,7 @@ from cosmos_posttrain.models.presets import PRESETS
 # Larger numbers are slips of the pen, and would take long to divide.
 MAX_GPUS, MAX_GPUS_PER_NODE = 100_000, 1_000
 DTYPE_NAMES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
+DEFAULT_MODEL = "4B"
 # GPUs' memory in GiB, rounded as their names are.
 GPU_MEMORY_GB = {"A100": 80.0, "H100": 80.0, "H200": 140.0, "B200": 178.0}
 
@@ -23,8 +24,10 @@ class PlanConfig:
     """What to plan.
 
     Attributes:
+        inference: plan what generates clips, on one GPU, instead of training.
         model: a preset, a folder with a checkpoint or ``config.json``, a ``config.json`` or
-            ``model.json``, or a Hugging Face id.
+            ``model.json``, or a Hugging Face id; by default 4B, and with ``inference`` all
+            published sizes.
         gpus: GPUs in all.
         gpu_memory_gb: memory of one GPU in GiB; None means the usual one of ``gpu``.
         gpus_per_node: GPUs of one machine.
@@ -36,6 +39,7 @@ class PlanConfig:
         mfu: share of the peak before recomputation, bubble and transfers.
         latent_shape: grid T,H,W of a clip; None means the model's own.
         vocab_size: codes of the tokenizer; None means the model's own.
+        batch_size: clips that are generated together, with ``inference``.
         micro_batch_size: clips per forward pass and data-parallel rank.
         global_batch_size: clips per optimizer step.
         dtype: of weights and activations.
@@ -44,7 +48,8 @@ class PlanConfig:
         json: print JSON and nothing else.
     """
 
-    model: str = "4B"
+    inference: bool = False
+    model: str | None = None
     gpus: int = setting(8, at_least=1, at_most=MAX_GPUS)
     gpu_memory_gb: float | None = setting(None, above=0)
     gpus_per_node: int = setting(8, at_least=1, at_most=MAX_GPUS_PER_NODE)
@@ -54,6 +59,7 @@ class PlanConfig:
     mfu: float = setting(0.4, above=0, at_most=1)
     latent_shape: str | None = None
     vocab_size: int | None = setting(None, at_least=1)
+    batch_size: int = setting(1, at_least=1)
     micro_batch_size: int = setting(1, at_least=1)
     global_batch_size: int = setting(32, at_least=1)
     dtype: str = setting("bf16", choices=tuple(DTYPE_NAMES))
@@ -63,7 +69,12 @@ class PlanConfig:
 
 
 FLAGS = (
-    Flag("--model", help=f"{', '.join(PRESETS)}, or a checkpoint, config.json or hub id"),
+    Flag("--inference"),
+    Flag(
+        "--model",
+        help=f"{', '.join(PRESETS)}, or a checkpoint, config.json or hub id; by default 4B, and "
+        "with --inference all published sizes",
+    ),
     Flag("--gpus"),
     Flag("--gpu_memory_gb"),
     Flag("--gpus_per_node"),
@@ -73,6 +84,7 @@ FLAGS = (
     Flag("--mfu"),
     Flag("--latent_shape"),
     Flag("--vocab_size"),
+    Flag("--batch_size"),
     Flag("--micro_batch_size"),
     Flag("--global_batch_size"),
     Flag("--dtype"),

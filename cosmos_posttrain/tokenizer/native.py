@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -92,8 +92,7 @@ class NativeBackend:
         """Indices (B, t, h, w) -> (B, 3, T, H, W)."""
         b, t, h, w = indices.shape
         rate = self.compression
-        step = self._chunk_latents(h * rate.height, w * rate.width)
-        if t <= 1 + step:
+        if t <= 1 + self._chunk_latents(h * rate.height, w * rate.width):
             return self._decode(indices)
         # Written in place: a list of parts would hold the long clip twice.
         video = torch.empty(
@@ -101,13 +100,23 @@ class NativeBackend:
             dtype=self.dtype,
             device=indices.device,
         )
-        cache, done = StreamCache(), 0
-        for start, stop in itertools.pairwise([0, *range(1 + step, t, step), t]):
-            part = self._decode(indices[:, start:stop], cache)
+        done = 0
+        for part in self.decode_parts(indices):
             video[:, :, done : done + part.shape[2]] = part
             done += part.shape[2]
-            cache.end_chunk()
         return video
+
+    def decode_parts(self, indices: Tensor) -> Iterator[Tensor]:
+        """The frames of ``decode`` chunk by chunk, (B, 3, n, H, W) each."""
+        _, t, h, w = indices.shape
+        step = self._chunk_latents(h * self.compression.height, w * self.compression.width)
+        if t <= 1 + step:
+            yield self._decode(indices)
+            return
+        cache = StreamCache()
+        for start, stop in itertools.pairwise([0, *range(1 + step, t, step), t]):
+            yield self._decode(indices[:, start:stop], cache)
+            cache.end_chunk()
 
 
 def load_native(folder: Path, device: torch.device, dtype: torch.dtype | None) -> NativeBackend:

@@ -7,6 +7,7 @@ Inputs are checked here, whatever runs underneath: the native network or TorchSc
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -167,6 +168,33 @@ class VideoTokenizer:
         Raises:
             TokenizerError: if the indices are not integers of that shape and range.
         """
+        video = self._decoder.decode(self._checked(indices))
+        return video.clamp_(-1, 1)
+
+    @torch.inference_mode()
+    def decode_parts(self, indices: Tensor) -> Iterator[Tensor]:
+        """Tokens -> video, part by part: a long clip is never held whole.
+
+        The parts are those of one causal clip, equal to ``decode`` up to rounding. TorchScript
+        knows no parts and gives the whole clip as one.
+
+        Args:
+            indices: as ``decode`` takes them.
+
+        Yields:
+            (B, 3, n, H, W) float in [-1, 1], together the frames of ``decode``.
+
+        Raises:
+            TokenizerError: as ``decode``.
+        """
+        checked = self._checked(indices)
+        in_parts = getattr(self._decoder, "decode_parts", None)
+        parts = (self._decoder.decode(checked),) if in_parts is None else in_parts(checked)
+        for part in parts:
+            yield part.clamp_(-1, 1)
+
+    def _checked(self, indices: Tensor) -> Tensor:
+        """(B, t, h, w) int32 on the tokenizer's device."""
         _check_tensor(indices, "token grid")
         if indices.is_floating_point() or indices.dtype == torch.bool or indices.ndim != 4:
             raise TokenizerError(
@@ -182,5 +210,4 @@ class VideoTokenizer:
                 f"the indices lie in [{low}, {high}]; this tokenizer's are in "
                 f"[0, {self.vocab_size - 1}]."
             )
-        video = self._decoder.decode(indices.to(self.device, torch.int32))
-        return video.clamp_(-1, 1)
+        return indices.to(self.device, torch.int32)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cosmos_posttrain.errors import VideoError
-from cosmos_posttrain.video.decode import iter_frames
+from cosmos_posttrain.video.decode import iter_frames, probe
 from cosmos_posttrain.video.files import is_image
 from cosmos_posttrain.video.pixels import FrameFitter
 from cosmos_posttrain.video.streams import frame_rate, open_video, pixel_aspect
@@ -22,6 +22,10 @@ from cosmos_posttrain.video.streams import frame_rate, open_video, pixel_aspect
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
+
+
+# Of what generation starts from: more shows nothing but blur.
+MAX_ENLARGEMENT = 16
 
 
 @dataclass(frozen=True)
@@ -151,8 +155,22 @@ def read_input(path: str | Path, num_frames: int, height: int, width: int) -> Cl
     last frame and says so in ``num_repeated``.
 
     Raises:
-        VideoError: the file cannot be decoded.
+        VideoError: the file cannot be decoded, is far too small, or is a still where a video is
+            asked for: repeated, it would say that nothing moves.
     """
+    info = probe(path)
+    least = (-(-height // MAX_ENLARGEMENT), -(-width // MAX_ENLARGEMENT))
+    if info.height < least[0] or info.width < least[1]:
+        raise VideoError(
+            f"{path} has {info.width}x{info.height} pixels, too few for a clip of "
+            f"{width}x{height}; give at least {least[1]}x{least[0]}."
+        )
     if is_image(path):
         return Clip(read_image(path, height, width), 0, 1, 0, 0.0)
-    return read_clips(path, [0], num_frames, height, width)[0]
+    clip = read_clips(path, [0], num_frames, height, width)[0]
+    if num_frames > 1 and clip.num_repeated == num_frames - 1:
+        raise VideoError(
+            f"{path} has 1 frame and {num_frames} are to be given; give a longer video, or 1 frame "
+            "with --num_input_frames 1."
+        )
+    return clip

@@ -1,16 +1,17 @@
 """Frames to an mp4 that plays everywhere.
 
-Flows in: ``(3, T, H, W) uint8``, torch's or numpy's, and a frame rate. Flows out: H.264, yuv420p,
-BT.709 limited range, written under a temporary name and renamed, so that a killed run leaves no
-half file. torch is not imported here.
+Flows in: ``(3, T, H, W) uint8``, torch's or numpy's, whole or part by part, and a frame rate. Flows
+out: H.264, yuv420p, BT.709 limited range, written under a temporary name and renamed, so that a
+killed run leaves no half file. torch is not imported here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    Frames = torch.Tensor | NDArray[np.uint8]
+
 _CRF = "17"
 _BT709 = 1
 
 
-def _check(path: Path, frames: torch.Tensor | NDArray[np.uint8], fps: float) -> None:
+def _check(path: Path, frames: Frames, fps: float) -> None:
     dtype = str(frames.dtype).removeprefix("torch.")
     if frames.ndim != 4 or frames.shape[0] != 3 or dtype != "uint8":
         raise VideoError(
@@ -45,7 +48,7 @@ def _check(path: Path, frames: torch.Tensor | NDArray[np.uint8], fps: float) -> 
 
 def write_mp4(
     path: str | Path,
-    frames: torch.Tensor | NDArray[np.uint8],
+    frames: Frames | Iterable[Frames],
     fps: float,
     before_naming: Callable[[], None] | None = None,
 ) -> None:
@@ -53,7 +56,8 @@ def write_mp4(
 
     Args:
         path: the file, with or without ``.mp4``'s extension; its folder is made if missing.
-        frames: (3, T, H, W) uint8 RGB, H and W even; a tensor or an array.
+        frames: (3, T, H, W) uint8 RGB, H and W even; a tensor or an array, or several of them, one
+            behind the other, of which only one is held at a time.
         fps: frames a second; 29.97 and the like become the exact fraction (30000/1001).
         before_naming: called when the clip is safely on disk, before it gets its name.
 
@@ -62,11 +66,17 @@ def write_mp4(
         UserError: the folder cannot be made or written to.
     """
     path = Path(path)
-    _check(path, frames, fps)
+    parts: Iterator[Frames]
+    if hasattr(frames, "ndim"):
+        parts = iter([cast("Frames", frames)])
+    else:
+        parts = iter(cast("Iterable[Frames]", frames))
+    first = next(parts, np.empty((3, 0, 0, 0), np.uint8))
+    _check(path, first, fps)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            _encode(temporary, frames, fps)
+            _encode(temporary, itertools.chain([first], parts), fps)
             if before_naming is not None:
                 sync(temporary)
                 before_naming()
@@ -74,17 +84,17 @@ def write_mp4(
         raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
-def _encode(path: Path, frames: torch.Tensor | NDArray[np.uint8], fps: float) -> None:
+def _encode(path: Path, parts: Iterator[Frames], fps: float) -> None:
     import av
     from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
     reformatter = VideoReformatter()
-    array = frames if isinstance(frames, np.ndarray) else frames.detach().cpu().numpy()
-    pixels = np.ascontiguousarray(array.transpose(1, 2, 3, 0))
+    images = (image for part in parts for image in _images(part))
+    first = next(images)
     options = {"movflags": "+faststart"}
     with av.open(str(path), "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width = pixels.shape[1:3]
+        stream.height, stream.width = first.shape[:2]
         stream.pix_fmt = "yuv420p"
         # x264's macroblock tree depends on thread timing; without it the same frames give the same
         # bytes.
@@ -92,7 +102,7 @@ def _encode(path: Path, frames: torch.Tensor | NDArray[np.uint8], fps: float) ->
         context = stream.codec_context
         context.color_range = ColorRange.MPEG
         context.colorspace = context.color_primaries = context.color_trc = _BT709
-        for image in pixels:
+        for image in itertools.chain([first], images):
             frame = reformatter.reformat(
                 av.VideoFrame.from_ndarray(image, format="rgb24"),
                 format="yuv420p",
@@ -103,3 +113,9 @@ def _encode(path: Path, frames: torch.Tensor | NDArray[np.uint8], fps: float) ->
             )
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def _images(part: Frames) -> Iterable[NDArray[np.uint8]]:
+    """(T, H, W, 3), contiguous."""
+    array = part if isinstance(part, np.ndarray) else part.detach().cpu().numpy()
+    return np.ascontiguousarray(array.transpose(1, 2, 3, 0))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from cosmos_posttrain.data.dataset import TokenDataset
 from cosmos_posttrain.errors import PartialFailureError, UserError
@@ -118,21 +117,19 @@ def test_failures_are_counted_by_sample(whole: tuple[Path, dict[str, Any]]) -> N
 class Collapsed(Session):
     """A session whose second sample of each clip ends in one colour."""
 
-    def generate(self, request: Any, progress: Any = None) -> Any:
-        result = super().generate(request, progress)
-        Collapsed.count += 1
-        if Collapsed.count % 2 == 0:
-            result.frames[:, GIVEN + 1 :] = 90
-        return result
-
-    count = 0
+    def generate_many(self, requests: Any, progress: Any = None, on_tokens: Any = None) -> Any:
+        results = super().generate_many(requests, progress, on_tokens)
+        for request, result in zip(requests, results, strict=True):
+            if request.sample == 1:
+                result.frames[:, GIVEN + 1 :] = 90
+        return results
 
 
 def test_failures_are_named_with_their_sample(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inputs, "Session", Collapsed)
-    metrics = command.run(config_of(world, tmp_path / "out", num_samples=2))
+    metrics = command.run(config_of(world, tmp_path / "out", num_samples=2, batch_size=3))
     figures = metrics["figures"]
     assert figures["failure_rate"] >= 0.5
     assert figures["failures_by_kind"]["solid_color"] == 2
@@ -147,13 +144,11 @@ class Perfect(Session):
 
     clips: TokenDataset
 
-    def generate(self, request: Any, progress: Any = None) -> Any:
-        result = super().generate(request, progress)
-        for number in range(len(self.clips)):
-            tokens = self.clips[number].view(result.tokens.shape)
-            if torch.equal(tokens[: len(request.tokens)], request.tokens):
-                result.tokens = tokens
-        return result
+    def generate_many(self, requests: Any, progress: Any = None, on_tokens: Any = None) -> Any:
+        results = super().generate_many(requests, progress, on_tokens)
+        for request, result in zip(requests, results, strict=True):
+            result.tokens = self.clips[request.item].view(result.tokens.shape)
+        return results
 
 
 def test_a_perfect_model_reaches_the_ceiling(

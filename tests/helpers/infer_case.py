@@ -64,6 +64,7 @@ def random_config(input_path: Path, folder: Path, **changes: Any) -> InferConfig
         "width": WIDTH,
         "video_save_folder": str(folder),
         "disable_diffusion_decoder": True,
+        "disable_guardrail": True,
     }
     return InferConfig(**(values | changes))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,15 @@ from helpers.golden_ar import CASES, case_dir, case_io
 from cosmos_posttrain import generate, load_model
 from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError, GeometryError
 from cosmos_posttrain.geometry import LatentShape
+from cosmos_posttrain.inference import sampling
+from cosmos_posttrain.inference.decode_plan import DecodePlan
+from cosmos_posttrain.inference.decode_state import DecodeState
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.builder import build_model
 from cosmos_posttrain.runlog import ProgressDisplay
 
 GRID = LatentShape(3, 3, 4)
+WAYS = ("modules", "sequential", "jacobi")
 
 
 @cache
@@ -59,20 +65,49 @@ def golden_case(name: str) -> tuple[torch.Tensor, torch.Tensor | None, list[int]
     return prompt.long(), text, arrays["greedy_tokens"].flatten().tolist()
 
 
-def generate_golden(name: str, tensor_model_parallel_size: int) -> tuple[list[int], list[int]]:
-    """Greedy and sampled continuations of the golden prompt; the latter guided by a text."""
+Tokens = dict[tuple[str, int], list[list[int]]]
+# Ways to decode and batch sizes, on one rank and on two; all are compared with the first.
+ALONE = (("modules", 3), *itertools.product(WAYS, (1, 3)))
+SHARED = (("modules", 3), ("sequential", 1), ("jacobi", 1), ("jacobi", 3))
+
+
+def generate_golden(name: str, tensor_model_parallel_size: int) -> tuple[Tokens, Tokens]:
+    """Greedy and sampled continuations of the golden prompt, by way and batch size.
+
+    The sampled ones are guided where there is a text. The golden clip is the first of its batch,
+    the others are other clips.
+    """
     model = load_model(case_dir(name), tensor_model_parallel_size=tensor_model_parallel_size)
     prompt, text, expected = golden_case(name)
-    greedy = generate(model, prompt, len(expected), temperature=0.0, context=text)
     scale = 1.0 if text is None else 2.0
-    drawn = generate(
-        model, prompt, len(expected), top_p=0.9, seed=7, context=text, guidance_scale=scale
-    )
-    return greedy[0].tolist(), drawn[0].tolist()
+    greedy, drawn = {}, {}
+    for way, size in ALONE if tensor_model_parallel_size == 1 else SHARED:
+        shift = torch.arange(size)[:, None]
+        first = 1 if text is not None else 0  # <bov> stays
+        given = prompt.repeat(size, 1)
+        given[:, first:] = (given[:, first:] + shift) % model.config.vocab_size
+        texts = None if text is None else text.repeat(size, 1, 1)
+        settings = {"context": texts, "decoding": way, "window": 5}
+        tokens = generate(model, given, len(expected), temperature=0.0, **settings)
+        greedy[way, size] = tokens.tolist()
+        tokens = generate(
+            model, given, len(expected), top_p=0.9, seed=7, guidance_scale=scale, **settings
+        )
+        drawn[way, size] = tokens.tolist()
+    return greedy, drawn
 
 
-def generate_all_golden() -> list[tuple[list[int], list[int]]]:
+def generate_all_golden() -> list[tuple[Tokens, Tokens]]:
     return [generate_golden(name, 2) for name in CASES]
+
+
+def check_golden(name: str, greedy: Tokens, drawn: Tokens) -> None:
+    """All ways and batches gave the same; greedy ones what the reference implementation gave."""
+    for tokens in (greedy, drawn):
+        for (way, size), rows in tokens.items():
+            assert rows == tokens["modules", 3][:size], (name, way, size)
+    assert greedy["jacobi", 1] == [golden_case(name)[2]]
+    assert drawn["jacobi", 1] != greedy["jacobi", 1]
 
 
 def generate_with_sequence_parallel() -> list[bool]:
@@ -96,6 +131,16 @@ def generate_with_sequence_parallel() -> list[bool]:
     return checks
 
 
+def generate_where_ranks_round_differently(way: str) -> list[list[int]]:
+    """Draws of two ranks that have other random numbers, as devices that round otherwise may."""
+    model = load_model("random:tiny", latent_shape=GRID, tensor_model_parallel_size=2)
+    if torch.distributed.get_rank() == 1:
+        exact = sampling.gumbel
+        sampling.gumbel = lambda *args: -exact(*args)  # type: ignore[assignment]
+    rows: list[list[int]] = generate(model, prompts(), 24, seed=3, decoding=way).tolist()
+    return rows
+
+
 def switches(module: torch.nn.Module) -> dict[str, bool]:
     return {
         name: child.sequence_parallel
@@ -106,9 +151,7 @@ def switches(module: torch.nn.Module) -> dict[str, bool]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_tokens_are_the_reference_implementations(name: str) -> None:
-    greedy, drawn = generate_golden(name, 1)
-    assert greedy == golden_case(name)[2]
-    assert drawn != greedy
+    check_golden(name, *generate_golden(name, 1))
 
 
 @pytest.mark.distributed
@@ -116,8 +159,16 @@ def test_two_ranks_generate_what_one_does() -> None:
     first, second = run_distributed(generate_all_golden, 2)
     assert first == second
     for name, (greedy, drawn) in zip(CASES, first, strict=True):
-        assert greedy == golden_case(name)[2]
-        assert drawn == generate_golden(name, 1)[1]
+        check_golden(name, greedy, drawn)
+        alone = generate_golden(name, 1)[1]
+        assert all(alone[key] == rows for key, rows in drawn.items())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("way", ["sequential", "jacobi"])
+def test_ranks_that_round_differently_go_on_from_the_same_tokens(way: str) -> None:
+    first, second = run_distributed(generate_where_ranks_round_differently, 2, way)
+    assert first == second
 
 
 @pytest.mark.distributed
@@ -137,20 +188,12 @@ def test_the_cache_gives_what_scoring_everything_again_gives() -> None:
     assert torch.equal(scores.argmax(-1), generated)
 
 
-def test_the_text_is_read_once_and_decides() -> None:
+def test_the_text_is_read_once_and_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens, text = tiny_with_text(), with_bov(prompts()), texts()
     num_tokens = GRID.num_tokens + 1 - tokens.shape[1]
-    calls: list[int] = []
-    hooks = [
-        layer.cross_attention.linear_kv.register_forward_hook(
-            lambda *_, number=layer.layer_number: calls.append(number)
-        )
-        for layer in model.module.decoder.layers
-    ]
+    calls = count_calls(monkeypatch, DecodePlan, "keys_and_values")
     generated = generate(model, tokens, num_tokens, temperature=0.0, context=text)
-    for hook in hooks:
-        hook.remove()
-    assert calls == [1, 2, 3, 4]  # each layer, once
+    assert calls == [1] * 4  # each layer, once
     whole = torch.cat([tokens, generated], 1)
     scores = model.logits(whole, text)[:, tokens.shape[1] - 1 : -1]
     assert torch.equal(scores.argmax(-1), generated)
@@ -160,44 +203,51 @@ def test_the_text_is_read_once_and_decides() -> None:
     assert not torch.equal(swapped, generated)
 
 
-def rows_fed(model: ARModel) -> tuple[list[int], torch.utils.hooks.RemovableHandle]:
-    """Sizes of the batches that the model is fed from now on."""
-    rows: list[int] = []
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[int]:
+    """Grows with every call: by 1, or by the rows of the batch of a ``feed``."""
+    calls: list[int] = []
+    real = getattr(owner, name)
 
-    def note(_module: object, _inputs: object, output: torch.Tensor) -> None:
-        rows.append(output.shape[1])  # (S, B, hidden_size)
+    def noting(self: object, first: torch.Tensor, *args: Any) -> Any:
+        calls.append(len(first) if name == "feed" else 1)
+        return real(self, first, *args)
 
-    return rows, model.module.embedding.register_forward_hook(note)
+    monkeypatch.setattr(owner, name, noting)
+    return calls
 
 
-def test_guidance_1_is_plain_sampling_and_costs_nothing() -> None:
+def test_guidance_1_is_plain_sampling_and_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, tokens, text = tiny_with_text(), with_bov(prompts()), texts()
-    settings = {"top_p": 0.9, "seed": 3, "context": text}
+    settings = {"top_p": 0.9, "seed": 3, "context": text, "decoding": "sequential"}
     plain = generate(model, tokens, 10, **settings)
-    rows, hook = rows_fed(model)
+    rows = count_calls(monkeypatch, DecodeState, "feed")
     guided = generate(model, tokens, 10, **settings, guidance_scale=1.0)
-    hook.remove()
     assert torch.equal(guided, plain)
     assert rows == [2] * 10
 
 
 @pytest.mark.parametrize("has_negative", [False, True])
-def test_guidance_draws_from_both_scores(has_negative: bool) -> None:
+def test_guidance_draws_from_both_scores(
+    has_negative: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokens, text = tiny_with_text(), with_bov(prompts()), texts()
     other = text.flip(1) * 2 if has_negative else torch.zeros_like(text)
     num_tokens = GRID.num_tokens + 1 - tokens.shape[1]
-    rows, hook = rows_fed(model)
+    rows = count_calls(monkeypatch, DecodeState, "feed")
     generated = generate(
         model,
         tokens,
         num_tokens,
         temperature=0,
+        decoding="sequential",
         context=text,
         guidance_scale=3.0,
         negative_context=other if has_negative else None,
     )
-    hook.remove()
     assert rows == [4] * num_tokens  # two clips, twice
+    monkeypatch.undo()
     whole = torch.cat([tokens, generated], 1)
     given, without = model.logits(whole, text), model.logits(whole, other)
     scores = (without + 3.0 * (given - without))[:, tokens.shape[1] - 1 : -1]
@@ -251,6 +301,13 @@ def test_the_seed_decides_and_nothing_else() -> None:
     pair = generate(model, tokens.expand(2, -1), 12, seed=1)
     assert torch.equal(pair[:1], first)
     assert not torch.equal(pair[0], pair[1])
+    # Seed, item and sample are all that tells clips apart, wherever they stand in a batch.
+    four = generate(
+        model, tokens.expand(4, -1), 12, seed=[1, 2, 1, 1], items=[1, 0, 0, 0], samples=[0, 0, 1, 0]
+    )
+    assert torch.equal(four[0], pair[1]) and torch.equal(four[3], first[0])
+    assert torch.equal(four[1:2], generate(model, tokens, 12, seed=2))
+    assert len({tuple(row) for row in four.tolist()}) == 4
 
 
 def test_generated_tokens_can_take_part_in_training() -> None:
@@ -262,7 +319,7 @@ def test_generated_tokens_can_take_part_in_training() -> None:
 
 def test_progress_counts_every_token(capsys: pytest.CaptureFixture[str]) -> None:
     counts: list[int] = []
-    generate(tiny(), prompts(1), 3, progress=counts.append)
+    generate(tiny(), prompts(1), 3, decoding="sequential", progress=counts.append)
     assert counts == [1, 2, 3]
     line = ProgressDisplay(4, "tokens", "clip")
     for done in range(1, 5):
@@ -290,6 +347,12 @@ def test_bad_prompts_are_refused(tokens: torch.Tensor, num_tokens: int, message:
 
 
 def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="there is no decoding 'fast'; use auto, sequential"):
+        generate(tiny(), prompts(), 4, decoding="fast")
+    with pytest.raises(ConfigError, match="window 1 must be at least 2"):
+        generate(tiny(), prompts(), 4, decoding="jacobi", window=1)
+    with pytest.raises(ConfigError, match="a number for each of the 2 clips"):
+        generate(tiny(), prompts(), 4, items=[0])
     with pytest.raises(ConfigError, match="top_p 2"):
         generate(tiny(), prompts(), 4, top_p=2.0)
     with pytest.raises(ConfigError, match="takes no text"):

@@ -24,7 +24,7 @@ from cosmos_posttrain import files, load_tokenizer
 from cosmos_posttrain.errors import ConfigError, OutputFolderError, PartialFailureError, UserError
 from cosmos_posttrain.inference.batch import run
 from cosmos_posttrain.inference.config import InferConfig
-from cosmos_posttrain.inference.outputs import BatchLine, output_names
+from cosmos_posttrain.inference.input_lists import BatchLine, output_names
 from cosmos_posttrain.inference.request import Request
 from cosmos_posttrain.inference.session import Session
 from cosmos_posttrain.video import probe, read_clips, to_float
@@ -211,6 +211,7 @@ def test_a_second_run_of_the_same_outputs_is_refused(tmp_path: Path, video: Path
                 f"--height={HEIGHT}",
                 f"--video_save_folder={out}",
                 "--disable_diffusion_decoder",
+                "--disable_guardrail",
                 "--overwrite",
             ]
         )
@@ -297,12 +298,13 @@ def test_two_processes_share_the_model(tmp_path: Path, video: Path) -> None:
     arguments += ["--ar_model_dir", "random:tiny", "--encoder_path", "tiny"]
     arguments += ["--tokenizer_compression_factor", "8,16,16", "--disable_diffusion_decoder"]
     arguments += ["--width", "48", "--height", "32", "--num_context_frames", "17"]
-    arguments += ["--video_save_name", tmp_path / "evals" / "two.mp4"]
+    arguments += ["--video_save_name", tmp_path / "evals" / "two.mp4", "--num_gpus", "2"]
     finished = run_script(arguments, nproc=2)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("wrote ") == 1
     record = read_record(tmp_path / "evals" / "two.json")
     assert record["tensor_model_parallel_size"] == 2
+    assert record["command"].startswith("torchrun --nproc-per-node=2 infer.py --input_image_or")
     run(random_config(video, tmp_path / "out"))
     alone = read_record(tmp_path / "out" / "output.json")
     assert record["tokens_sha256"] == alone["tokens_sha256"]
@@ -337,6 +339,7 @@ def test_groups_share_a_batch_and_none_outlives_a_rank_that_dies(tmp_path: Path)
     command += ["--encoder_path", TOKENIZER, "--disable_diffusion_decoder"]
     command += ["--tensor_model_parallel_size", "1", "--video_save_folder", str(out)]
     command += ["--width", "96", "--height", "64", "--num_context_frames", "17"]
+    command += ["--batch_size", "2", "--temperature", "0"]
     with subprocess.Popen(
         command, cwd=REPOSITORY_DIR, stderr=subprocess.PIPE, text=True
     ) as launcher:

@@ -13,8 +13,9 @@ from helpers.infer_case import FRAMES, HEIGHT, LATENT_SHAPE, TOKENIZER, WIDTH, r
 
 from cosmos_posttrain.data.contract import TextEncoderInfo
 from cosmos_posttrain.errors import UserError
-from cosmos_posttrain.inference.batch import make_items, open_run
+from cosmos_posttrain.inference.batch import open_run
 from cosmos_posttrain.inference.config import InferConfig
+from cosmos_posttrain.inference.inputs import make_items
 from cosmos_posttrain.inference.request import Request
 from cosmos_posttrain.inference.session import Session
 from cosmos_posttrain.models.presets import preset
@@ -91,7 +92,7 @@ def test_a_checkpoint_says_tokenizer_and_geometry(inputs: Path, tmp_path: Path) 
         ({"input_type": "text_and_video"}, "--input_type text_and_video needs --prompt"),
         ({"input_type": "audio"}, "--input_type audio is not one of video, image, text_and_video"),
         ({"input_type": "image", "num_input_frames": 9}, "gives 1 frame"),
-        ({"input_image_or_video_path": None}, "give either"),
+        ({"input_image_or_video_path": None}, "give one of --input_image"),
         ({"input_image_or_video_path": "missing.mp4"}, "missing.mp4 does not exist"),
         ({"input_image_or_video_path": "empty.mp4"}, "is empty"),
         ({"input_image_or_video_path": "picture.png"}, "picture.png"),
@@ -214,7 +215,7 @@ def test_bare_names_lie_in_the_output_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = random_config(inputs / "bar.mp4", Path("out"), video_save_name=name)
-    assert make_items(config)[0].video == Path(expected)
+    assert make_items(config, None)[0].video == Path(expected)
 
 
 @pytest.mark.parametrize(
@@ -241,4 +242,4 @@ def test_bad_batches_are_refused(inputs: Path, tmp_path: Path, text: str, messag
         input_type="video" if "picture" in text else None,
     )
     with pytest.raises(UserError, match=message):
-        make_items(config)
+        make_items(config, None)

@@ -13,6 +13,7 @@ from helpers.distributed_run import run_distributed
 from helpers.infer_case import random_config
 
 from cosmos_posttrain.distributed import groups
+from cosmos_posttrain.inference.memory import Peaks
 from cosmos_posttrain.inference.request import Request
 from cosmos_posttrain.inference.session import Session
 from cosmos_posttrain.tokenizer.network import DVNetwork
@@ -88,3 +89,35 @@ def test_ranks_that_never_decode_keep_no_tokenizer(tmp_path: Path, video: Path) 
     first, second = run_distributed(networks_of_rank, 2, video, tmp_path)
     assert first == [NETWORKS] * 3
     assert second == [NETWORKS, 0, 0]
+
+
+def test_every_stage_has_a_peak_and_none_sees_what_was_freed(tmp_path: Path, video: Path) -> None:
+    count = Count()
+    session = Session(random_config(video, tmp_path, offload_tokenizer=True))
+    assert session.peaks.num_bytes == {} and session.peaks.text == ""
+    session.load()
+    assert count() == 0
+    session.generate(Request(path=video, num_rollout_chunks=3, rollout_overlap=1))
+    # Loaded for the first chunk alone: the others are given tokens.
+    assert count() == 0
+    assert list(session.peaks.num_bytes) == ["encode", "generate"]
+
+
+def test_peaks_are_those_of_their_stage() -> None:
+    peaks = Peaks()
+    size = 300_000_000
+    with peaks.stage("before"):
+        pass
+    if not peaks.num_bytes:
+        pytest.skip("this system does not tell a process's peak")
+    with peaks.stage("outer"), peaks.stage("large"):
+        held = torch.ones(size, dtype=torch.uint8)
+    del held
+    with peaks.stage("after"):
+        pass
+    found = peaks.num_bytes
+    assert found["large"] - found["before"] > 0.9 * size
+    assert found["outer"] >= found["large"]
+    # The block is given back at once (it is mapped by itself), and the peak begins anew.
+    assert found["large"] - found["after"] > 0.9 * size
+    assert peaks.text.startswith("peak memory") and "large" in peaks.text

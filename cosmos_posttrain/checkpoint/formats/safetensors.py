@@ -6,7 +6,7 @@ The names are the public reference implementation's, and so are the fields of ``
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cosmos_posttrain.checkpoint import infer_config
 from cosmos_posttrain.checkpoint.formats.base import Contents, WritableFormat
@@ -25,7 +25,7 @@ SINGLE, INDEX, CONFIG, CARD = (
 )
 
 _CARD_TEXT = """---
-library_name: cosmos_posttrain
+library_name: {library}
 tags: [cosmos, video, world-model, autoregressive]
 license: other
 ---
@@ -41,16 +41,26 @@ file(s); converted from `{source}`. The licence is that of the model they were m
 
     from cosmos_posttrain import load_model
     model = load_model("path/of/this/folder")
-"""
+{more}"""
 
 
 class SafetensorsFormat(WritableFormat):
-    """``model.safetensors`` or its shards, with ``config.json``."""
+    """``model.safetensors`` or its shards, with ``config.json``.
+
+    Attributes:
+        library: what the model card says that reads it.
+    """
+
+    library: ClassVar[str] = "cosmos_posttrain"
 
     name = "safetensors"
     title = "safetensors with config.json"
-    parts = ("model*.safetensors", "model*.safetensors.index.json", CONFIG)
-    hub_files = ("model*.safetensors", INDEX, CONFIG)
+    parts: ClassVar[tuple[str, ...]] = (
+        "model*.safetensors",
+        "model*.safetensors.index.json",
+        CONFIG,
+    )
+    hub_files: ClassVar[tuple[str, ...]] = ("model*.safetensors", INDEX, CONFIG)
     is_sharded = True
 
     def detect(self, folder: Path) -> Path | None:
@@ -82,13 +92,30 @@ class SafetensorsFormat(WritableFormat):
             writer.finish()
         finally:
             writer.close()
-        write_json(folder / CONFIG, to_reference(contents.config))
-        write_text(folder / CARD, _card(contents, len(list(folder.glob("*.safetensors")))))
+        write_json(folder / CONFIG, self.config_json(contents.config))
+        num_files = len(list(folder.glob("*.safetensors")))
+        text = _CARD_TEXT.format(
+            library=self.library,
+            num_files=num_files,
+            source=contents.source_name,
+            rows="\n".join(f"| {name} | {value} |" for name, value in _rows(contents).items()),
+            more=self.usage(contents.config),
+        )
+        write_text(folder / CARD, text)
+
+    def config_json(self, config: ModelConfig) -> dict[str, Any]:
+        """What ``config.json`` holds."""
+        return to_reference(config)
+
+    def usage(self, config: ModelConfig) -> str:
+        """What the model card says of other ways to use it."""
+        return ""
 
 
-def _card(contents: Contents, num_files: int) -> str:
+def _rows(contents: Contents) -> dict[str, object]:
+    """The model card's table."""
     config = contents.config
-    values = {
+    values: dict[str, object] = {
         "parameters": f"{config.num_parameters:,}",
         "dtype": config.params_dtype,
         **{
@@ -103,8 +130,4 @@ def _card(contents: Contents, num_files: int) -> str:
         values["context (T5 rows, width)"] = (config.context_len, config.context_dim)
     if contents.data is not None and contents.data.contract is not None:
         values["tokenizer"] = contents.data.contract.tokenizer.id
-    return _CARD_TEXT.format(
-        num_files=num_files,
-        source=contents.source_name,
-        rows="\n".join(f"| {name} | {value} |" for name, value in values.items()),
-    )
+    return values

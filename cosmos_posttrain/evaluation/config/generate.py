@@ -33,7 +33,8 @@ class GenerateEvalConfig(SessionConfig):
         output_dir: folder for the results; None is evaluation/generate/NAME with the model's name.
         max_clips: so many clips at most, spread evenly over the split; None takes all.
         num_input_frames: given frames of each clip.
-        num_samples: generated continuations of each clip, with different seeds.
+        num_samples: generated continuations of each clip.
+        batch_size: continuations that are generated at once.
         temperature: 0 takes the most likely token each time.
         top_p: draws among the most likely tokens before which at most this mass lies.
         top_k: draws among this many most likely tokens.
@@ -57,6 +58,7 @@ class GenerateEvalConfig(SessionConfig):
     max_clips: int | None = setting(None, at_least=1)
     num_input_frames: int = setting(9, at_least=1)
     num_samples: int = setting(1, at_least=1)
+    batch_size: int = setting(1, at_least=1)
     temperature: float = setting(1.0, at_least=0)
     top_p: float | None = setting(0.8, at_least=0, at_most=1)
     top_k: int | None = setting(None, at_least=1)
@@ -86,6 +88,7 @@ FLAGS = (
     Flag("--max_clips"),
     Flag("--num_input_frames"),
     Flag("--num_samples"),
+    Flag("--batch_size"),
     Flag("--temperature"),
     Flag("--top_p"),
     Flag("--top_k"),

@@ -4,14 +4,15 @@ Flows in: a ``GenerateEvalConfig``. Flows out, in the output folder: ``metrics.j
 clip ``clips/NAME/{truth,reconstruction,generated}.mp4`` (``generated_seed1.mp4`` and so on with
 several samples).
 
-    tokens --first latent frames--> Session.generate --samples--> scores.score --row--> figures
+    tokens --first latent frames--> Session.generate_many --samples--> scores.score --row--> figures
 
-Groups of processes that share a model share out the clips, one each in every round.
+Groups of processes that share a model share out the clips, a batch each in every round.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from cosmos_posttrain.evaluation.generation.scores import (
 from cosmos_posttrain.evaluation.generation.summary import figures_of
 from cosmos_posttrain.evaluation.lpips import LPIPS, MIN_SIZE, load_lpips
 from cosmos_posttrain.evaluation.result_folder import ResultFolder, check_foreign, result
+from cosmos_posttrain.inference.request import GeneratedClip
 from cosmos_posttrain.runlog import ProgressDisplay
 from cosmos_posttrain.video import write_mp4
 
@@ -148,11 +150,12 @@ def _score_all(
     rank, num_ranks = groups.data_parallel_place()
     inputs.session.load()
     progress, num_failed = ProgressDisplay(len(inputs.numbers), "clips", done=num_done), 0
-    for first in range(num_done, len(inputs.numbers), num_ranks):
-        now = inputs.numbers[first : first + num_ranks]
-        mine = _row(config, inputs, lpips, now[rank]) if rank < len(now) else None
-        for row in groups.gather(mine)[: len(now)]:
-            assert row is not None
+    # Clips whose samples fill a batch.
+    size = max(1, config.batch_size // config.num_samples)
+    for first in range(num_done, len(inputs.numbers), num_ranks * size):
+        now = inputs.numbers[first : first + num_ranks * size]
+        mine = _rows(config, inputs, lpips, now[rank * size : (rank + 1) * size])
+        for row in itertools.chain.from_iterable(groups.gather(mine)):
             if "error" in row:
                 num_failed += 1
                 progress.say(f"not read: {row['error']}")
@@ -161,19 +164,44 @@ def _score_all(
             progress.advance(f"{num_failed} failed" if num_failed else "")
 
 
-def _row(
-    config: GenerateEvalConfig, inputs: GenerateInputs, lpips: LPIPS | None, number: int
-) -> dict[str, Any]:
-    """Continues and scores one clip; all ranks that share the model together."""
-    source = inputs.session
-    try:
-        clip = inputs.read(number)
-    except (DatasetError, VideoError) as error:
-        return {"name": f"{number:05d}", "clip": number, "error": str(error)}
-    made = [
-        source.generate(inputs.request(clip, number, sample))
+def _rows(
+    config: GenerateEvalConfig, inputs: GenerateInputs, lpips: LPIPS | None, numbers: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Continues and scores some clips; all ranks that share the model together."""
+    read: dict[int, ClipInputs | str] = {}
+    for number in numbers:
+        try:
+            read[number] = inputs.read(number)
+        except (DatasetError, VideoError) as error:
+            read[number] = str(error)
+    requests = [
+        inputs.request(clip, number, sample)
+        for number, clip in read.items()
+        if not isinstance(clip, str)
         for sample in range(config.num_samples)
     ]
+    made: list[GeneratedClip] = []
+    for start in range(0, len(requests), config.batch_size):
+        made += inputs.session.generate_many(requests[start : start + config.batch_size])
+    rows = []
+    for number, clip in read.items():
+        if isinstance(clip, str):
+            rows.append({"name": f"{number:05d}", "clip": number, "error": clip})
+        else:
+            own, made = made[: config.num_samples], made[config.num_samples :]
+            rows.append(_row(config, inputs, lpips, number, clip, own))
+    return rows
+
+
+def _row(
+    config: GenerateEvalConfig,
+    inputs: GenerateInputs,
+    lpips: LPIPS | None,
+    number: int,
+    clip: ClipInputs,
+    made: Sequence[GeneratedClip],
+) -> dict[str, Any]:
+    """Scores one clip's samples."""
     about = {
         "name": clip.name,
         "clip": number,
@@ -181,7 +209,7 @@ def _row(
         "first_frame": clip.row.first_frame,
         "num_repeated": clip.row.num_repeated,
     }
-    if not source.is_first:  # nobody asks for its row
+    if not inputs.session.is_first:  # nobody asks for its row
         return about
     case = _case(inputs, clip)
     samples = [item.frames for item in made]

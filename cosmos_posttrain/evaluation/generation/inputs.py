@@ -158,7 +158,6 @@ class GenerateInputs:
         config, geometry = self._config, self.session.geometry
         num_tokens = geometry.num_condition_tokens(self.num_given)
         latents = num_tokens // geometry.latent_shape.tokens_per_frame
-        seeds = np.random.SeedSequence([config.seed, number, sample])
         return Request(
             tokens=clip.tokens[:latents],
             context=clip.text,
@@ -166,7 +165,9 @@ class GenerateInputs:
             temperature=config.temperature,
             top_p=config.top_p,
             top_k=config.top_k,
-            seed=int(seeds.generate_state(1, np.uint64)[0] >> 1),
+            seed=config.seed,
+            item=number,
+            sample=sample,
             fps=clip.fps,
         )
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Job:
+class WindowSet:
     """One part and the windows that its items begin with."""
 
     part: Part
@@ -80,7 +80,7 @@ def run(config: OnexEvalConfig) -> dict[str, Any]:
         return evaluation.run(stack)
 
 
-def _jobs(config: OnexEvalConfig, windows: OnexWindows) -> list[Job]:
+def _jobs(config: OnexEvalConfig, windows: OnexWindows) -> list[WindowSet]:
     """What is measured where.
 
     Raises:
@@ -101,7 +101,7 @@ def _jobs(config: OnexEvalConfig, windows: OnexWindows) -> list[Job]:
             limit = config.max_windows  # a submission is of all
         if limit is not None and limit < len(starts):
             starts = starts[np.linspace(0, len(starts) - 1, limit).round().astype(np.int64)]
-        jobs.append(Job(part, starts))
+        jobs.append(WindowSet(part, starts))
     return jobs
 
 
@@ -159,7 +159,7 @@ class OnexEvaluation:
         self,
         config: OnexEvalConfig,
         windows: OnexWindows,
-        jobs: list[Job],
+        jobs: list[WindowSet],
         source: CheckpointSource,
         tensor_size: int,
     ) -> None:
@@ -219,7 +219,7 @@ class OnexEvaluation:
 
     # Measuring.
 
-    def _measure(self, job: Job) -> None:
+    def _measure(self, job: WindowSet) -> None:
         """Adds a row for every item of a part that has none yet."""
         part, submits = job.part, job.part.is_rollout and self._config.submits
         num_done: int = groups.decide(lambda: len(self._rows(part)))
@@ -255,7 +255,7 @@ class OnexEvaluation:
         count = 1 if self._config.test_set else part.num_windows
         return np.concatenate([self._windows.tokens(window + n) for n in range(count)])
 
-    def _submission(self, job: Job, is_begun: bool) -> Submission:
+    def _submission(self, job: WindowSet, is_begun: bool) -> Submission:
         vocab_size = self._windows.tokenizer.vocab_size
         num_top = min(NUM_TOP, vocab_size)
         return Submission(

@@ -26,6 +26,7 @@ from cosmos_posttrain.data.batch import SequenceLayout
 from cosmos_posttrain.evaluation.config.onex import NEXT_8_FRAMES, ROLLOUT, OnexEvalConfig
 from cosmos_posttrain.evaluation.scoring import Scorer, Scores, of_clips
 from cosmos_posttrain.geometry import LatentShape
+from cosmos_posttrain.inference.decoding import Decoded
 from cosmos_posttrain.inference.engine import generate
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.token_scores import NUM_TOP, TokenScores, score_logits
@@ -144,14 +145,23 @@ def _roll_out(
     scored: list[TokenScores] = []
     likely: list[tuple[Tensor, Tensor]] = []
 
-    def observe(number: int, logits: Tensor) -> None:
-        scored.append(score_logits(logits, truth[:, number]))
+    def observe(found: Decoded) -> None:
+        logits = found.scores[:, 0].float()
+        scored.append(score_logits(logits, truth[:, found.first]))
         if with_most_likely:
             log_probs = torch.log_softmax(logits, -1)
             top = log_probs.topk(min(NUM_TOP, logits.shape[-1]), -1)
             likely.append((top.indices.to(torch.int32), top.values.to(torch.float16)))
 
-    generate(model, given, part.num_predicted, temperature=0.0, observe=observe)
+    # One after another: of every place, the scores of all clips at once.
+    generate(
+        model,
+        given,
+        part.num_predicted,
+        temperature=0.0,
+        decoding="sequential",
+        observe=observe,
+    )
     shape = (len(clips), part.num_given)
 
     def whole(name: str, of_given: float) -> NDArray[Any]:
