@@ -116,7 +116,8 @@ def test_a_gpu_never_holds_the_whole_model() -> None:
         quantize(model, torch.device("meta"))
     assert model.device.type == "meta"
     assert rounded <= held.now <= 1.05 * rounded
-    assert rounded < held.peak <= 1.05 * rounded + 2 * largest
+    # A matrix, and a copy of it in float32.
+    assert rounded < held.peak <= 1.05 * rounded + (2 + 4) * largest
     assert held.peak < weight_bytes(model.config, "bf16")
 
 
