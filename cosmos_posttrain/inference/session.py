@@ -377,6 +377,7 @@ class Session:
                 requests,
                 decoding=chosen_decoding(self._config.decoding),
                 window=self._config.decoding_window,
+                cuda_graphs=self._config.cuda_graphs,
                 progress=progress,
                 on_tokens=on_tokens,
             )
