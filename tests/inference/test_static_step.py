@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.distributed_run import run_distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_posttrain import generate, load_model
@@ -26,9 +27,10 @@ NUM_GIVEN, NUM_TOKENS = 12, 24
 BLOCK = 4
 
 
-def tiny(name: str) -> ARModel:
+def tiny(name: str, tensor_model_parallel_size: int = 1) -> ARModel:
     """Fresh weights, with louder tokens and text: positions drown those of a fresh model."""
-    model = load_model(f"random:{name}", latent_shape=GRID)
+    size = tensor_model_parallel_size
+    model = load_model(f"random:{name}", latent_shape=GRID, tensor_model_parallel_size=size)
     if model.config.is_video2world:
         with torch.no_grad():
             model.module.embedding.word_embeddings.weight *= 50
@@ -91,6 +93,21 @@ def test_the_tokens_of_every_other_way(name: str, batch_size: int) -> None:
         assert len({blocks for _, blocks in counted.keys}) >= 3
         for way, tokens in found.items():
             assert torch.equal(tokens, found["modules"]), (way, settings)
+
+
+def on_a_rank() -> list[list[int]]:
+    one, _ = job(tiny("tiny-video2world", 2), 3, {"top_p": 0.8})
+    with torch.inference_mode():
+        found = one.by_static_steps(5, None, BLOCK)
+    assert found is not None
+    return found.tolist()
+
+
+@pytest.mark.distributed
+def test_two_ranks_draw_what_one_does() -> None:
+    one, (prompt, told) = job(tiny("tiny-video2world"), 3, {"top_p": 0.8})
+    expected = generate(one.model, prompt, NUM_TOKENS, **told).tolist()
+    assert run_distributed(on_a_rank, 2) == [expected, expected]
 
 
 WAITING = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select")
