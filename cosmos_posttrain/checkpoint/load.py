@@ -24,12 +24,30 @@ def load_source(
     tensor_model_parallel_size: int = 1,
     layer_spec: str = "torch",
     seed: int = 1234,
+    device: str | None = None,
 ) -> ARModel:
-    """Builds the model of an opened source on this rank, for inference."""
+    """Builds the model of an opened source on this rank, for inference.
+
+    Args:
+        source: what to load.
+        dtype: see ``load_model``, as the next three.
+        tensor_model_parallel_size: see there.
+        layer_spec: see there.
+        seed: see there.
+        device: ``cpu`` leaves the weights there on a machine with a GPU too; None means this
+            process's.
+    """
     source.config.check_tensor_parallel(tensor_model_parallel_size)
     groups.initialize(groups.Parallelism(tensor=tensor_model_parallel_size), seed)
     own = launch.parse_dtype(dtype)
-    module = build_model(source.config, dtype=own, layer_spec=layer_spec, seed=seed)
+    module = build_model(
+        source.config,
+        dtype=own,
+        layer_spec=layer_spec,
+        seed=seed,
+        device=device,
+        perform_initialization=source.is_fresh,  # else every weight is read
+    )
     source.load_weights(module)
     return ARModel(module, source.contract)
 

@@ -58,6 +58,7 @@ class SessionConfig:
             modules, slow; auto, the fastest.
         decoding_window: tokens that jacobi feeds at once; by default chosen from pass to pass, by
             how many of them are right.
+        cuda_graphs: on a GPU, record passes as CUDA graphs and replay them, for speed alone.
         quantization: int8 keeps the layers' matrices as whole numbers of 8 bits, for memory; needs
             torchao.
         rope_scaling: positions where the clip's grid is larger than the checkpoint's.
@@ -84,6 +85,7 @@ class SessionConfig:
     dtype: str | None = setting(None, choices=DTYPES)
     decoding: str = setting("auto", choices=DECODINGS)
     decoding_window: int | None = setting(None, at_least=2)
+    cuda_graphs: bool = True
     quantization: str | None = setting(None, choices=QUANTIZATIONS)
     rope_scaling: str = setting("none", choices=ROPE_SCALINGS)
     rope_scale: float | None = setting(None, at_least=1)
@@ -210,6 +212,7 @@ SESSION_FLAGS = (
     Flag("--dtype"),
     Flag("--decoding"),
     Flag("--decoding_window"),
+    Flag("--cuda_graphs"),
     Flag("--quantization"),
     Flag("--rope_scaling"),
     Flag("--rope_scale"),

@@ -25,7 +25,7 @@ from cosmos_posttrain.inference.decode_plan import (
 
 
 @dataclass(frozen=True)
-class _Places:
+class Places:
     """Where the tokens of one pass stand.
 
     Attributes:
@@ -86,13 +86,18 @@ class DecodeState:
 
     def feed(self, tokens: Tensor, num_scores: int = 1, starts: list[int] | None = None) -> Tensor:
         """See ``NextScores``."""
-        plan = self.plan
-        batch, count = tokens.shape
+        count = tokens.shape[1]
         if starts is None:
             places = self._common_places(count)
             self.length = places.end
         else:
-            places = self._own_places(count, starts)
+            firsts = torch.tensor(starts, device=self.plan.device)[:, None]
+            places = self._places_at(firsts, count, max(starts) + count)
+        return self._run(tokens, places, num_scores)
+
+    def _run(self, tokens: Tensor, places: Places, num_scores: int) -> Tensor:
+        plan = self.plan
+        batch, count = tokens.shape
         x = plan.embed(tokens.flatten())
         for number, layer in enumerate(plan.layers):
             if plan.positions is not None:
@@ -106,27 +111,27 @@ class DecodeState:
             x = x.view(batch, count, -1)[:, -num_scores:].flatten(0, 1)
         return plan.logits(x).view(batch, num_scores, -1)
 
-    def _common_places(self, count: int) -> _Places:
+    def _common_places(self, count: int) -> Places:
         plan, start = self.plan, self.length
         end = start + count
         mask = None
         if start > 0 and count > 1:
             mask = torch.full((count, count), -torch.inf, device=plan.device).triu_(1)
         cosines, sines = (table[start:end, None, None] for table in (plan.cosines, plan.sines))
-        return _Places(start, end, None, cosines, sines, mask)
+        return Places(start, end, None, cosines, sines, mask)
 
-    def _own_places(self, count: int, starts: list[int]) -> _Places:
-        plan, end = self.plan, max(starts) + count
-        firsts = torch.tensor(starts, device=plan.device)
-        numbers = firsts[:, None] + torch.arange(count, device=plan.device)
+    def _places_at(self, firsts: Tensor, count: int, end: int) -> Places:
+        """Places of ``count`` tokens of each clip behind its first (B, 1), all before ``end``."""
+        plan = self.plan
+        numbers = firsts + torch.arange(count, device=plan.device)
         # A clip that is complete goes on beyond its end; nobody looks at what follows there.
         rows = numbers.clamp(max=len(plan.cosines) - 1)
         cosines, sines = (table[rows][:, :, None, None] for table in (plan.cosines, plan.sines))
         hidden = torch.arange(end, device=plan.device) > numbers[..., None]
         mask = torch.zeros(hidden.shape, device=plan.device).masked_fill_(hidden, -torch.inf)
-        return _Places(-1, end, numbers, cosines, sines, mask[:, None, None])
+        return Places(-1, end, numbers, cosines, sines, mask[:, None, None])
 
-    def _absolute(self, table: Tensor, places: _Places, batch: int) -> Tensor:
+    def _absolute(self, table: Tensor, places: Places, batch: int) -> Tensor:
         """Absolute positions, (B * N, hidden)."""
         if places.numbers is None:
             rows = table[places.start : places.end]
@@ -134,7 +139,7 @@ class DecodeState:
         return table[places.numbers.clamp(max=len(table) - 1)].flatten(0, 1)
 
     def _attention(
-        self, number: int, layer: LayerWeights, x: Tensor, size: tuple[int, int], places: _Places
+        self, number: int, layer: LayerWeights, x: Tensor, size: tuple[int, int], places: Places
     ) -> Tensor:
         plan = self.plan
         shape = (*size, plan.groups, plan.heads_per_group + 2, plan.width)
@@ -143,6 +148,12 @@ class DecodeState:
         swapped = turned.roll(plan.width // 2, -1)
         turned = turned.mul_(places.cosines).addcmul_(swapped, places.sines)
         query, key, value = turned[..., :-1, :], turned[..., -1, :], packed[..., -1, :]
+        return plan.added(x, self._attended(number, query, key, value, places), layer.out)
+
+    def _attended(
+        self, number: int, query: Tensor, key: Tensor, value: Tensor, places: Places
+    ) -> Tensor:
+        """Takes keys and values (B, N, groups, D) into a layer's cache; see ``_attend``."""
         keys, values = self._keys[number], self._values[number]
         if places.numbers is None:
             keys[:, :, places.start : places.end] = key.transpose(1, 2)
@@ -150,8 +161,7 @@ class DecodeState:
         else:
             keys[self._rows, :, places.numbers] = key
             values[self._rows, :, places.numbers] = value
-        attended = _attend(query, keys[:, :, : places.end], values[:, :, : places.end], places.mask)
-        return plan.added(x, attended, layer.out)
+        return _attend(query, keys[:, :, : places.end], values[:, :, : places.end], places.mask)
 
     def _cross_attention(
         self, number: int, weights: CrossAttentionWeights, x: Tensor, batch: int
@@ -172,7 +182,7 @@ def _attend(
         query: (B, N, groups, heads, D), the heads of a group share its keys.
         keys: (B, groups, S, D).
         values: as ``keys``.
-        mask: see ``_Places``.
+        mask: see ``Places``.
         is_causal: without a mask, N > 1 queries are the first N of N positions, and each sees
             those up to its own.
 

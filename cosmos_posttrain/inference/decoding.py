@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cosmos_posttrain.errors import CosmosPosttrainError
+from cosmos_posttrain.inference.drafts import Drafts
 from cosmos_posttrain.inference.windows import LARGEST_WINDOW, WindowChoice
 
 Progress = Callable[[int], None]
@@ -67,6 +69,22 @@ class NextScores(Protocol):
 
         Returns:
             (B, num_scores, vocab_size): scores of what follows each of the last of them.
+        """
+
+
+class Passes(Protocol):
+    """Passes over a window of some clips, one after another."""
+
+    def __call__(self, count: int, known: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """Feeds the last known token of each clip and drafts, and keeps what is right.
+
+        Args:
+            count: tokens of each clip to feed, at least 1.
+            known: tokens of each clip that are known.
+
+        Returns:
+            (B, count) int64 drawn behind each of them, the scores that they were drawn from, valid
+            until the next pass, and tokens of each clip that are known now.
         """
 
 
@@ -134,6 +152,7 @@ def decode_in_windows(
     tokens_per_frame: int,
     progress: Progress | None = None,
     observe: Observe | None = None,
+    open_passes: Callable[[Drafts], Passes] | None = None,
 ) -> Tensor:
     """Feeds the last known token and drafts of those behind it, and keeps those that are right.
 
@@ -147,11 +166,14 @@ def decode_in_windows(
         prompt: (B, P) int64.
         num_tokens: to decode.
         draw: of tokens.
-        window: tokens that are fed at once, at least 2; no more than a latent frame and one. None
-            chooses from pass to pass.
+        window: tokens that are fed at once, 1 without drafts; no more than a latent frame and one.
+            None chooses from pass to pass.
         tokens_per_frame: of a latent frame.
         progress: called with the number of tokens so far, the clips' mean, after each pass.
-        observe: called with the tokens that each pass makes known, clip by clip.
+        observe: called with the tokens that each pass makes known, clip by clip where their numbers
+            differ.
+        open_passes: how windows are fed, called when the prompt was and before anything is told;
+            by default to ``scores``.
 
     Returns:
         (B, num_tokens) int64.
@@ -166,35 +188,26 @@ def decode_in_windows(
     choice = WindowChoice(batch_size, prompt.device, largest, window)
     found = scores.feed(prompt)
     check_finite(found)
-    drafts = _Drafts(prompt, num_tokens, largest, tokens_per_frame)
-    places = torch.arange(end, device=prompt.device)
-    token = draw(found, places[first : first + 1])
+    drafts = Drafts(prompt, num_tokens, largest, tokens_per_frame)
+    token = draw(found, torch.tensor([first], device=prompt.device))
     drafts.begin(token)
+    known = [first + 1] * batch_size
+    passes = (open_passes or partial(PlainPasses, scores, draw))(drafts)
     if observe is not None:
         observe(Decoded(range(batch_size), 0, token, found))
-    known = [first + 1] * batch_size
     while min(known) < end:
         count = min(choice.next(), end - min(known))
-        starts, before = [number - 1 for number in known], known
-        is_common = min(starts) == max(starts)
-        if is_common:
-            scores.length = starts[0]
-        if is_common and count == 1:
-            found = scores.feed(drafts.tokens[:, starts[0] : known[0]])
-            drawn = draw(found, places[known[0] : known[0] + 1])
-            known = drafts.append(drawn, known)
-        else:
-            fed, fed_places = drafts.window(count)
-            found = scores.feed(fed, count, None if is_common else starts)
-            drawn = draw(found, fed_places + 1)
-            known = drafts.take(fed, drawn, fed_places)
-        pairs = zip(before, known, strict=True)
+        before = known
+        drawn, found, known = passes(count, before)
+        pairs = list(zip(before, known, strict=True))
         choice.learn([new - old for old, new in pairs if old < end])
         if observe is not None:
-            for clip, (old, new) in enumerate(zip(before, known, strict=True)):
+            step = batch_size if len(set(pairs)) == 1 else 1
+            for clip in range(0, batch_size, step):
+                (old, new), clips = pairs[clip], range(clip, clip + step)
+                rows = slice(clip, clip + step)
                 if new > old:
-                    new_tokens, scored = (x[clip : clip + 1, : new - old] for x in (drawn, found))
-                    clips = range(clip, clip + 1)
+                    new_tokens, scored = (x[rows, : new - old] for x in (drawn, found))
                     observe(Decoded(clips, old - first, new_tokens, scored))
         if progress is not None:
             progress(sum(known) // batch_size - first)
@@ -202,73 +215,32 @@ def decode_in_windows(
     return drafts.tokens[:, first:end]
 
 
-class _Drafts:
-    """Tokens of some clips, known ones and drafts of those behind them.
+class PlainPasses:
+    """Passes through a ``NextScores``; see ``Passes``.
 
     Args:
-        prompt: (B, P) int64.
-        num_tokens: to decode.
-        window: tokens that are fed at once at most.
-        tokens_per_frame: of a latent frame.
-
-    Attributes:
-        tokens: (B, P + num_tokens + window) int64.
+        scores: fed with the prompt.
+        draw: of tokens.
+        drafts: what is fed.
     """
 
-    def __init__(self, prompt: Tensor, num_tokens: int, window: int, tokens_per_frame: int) -> None:
-        self._end = prompt.shape[1] + num_tokens
-        self._tokens_per_frame = tokens_per_frame
-        self.tokens = torch.nn.functional.pad(prompt, (0, num_tokens + window))
-        self._confirmed = torch.zeros_like(self.tokens, dtype=torch.bool)
-        # Of each clip, (B, 1): tokens that are right, and those that are at least a draft.
-        self._known = self._drafted = prompt.new_full((len(prompt), 1), prompt.shape[1])
-        self._steps = torch.arange(window, device=prompt.device)
+    def __init__(self, scores: NextScores, draw: Draw, drafts: Drafts) -> None:
+        self._scores, self._draw, self._drafts = scores, draw, drafts
+        self._places = torch.arange(drafts.tokens.shape[1], device=drafts.tokens.device)
 
-    def begin(self, token: Tensor) -> None:
-        """The first token (B, 1) behind the prompt."""
-        self.tokens.scatter_(1, self._known, token)
-        self._known = self._drafted = self._known + 1
-
-    def append(self, token: Tensor, known: list[int]) -> list[int]:
-        """A known token (B, 1) of each clip, where all stand at the same place."""
-        self.tokens[:, known[0] : known[0] + 1] = token
-        self._known = self._known + 1
-        self._drafted = self._drafted.maximum(self._known)
-        return [number + 1 for number in known]
-
-    def window(self, count: int) -> tuple[Tensor, Tensor]:
-        """The last known token of each clip and drafts behind it, (B, count), and their places."""
-        places = self._known - 1 + self._steps[:count]
-        fed = self.tokens.gather(1, places)
-        older = self.tokens.gather(1, (places - self._tokens_per_frame).clamp_(min=0))
-        fed = torch.where(places < self._drafted, fed, older)
-        self._drafted = self._drafted.maximum(places[:, -1:] + 1)
-        return fed, places
-
-    def take(self, fed: Tensor, drawn: Tensor, places: Tensor) -> list[int]:
-        """Keeps what is right of a window, and makes better drafts of the rest.
-
-        Args:
-            fed: (B, N), see ``window``.
-            drawn: (B, N) int64, what follows each of them if they are right.
-            places: of what was fed.
-
-        Returns:
-            Tokens of each clip that are known now.
-        """
-        is_same = drawn[:, :-1] == fed[:, 1:]
-        num_right = is_same.long().cumprod(1).sum(1, keepdim=True)
-        # The token behind the right drafts is right as well: all that it was drawn from is.
-        num_new = (num_right + 1).minimum(self._end - self._known)
-        inner = places[:, 1:]
-        # A draft that was confirmed is left by the second pass that contradicts it.
-        keeps = ~is_same & self._confirmed.gather(1, inner)
-        keeps &= self._steps[: inner.shape[1]] >= num_new
-        self._confirmed.scatter_(1, inner, is_same)
-        self.tokens.scatter_(1, inner, torch.where(keeps, fed[:, 1:], drawn[:, :-1]))
-        # Behind the window stands no draft yet, but what is known now.
-        last = places[:, -1:] + 1
-        self.tokens.scatter_(1, last, drawn[:, -1:])
-        self._known = self._known + num_new
-        self._drafted = self._drafted.maximum(self._known)
-        return self._known.flatten().tolist()
+    def __call__(self, count: int, known: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """See ``Passes``."""
+        scores, drafts = self._scores, self._drafts
+        starts = [number - 1 for number in known]
+        is_common = min(starts) == max(starts)
+        if is_common:
+            scores.length = starts[0]
+        if is_common and count == 1:
+            found = scores.feed(drafts.tokens[:, starts[0] : known[0]])
+            drawn = self._draw(found, self._places[known[0] : known[0] + 1])
+            return drawn, found, drafts.append(drawn, known)
+        fed, places = drafts.window(count)
+        found = scores.feed(fed, count, None if is_common else starts)
+        drawn = self._draw(found, places + 1)
+        drafts.take(fed, drawn, places)
+        return drawn, found, drafts.known.flatten().tolist()

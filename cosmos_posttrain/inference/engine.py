@@ -21,18 +21,10 @@ from torch import Tensor
 
 from cosmos_posttrain.errors import ConfigError, GeometryError
 from cosmos_posttrain.inference.config import DECODINGS
-from cosmos_posttrain.inference.decode_plan import DecodePlan
-from cosmos_posttrain.inference.decode_state import DecodeState
-from cosmos_posttrain.inference.decoding import (
-    Decoded,
-    NextScores,
-    decode_in_windows,
-    decode_one_by_one,
-)
-from cosmos_posttrain.inference.module_scores import GuidedScores, ModuleScores
+from cosmos_posttrain.inference.decode_job import DecodeJob
+from cosmos_posttrain.inference.decoding import Decoded
 from cosmos_posttrain.inference.noise import stream_keys
 from cosmos_posttrain.inference.sampling import Draw, check_guidance, check_sampling
-from cosmos_posttrain.inference.windows import LARGEST_WINDOW
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.builder import CosmosGPTModel
 
@@ -132,6 +124,7 @@ def generate(
     negative_context: Tensor | None = None,
     decoding: str = "auto",
     window: int | None = None,
+    cuda_graphs: bool = True,
     progress: Callable[[int], None] | None = None,
     observe: Callable[[Decoded], None] | None = None,
 ) -> Tensor:
@@ -159,6 +152,7 @@ def generate(
             ``modules``, sequential through Megatron's own modules, slow, to compare with; ``auto``,
             the fastest of the first two.
         window: tokens that ``jacobi`` feeds at once; None chooses from pass to pass.
+        cuda_graphs: on a GPU, record passes and replay them.
         progress: called with the number of tokens generated so far, as they come.
         observe: called with tokens as they are known and the scores that they were drawn from, the
             same on every rank.
@@ -188,23 +182,17 @@ def generate(
         top_k,
     )
 
-    def draw(scores: Tensor, positions: Tensor) -> Tensor:
-        return _agreed(own_draw(scores, positions))
-
-    length = prompt.shape[1] + num_tokens
     decoding = chosen_decoding(decoding)
+    job = DecodeJob(
+        model, prompt, num_tokens, own_draw, contexts, guidance_scale, progress, observe
+    )
     model.module.eval()
     with torch.inference_mode(), _whole_sequences(model.module):
-        if decoding == "jacobi":
-            room = length + (window or LARGEST_WINDOW)
-            scores = _open_scores(model, decoding, room, contexts, guidance_scale, len(prompt))
-            frame = model.latent_shape.tokens_per_frame
-            generated = decode_in_windows(
-                scores, prompt, num_tokens, draw, window, frame, progress, observe
-            )
-        else:
-            scores = _open_scores(model, decoding, length, contexts, guidance_scale, len(prompt))
-            generated = decode_one_by_one(scores, prompt, num_tokens, draw, progress, observe)
+        generated = None
+        if cuda_graphs and model.device.type == "cuda" and decoding != "modules":
+            generated = job.by_graphs(decoding, window)
+        if generated is None:
+            generated = job.by_passes(decoding, window)
     # Tensors made in inference mode cannot take part in training; a copy of one can.
     return generated.clone()
 
@@ -212,23 +200,6 @@ def generate(
 def chosen_decoding(decoding: str) -> str:
     """What ``auto`` means: windows, which become single tokens where drafts do not pay."""
     return "jacobi" if decoding == "auto" else decoding
-
-
-def _agreed(tokens: Tensor) -> Tensor:
-    """The first tensor-parallel rank's tokens on all of them.
-
-    Ranks compute the same draws from the same gathered scores, but on GPUs of different kinds a
-    logarithm may round differently, and two ranks that go on from different tokens decode noise or
-    wait for each other forever. A few bytes beside the layers' own sums.
-    """
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:
-        tokens = tokens.contiguous()
-        torch.distributed.broadcast(
-            tokens,
-            parallel_state.get_tensor_model_parallel_src_rank(),
-            parallel_state.get_tensor_model_parallel_group(),
-        )
-    return tokens
 
 
 def _check_decoding(decoding: str, window: int | None) -> None:
@@ -255,21 +226,3 @@ def _keys(
             f"seeds, items and samples must have a number for each of the {batch_size} clips."
         )
     return stream_keys(*map(torch.tensor, numbers))
-
-
-def _open_scores(
-    model: ARModel,
-    decoding: str,
-    max_length: int,
-    contexts: Tensor | None,
-    guidance_scale: float,
-    batch_size: int,
-) -> NextScores:
-    """The model with an empty cache."""
-    rows = batch_size if guidance_scale == 1 else 2 * batch_size
-    scores: NextScores
-    if decoding == "modules":
-        scores = ModuleScores(model, rows, max_length, contexts)
-    else:
-        scores = DecodeState(DecodePlan(model), rows, max_length, contexts)
-    return scores if guidance_scale == 1 else GuidedScores(scores, guidance_scale)

@@ -36,11 +36,16 @@ def check_quantization(quantization: str | None, decoding: str) -> None:
         ) from error
 
 
-def quantize(model: ARModel) -> None:
+def quantize(model: ARModel, device: torch.device | None = None) -> None:
     """Rounds the layers' matrices to 8 bits, in place, one at a time.
 
-    The model can be decoded from then on, and nothing else. Under tensor parallelism each rank
+    The model can be decoded from then on, and nothing else. Of a model on the CPU, a GPU holds the
+    rounded weights and one matrix more at most. Under tensor parallelism each rank
     rounds its own part: scales of the rows that are split differ with its size.
+
+    Args:
+        model: stays where it is, or goes to ``device``.
+        device: where matrices are rounded, each after it was taken there; None is where they are.
     """
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -49,9 +54,12 @@ def quantize(model: ARModel) -> None:
         if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
             continue
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
+        there = weight.detach().to(device or weight.device).contiguous()
+        linear.weight = nn.Parameter(there, requires_grad=False)
         module.weight = None  # held by `linear` alone, which lets it go
-        del weight
+        del weight, there
         with torch.no_grad():
             quantize_(linear, Int8WeightOnlyConfig())
         module.weight = linear.weight
+    if device is not None:
+        model.module.to(device)

@@ -26,9 +26,11 @@ Numbers = Callable[[Tensor], Tensor]
 
 # So many of the most likely tokens are looked at first, and so many times more if that is too few.
 _FIRST_CANDIDATES, _MORE_CANDIDATES = 256, 8
-# On a GPU: chance at most, in powers of e, that none of the best scores may be drawn.
+# On a GPU: chance at most, in powers of e, that none of the best scores may be drawn, how many are
+# looked at, and masses that are compared at once, at most.
 _LOG_MISS = -40.0
 _MAX_BEST = 256
+_MAX_MASSES = 2**26
 
 
 def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -> None:
@@ -87,6 +89,7 @@ def choose(
     temperature: float = 1.0,
     top_p: float | None = None,
     top_k: int | None = None,
+    can_wait: bool = True,
 ) -> Tensor:
     """Draws one token for each row of scores.
 
@@ -100,6 +103,7 @@ def choose(
         temperature: 0 takes the most likely token.
         top_p: None keeps all, as 1 does.
         top_k: None keeps all.
+        can_wait: whether the host may wait for what was found; without, a GPU can do all at once.
 
     Returns:
         (B, N) int64.
@@ -112,8 +116,8 @@ def choose(
         top_p = None
     if top_p is None and top_k is None:
         return (scaled + numbers(_all_tokens(logits))).argmax(-1)
-    # A window is waited for in any case.
-    if logits.is_cuda and logits.shape[-2] == 1:
+    # A window is waited for in any case, but where the whole pass is one graph.
+    if not can_wait or (logits.is_cuda and logits.shape[-2] == 1):
         return choose_by_score(scaled, numbers, top_p, top_k)
     return choose_by_likelihood(scaled, numbers, top_p, top_k)
 
@@ -184,11 +188,17 @@ def choose_by_score(
     if count > _MAX_BEST:  # few tokens hold so little: look at the most likely ones instead
         return _choose_sorted(scores, masses, top_p)
     best = scores.topk(count, -1).indices
-    likelier = masses[..., None, :] > masses.gather(-1, best)[..., None]
-    keep = (masses[..., None, :] * likelier).sum(-1) <= top_p
+    parts = masses.gather(-1, best).split(max(1, _MAX_MASSES // masses.numel()), -1)
+    keep = torch.cat([_likelier_mass(masses, part) for part in parts], -1) <= top_p
     # The first of them; argmax of equal values may be any.
     order = torch.arange(count, 0, -1, device=keep.device)
     return best.gather(-1, (keep * order).argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def _likelier_mass(masses: Tensor, own: Tensor) -> Tensor:
+    """What the tokens hold (B, N, V) that are likelier than some: (B, N, K) to (B, N, K)."""
+    likelier = masses[..., None, :] > own[..., None]
+    return (masses[..., None, :] * likelier).sum(-1)
 
 
 def _choose_sorted(scores: Tensor, masses: Tensor, top_p: float) -> Tensor:
@@ -215,6 +225,7 @@ class Draw:
         temperature: see ``choose``, as the next two.
         top_p: see there.
         top_k: see there.
+        can_wait: see there.
     """
 
     keys: Tensor
@@ -222,6 +233,7 @@ class Draw:
     temperature: float = 1.0
     top_p: float | None = None
     top_k: int | None = None
+    can_wait: bool = True
 
     def __call__(self, scores: Tensor, positions: Tensor) -> Tensor:
         """Draws the tokens at some places.
@@ -239,4 +251,5 @@ class Draw:
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
+            can_wait=self.can_wait,
         )

@@ -203,14 +203,16 @@ class Session:
         groups.initialize(groups.Parallelism(tensor=self.tensor_model_parallel_size))
         if self._config.offload_tokenizer or not self.is_first:
             self._free_tokenizer()
+        is_rounded = self._config.quantization is not None
         self._model = load_source(
             self._source,
             self._config.dtype,
             self.tensor_model_parallel_size,
             self._config.layer_spec,
+            device="cpu" if is_rounded else None,
         )
-        if self._config.quantization is not None:
-            quantize(self._model)
+        if is_rounded:
+            quantize(self._model, launch.device())
         lay_out(self._model)
         if self._config.offload_ar_model:
             self._move_model("cpu")
@@ -375,6 +377,7 @@ class Session:
                 requests,
                 decoding=chosen_decoding(self._config.decoding),
                 window=self._config.decoding_window,
+                cuda_graphs=self._config.cuda_graphs,
                 progress=progress,
                 on_tokens=on_tokens,
             )

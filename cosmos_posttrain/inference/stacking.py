@@ -71,6 +71,7 @@ def continue_prompts(
     *,
     decoding: str,
     window: int | None,
+    cuda_graphs: bool,
     progress: Callable[[int], None] | None,
     on_tokens: OnTokens | None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -83,6 +84,7 @@ def continue_prompts(
         requests: how each is sampled; see ``check_alike``.
         decoding: as ``generate`` takes it.
         window: likewise.
+        cuda_graphs: likewise.
         progress: likewise.
         on_tokens: called with the tokens of a clip so far.
 
@@ -115,6 +117,7 @@ def continue_prompts(
         negative_context=batch.negative_context,
         decoding=decoding,
         window=window,
+        cuda_graphs=cuda_graphs,
         progress=progress,
         observe=all_of(watch, log_probs),
     )

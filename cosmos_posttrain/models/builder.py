@@ -90,7 +90,8 @@ def build_model(
         layer_spec: ``torch`` or ``te``.
         sequence_parallel: see ``transformer_config``.
         seed: of the fresh weights.
-        device: ``meta`` builds a model without weights, to be counted; None means this process's.
+        device: ``meta`` builds a model without weights, to be counted; ``cpu`` leaves it there on a
+            machine with a GPU too; None means this process's.
         **overrides: fields of Megatron's ``TransformerConfig``.
 
     Raises:
@@ -101,6 +102,8 @@ def build_model(
     if dtype is None:
         dtype = DTYPES.get(model.params_dtype) if torch.cuda.is_available() else None
         dtype = dtype or torch.float32
+    if device == "cpu":
+        overrides["use_cpu_initialization"] = True
     config = transformer_config(
         model, dtype=dtype, sequence_parallel=sequence_parallel, **overrides
     )
@@ -113,7 +116,7 @@ def build_model(
         module = _construct(model, config, layer_spec)
     if model.lora is not None:
         start_factors(module, seed)
-    return module.to(device=launch.device(), dtype=dtype)
+    return module.to(device=device or launch.device(), dtype=dtype)
 
 
 def _construct(model: ModelConfig, config: TransformerConfig, layer_spec: str) -> CosmosGPTModel:

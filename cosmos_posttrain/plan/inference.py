@@ -5,7 +5,7 @@ stages of ``infer.py`` come one after another; what is not offloaded stays for a
 
     text       the text encoder
     encode     the tokenizer, and what its widest layers hold
-    load       the weights, as int8 too first in bfloat16
+    load       the weights; as int8, and the matrix that is being rounded
     generate   the weights, keys and values of all tokens, and what one pass holds
     decode     as encode
 """
@@ -41,7 +41,7 @@ class InferenceMemory:
         work: what a pass over the prompt holds.
         tokenizer: weights, and what its layers hold.
         text_encoder: weights; 0 of base models.
-        loading: weights of the model while they are read.
+        loading: weights of the model while they are read, and what rounding a matrix holds.
     """
 
     weights: float
@@ -87,7 +87,7 @@ def inference_memory(
         tokenizer=_BF16 * _TOKENIZER_PARAMETERS
         + _TOKENIZER_LAYERS * _TOKENIZER_BYTES_PER_PIXEL * _CHUNK_PIXELS,
         text_encoder=_BF16 * _T5_PARAMETERS if model.is_video2world else 0,
-        loading=weight_bytes(model, "bf16"),
+        loading=weight_bytes(model, stored) + (_rounding_bytes(model) if stored == "int8" else 0),
     )
 
 
@@ -99,6 +99,11 @@ def weight_bytes(model: ModelConfig, stored: str) -> float:
     matrices = model.num_layers * layer_parameters(model).matrices
     # A matrix of n inputs has one scale for n weights; n is the hidden size or more.
     return matrices + _BF16 * matrices / model.hidden_size + _BF16 * (total - matrices)
+
+
+def _rounding_bytes(model: ModelConfig) -> float:
+    """The largest matrix of a layer, gate and up: in bfloat16, and a copy of it in float32."""
+    return (_BF16 + 4) * 2 * model.ffn_hidden_size * model.hidden_size
 
 
 def cache_bytes(model: ModelConfig, batch_size: int) -> float:

@@ -86,7 +86,7 @@ def show(
     console.print(
         "together: nothing is offloaded; offloaded: every --offload_* flag, so that each stage has "
         f"the GPU to itself. Both with {FRAMEWORK_BYTES / _GIB:g} GiB for CUDA and "
-        f"{FRAGMENTATION:.0%} for fragmentation. int8: --quantization int8, made of bfloat16 after "
-        "loading. T5: T5-11B in bfloat16 "
+        f"{FRAGMENTATION:.0%} for fragmentation. int8: --quantization int8, made matrix by "
+        "matrix of weights that are read on the CPU. T5: T5-11B in bfloat16 "
         "(--text_encoder_dtype). Guidance doubles cache and work. All are estimates."
     )

@@ -148,3 +148,46 @@ def test_ways_of_decoding_agree_on_a_gpu() -> None:
                 for way in ("modules", "sequential", "jacobi")
             ]
         assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2]), settings
+
+
+@pytest.mark.parametrize("decoding", ["sequential", "jacobi"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_graphs_replay_what_is_drawn_without_them(
+    decoding: str,
+    batch_size: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    replayed = []
+    real = torch.cuda.CUDAGraph.replay
+
+    def replay(graph: torch.cuda.CUDAGraph) -> None:
+        replayed.append(graph)
+        real(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", replay)
+    model = load_model(AR_CASE, dtype="float32")
+    given = prompt().repeat(batch_size, 1)
+    for settings in ({"temperature": 0.0}, {"top_p": 0.8, "seed": 3}, {"top_k": 50}):
+        own = {**settings, "decoding": decoding, "window": 4}
+        with full_float32():
+            expected = generate(model, given, rest(model), cuda_graphs=False, **own)
+            assert not replayed
+            found = generate(model, given, rest(model), **own)
+        assert torch.equal(found, expected), settings
+        assert len(replayed) > 1
+        replayed.clear()
+    assert capsys.readouterr().err == ""
+
+
+def test_the_cache_in_bfloat16_without_graphs() -> None:
+    """As with them, see ``test_the_cache_in_bfloat16``: what is drawn is as likely."""
+    model = load_model(AR_CASE, dtype="bfloat16")
+    clips = []
+    for cuda_graphs in (True, False):
+        found = generate(model, prompt(), rest(model), temperature=0.0, cuda_graphs=cuda_graphs)
+        clips.append(torch.cat([prompt().to(found), found], dim=1))
+    for clip in clips:
+        logits = model.logits(clip)[:, NUM_GIVEN - 1 : -1]
+        drawn = logits.gather(2, clip[:, NUM_GIVEN:, None])[..., 0]
+        assert (logits.amax(dim=2) - drawn).max() < 0.15

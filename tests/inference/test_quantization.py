@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import infer_case
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cosmos_posttrain import generate, load_model
+from cosmos_posttrain.checkpoint.load import load_source
+from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.inference.decode_plan import DecodePlan
@@ -18,6 +24,7 @@ from cosmos_posttrain.inference.quantization import quantize
 from cosmos_posttrain.inference.request import Request
 from cosmos_posttrain.inference.session import Session
 from cosmos_posttrain.models.ar_model import ARModel
+from cosmos_posttrain.plan.inference import weight_bytes
 
 GRID = LatentShape(3, 3, 4)
 
@@ -58,6 +65,60 @@ def test_scores_are_close_and_matrices_small() -> None:
     one_by_one = generate(model, tokens[:, :12], 24, **settings)
     windows = generate(model, tokens[:, :12], 24, **(settings | {"decoding": "jacobi"}))
     assert torch.equal(windows, one_by_one)
+
+
+class Held(TorchDispatchMode):
+    """Bytes on the ``meta`` device, which stands for a GPU here: held now, and at the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = weakref.WeakSet[torch.UntypedStorage]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            # Not torchao's, which hold others and nothing themselves.
+            if type(tensor) is torch.Tensor and tensor.device.type == "meta":
+                storage = tensor.untyped_storage()
+                if storage not in self._seen:
+                    self._seen.add(storage)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._gone, storage.nbytes())
+        return found
+
+    def _gone(self, num_bytes: int) -> None:
+        self.now -= num_bytes
+
+
+def test_a_gpu_never_holds_the_whole_model() -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed (extra int8)")
+    settings = {"latent_shape": GRID, "dtype": "bfloat16"}
+    source = open_source("random:tiny").at_grid(GRID)
+    model = load_source(source, "bfloat16", device="cpu")
+    quantize(model, torch.device("cpu"))
+    other = load_model("random:tiny", **settings)
+    quantize(other)
+    for name, own in other.module.state_dict().items():
+        if isinstance(own, torch.Tensor):
+            found = model.module.state_dict()[name]
+            parts = ("qdata", "scale") if hasattr(own, "qdata") else ("data",)
+            assert all(torch.equal(getattr(found, p), getattr(own, p)) for p in parts), name
+
+    model = load_model("random:tiny", **settings)
+    matrices = [p for p in model.module.decoder.layers.parameters() if p.ndim == 2]
+    largest = max(matrix.numel() for matrix in matrices)
+    rounded = weight_bytes(model.config, "int8")
+    with Held() as held:
+        quantize(model, torch.device("meta"))
+    assert model.device.type == "meta"
+    assert rounded <= held.now <= 1.05 * rounded
+    # A matrix, and a copy of it in float32.
+    assert rounded < held.peak <= 1.05 * rounded + (2 + 4) * largest
+    assert held.peak < weight_bytes(model.config, "bf16")
 
 
 def test_a_session_with_8_bits() -> None:
