@@ -1,7 +1,7 @@
 """Whole tensors into a built model, at any layout.
 
 Flows in: a way to get each whole Megatron tensor by its name on disk. Flows out: this rank's
-parameters, filled one by one.
+parameters, filled one by one. Medusa heads stay as they begin: no such tensor's format has any.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from cosmos_posttrain.checkpoint import mapping
+from cosmos_posttrain.models.medusa import MEDUSA
 from cosmos_posttrain.models.naming import parameters_by_disk_name
 
 
@@ -22,4 +23,6 @@ def fill(model: nn.Module, whole_tensor: Callable[[str], Tensor]) -> None:
     size = parallel_state.get_tensor_model_parallel_world_size()
     with torch.no_grad():
         for name, parameter in parameters_by_disk_name(model):
+            if name.startswith(MEDUSA):
+                continue
             parameter.copy_(mapping.shard(name, whole_tensor(name), rank, size))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cosmos_posttrain.checkpoint.torch_dist import PREFIX, Box
 from cosmos_posttrain.models.builder import CosmosGPTModel
+from cosmos_posttrain.models.medusa import MEDUSA
 
 # In front of the key of the weight that it belongs to, as in Megatron's own checkpoints.
 STATE = "optimizer.state."
@@ -157,7 +158,8 @@ def to_read(
     """All that this rank needs of a checkpoint.
 
     A weight's float32 numbers are its master weights where the checkpoint has them, and the weight
-    itself where it was trained in float32. So a run may go on in another dtype.
+    itself where it was trained in float32. So a run may go on in another dtype. Medusa heads stay
+    as they begin where only weights are read and the checkpoint has none.
 
     Args:
         model: this rank's model.
@@ -166,6 +168,8 @@ def to_read(
     """
     parts = _by_parameter(optimizer)
     for area in _areas(model):
+        if optimizer is None and area.key.startswith(PREFIX + MEDUSA) and area.key not in keys:
+            continue
         numbers = area.owner.detach().view(-1)
         master = f"{STATE}{MASTER}.{area.key}"
         exact = master if master in keys else area.key

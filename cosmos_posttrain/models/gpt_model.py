@@ -15,14 +15,19 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.medusa import MEDUSA, SHARE, MedusaHead, head_losses, head_weights
 from cosmos_posttrain.models.rope import RotaryEmbedding3D
 
 
 class CosmosGPTModel(GPTModel):
-    """Megatron's GPT model with the Cosmos 3D RoPE and a vocabulary of any size."""
+    """Megatron's GPT model with the Cosmos 3D RoPE and a vocabulary of any size.
+
+    Attributes:
+        medusa_heads: on the last stage of a model that has some; else None.
+    """
 
     post_process: bool
 
@@ -30,6 +35,46 @@ class CosmosGPTModel(GPTModel):
         super().__init__(config=config, **kwargs)
         self.model_config = model_config
         self.rotary_pos_emb = RotaryEmbedding3D(model_config)
+        self.medusa_heads: nn.ModuleList | None = None
+        if self.post_process and model_config.num_medusa_heads:
+            count = model_config.num_medusa_heads
+            self.medusa_heads = nn.ModuleList(MedusaHead(config) for _ in range(count))
+        self._trains_heads_alone = False
+
+    def train_heads_alone(self) -> None:
+        """Freezes all but the Medusa heads; the loss is theirs then, their weighted mean."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(MEDUSA))
+        self._trains_heads_alone = True
+
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """As Megatron's; in training with Medusa heads, the loss is also theirs.
+
+        Args:
+            *args: of Megatron's.
+            labels: (B, S) int64; with them the last stage gives losses (B, S) float32 in nats.
+            **kwargs: of Megatron's.
+        """
+        alone = self._trains_heads_alone
+        heads = self.medusa_heads if self.training or alone else None
+        if labels is None or not self.post_process or heads is None:
+            output: Tensor = super().forward(*args, labels=labels, **kwargs)
+            return output
+        keeps_graph = torch.is_grad_enabled() and not alone
+        with self.hidden_states_only(), torch.set_grad_enabled(keeps_graph):
+            hidden: Tensor = super().forward(*args, **kwargs)
+        theirs = head_losses(
+            heads,
+            hidden,
+            self.output_layer.weight,
+            labels,
+            self.model_config.vocab_size,
+            self.config.sequence_parallel,
+        )
+        if alone:
+            return theirs / sum(head_weights(len(heads)))
+        logits, _ = self.output_layer(hidden)
+        return self.compute_language_model_loss(labels, logits) + SHARE * theirs
 
     @contextlib.contextmanager
     def hidden_states_only(self) -> Iterator[None]:

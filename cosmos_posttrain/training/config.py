@@ -52,6 +52,10 @@ class ModelSourceConfig:
         embedding_init: what becomes of the checkpoint's token embeddings and output rows at the
             start of a run: ``keep``, ``reset``, ``mean`` or ``aligned``.
         cooccurrence_path: the file for ``aligned``, see ``transfer/align.py``.
+        num_medusa_heads: heads that guess tokens further ahead, from which decoding takes drafts;
+            those that the checkpoint has are trained on, others begin anew, and 0 leaves its own
+            out.
+        medusa_freeze_backbone: train the Medusa heads alone, and leave all else as it is.
     """
 
     path: str = "nvidia/Cosmos-1.0-Autoregressive-4B"
@@ -63,6 +67,8 @@ class ModelSourceConfig:
     rope_scale: float | None = setting(None, at_least=1)
     embedding_init: str = setting("keep", choices=EMBEDDING_INITS)
     cooccurrence_path: str | None = None
+    num_medusa_heads: int = setting(0, at_least=0)
+    medusa_freeze_backbone: bool = True
 
 
 @dataclass
@@ -186,6 +192,8 @@ FLAGS = (
     Flag("--rope_scale", "model.rope_scale"),
     Flag("--embedding_init", "model.embedding_init"),
     Flag("--cooccurrence_path", "model.cooccurrence_path"),
+    Flag("--medusa_num_heads", "model.num_medusa_heads"),
+    Flag("--medusa_freeze_backbone", "model.medusa_freeze_backbone"),
     Flag("--latent_shape", "data.latent_shape"),
     Flag("--vocab_size", "data.vocab_size"),
     Flag("--seed", "data.seed"),
@@ -214,6 +222,7 @@ def validate(config: TrainConfig, world_size: int) -> None:
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         problems.append("--sequence_parallel needs --tensor_model_parallel_size above 1")
     problems += _embedding_problems(config.model)
+    problems += _medusa_problems(config.model, parallel)
     problems += _batch_problems(config, world_size)
     check(config, flag_names(FLAGS), problems)
 
@@ -228,6 +237,27 @@ def _embedding_problems(model: ModelSourceConfig) -> list[str]:
     if init != "aligned" and path is not None:
         return [f"--cooccurrence_path has no effect with --embedding_init {init}: give aligned"]
     return []
+
+
+def _medusa_problems(model: ModelSourceConfig, parallel: ParallelConfig) -> list[str]:
+    if not model.num_medusa_heads:
+        return []
+    problems = []
+    if parallel.context_parallel_size > 1:
+        problems.append("--medusa_num_heads needs --context_parallel_size 1")
+    if model.medusa_freeze_backbone:
+        thaw = "give --no-medusa_freeze_backbone"
+        if parallel.pipeline_model_parallel_size > 1:
+            problems.append(
+                "--medusa_num_heads with a frozen backbone needs --pipeline_model_parallel_size 1, "
+                f"or {thaw}"
+            )
+        if model.embedding_init != "keep":
+            problems.append(
+                f"--embedding_init {model.embedding_init} makes rows that a frozen backbone never "
+                f"learns to use: {thaw}, or train the heads in a run of their own"
+            )
+    return problems
 
 
 def _batch_problems(config: TrainConfig, world_size: int) -> list[str]:

@@ -7,6 +7,7 @@ and the model built and wrapped for training. Nothing is written before all of i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ class Inputs:
         source: the model to start from, at the data's grid.
         transfer: other rows for the new tokens; None keeps the source's.
         parallelism: sizes of the parallel groups.
+        num_medusa_heads: that the model is trained with.
     """
 
     train_data: TokenDataset
@@ -58,11 +60,13 @@ class Inputs:
     source: CheckpointSource
     transfer: Transfer | None
     parallelism: groups.Parallelism
+    num_medusa_heads: int = 0
 
     @property
     def model_config(self) -> ModelConfig:
         """The numbers of the model that is trained."""
-        return self.source.config if self.transfer is None else self.transfer.config
+        config = self.source.config if self.transfer is None else self.transfer.config
+        return dataclasses.replace(config, num_medusa_heads=self.num_medusa_heads)
 
     def load_weights(self, model: CosmosGPTModel) -> None:
         """Fills a built model at the start of a run."""
@@ -116,9 +120,11 @@ def open_inputs(
             f"vocabulary of {train_data.vocab_size}; use a tokenizer with the same number of "
             "codes, give --embedding_init aligned, mean or reset, or start from random:<size>."
         )
+    check_medusa_heads(config, source, resume_from)
     if resume_from is None:
         folder.record_start(_describe_start(config, source, folder, transfer))
-    inputs = Inputs(train_data, val_data, folder, resume_from, source, transfer, sizes)
+    num_heads = settings.num_medusa_heads
+    inputs = Inputs(train_data, val_data, folder, resume_from, source, transfer, sizes, num_heads)
     check_division(inputs.model_config, sizes, config.parallel.sequence_parallel)
     return inputs
 
@@ -221,6 +227,35 @@ def check_division(model: ModelConfig, sizes: groups.Parallelism, sequence_paral
         )
 
 
+def check_medusa_heads(
+    config: TrainConfig, source: CheckpointSource, resume_from: Path | None
+) -> None:
+    """Refuses Medusa heads that cannot be trained.
+
+    Raises:
+        ConfigError: fresh weights that would stay fresh, more heads than there are places to guess,
+            or another number of heads than the run began with.
+    """
+    count, known = config.model.num_medusa_heads, source.config.num_medusa_heads
+    if resume_from is not None and count != known:
+        raise ConfigError(
+            f"the run in {config.log_dir} has {known} Medusa heads, not {count}; give "
+            f"--medusa_num_heads {known}, or start a run in another --log_dir."
+        )
+    if not count:
+        return
+    if resume_from is None and source.is_fresh and config.model.medusa_freeze_backbone:
+        raise ConfigError(
+            f"{config.model.path} has fresh weights, from which frozen no head can learn; give "
+            "--no-medusa_freeze_backbone, or name a trained model with --model_path."
+        )
+    largest = source.config.latent_shape.tokens_per_frame
+    if count > largest:
+        raise ConfigError(
+            f"--medusa_num_heads {count} must be at most {largest}, the tokens of a latent frame."
+        )
+
+
 def training_dtype(config: TrainConfig) -> torch.dtype:
     """The config's dtype, or this machine's usual one."""
     usual = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -236,7 +271,7 @@ def build(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> Cosmos
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    return build_model(
+    module = build_model(
         model,
         dtype=dtype,
         layer_spec=config.model.layer_spec,
@@ -245,6 +280,9 @@ def build(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> Cosmos
         calculate_per_token_loss=True,
         **recompute,
     )
+    if model.num_medusa_heads and config.model.medusa_freeze_backbone:
+        module.train_heads_alone()
+    return module
 
 
 def wrap(model: CosmosGPTModel) -> DistributedDataParallel:
@@ -270,6 +308,7 @@ def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
         f"{sizes.pipeline} CP {sizes.context} DP "
         f"{parallel_state.get_data_parallel_world_size()}, {dtype}"
     )
+    _announce_heads(config, inputs)
     contract = inputs.folder.data.contract
     tokenizer = None if contract is None else contract.tokenizer
     if inputs.resume_from is not None:
@@ -290,3 +329,16 @@ def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
             f"note: --max_epochs {config.max_epochs} would end after {steps} steps; "
             f"--max_steps {config.max_steps} decides and the data repeats."
         )
+
+
+def _announce_heads(config: TrainConfig, inputs: Inputs) -> None:
+    count, known = inputs.num_medusa_heads, inputs.source.config.num_medusa_heads
+    if not count and known:
+        launch.say(
+            f"note: the model's {known} Medusa heads are left out, since they would no longer fit "
+            f"it; --medusa_num_heads {known} trains them, too."
+        )
+    if count:
+        kept = 0 if inputs.transfer is not None else min(known, count)
+        rest = "alone" if config.model.medusa_freeze_backbone else "with the model"
+        launch.say(f"{count} Medusa heads, {kept} of them the checkpoint's, are trained {rest}")
