@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.errors import CosmosPosttrainError
+from cosmos_posttrain.inference.head_drafts import HeadDrafts
 from cosmos_posttrain.inference.windows import LARGEST_WINDOW, WindowChoice
 
 Progress = Callable[[int], None]
@@ -134,6 +135,7 @@ def decode_in_windows(
     tokens_per_frame: int,
     progress: Progress | None = None,
     observe: Observe | None = None,
+    heads: HeadDrafts | None = None,
 ) -> Tensor:
     """Feeds the last known token and drafts of those behind it, and keeps those that are right.
 
@@ -152,6 +154,7 @@ def decode_in_windows(
         tokens_per_frame: of a latent frame.
         progress: called with the number of tokens so far, the clips' mean, after each pass.
         observe: called with the tokens that each pass makes known, clip by clip.
+        heads: the model's Medusa heads, where it has some.
 
     Returns:
         (B, num_tokens) int64.
@@ -166,7 +169,7 @@ def decode_in_windows(
     choice = WindowChoice(batch_size, prompt.device, largest, window)
     found = scores.feed(prompt)
     check_finite(found)
-    drafts = _Drafts(prompt, num_tokens, largest, tokens_per_frame)
+    drafts = _Drafts(prompt, num_tokens, largest, tokens_per_frame, heads)
     places = torch.arange(end, device=prompt.device)
     token = draw(found, places[first : first + 1])
     drafts.begin(token)
@@ -199,6 +202,8 @@ def decode_in_windows(
         if progress is not None:
             progress(sum(known) // batch_size - first)
     check_finite(found)
+    if heads is not None:
+        heads.finish(drafts.tokens[:, :end])
     return drafts.tokens[:, first:end]
 
 
@@ -210,15 +215,24 @@ class _Drafts:
         num_tokens: to decode.
         window: tokens that are fed at once at most.
         tokens_per_frame: of a latent frame.
+        heads: that foretell tokens; None leaves all new drafts to the frame before.
 
     Attributes:
-        tokens: (B, P + num_tokens + window) int64.
+        tokens: (B, P + num_tokens, and room for drafts behind them) int64.
     """
 
-    def __init__(self, prompt: Tensor, num_tokens: int, window: int, tokens_per_frame: int) -> None:
+    def __init__(
+        self,
+        prompt: Tensor,
+        num_tokens: int,
+        window: int,
+        tokens_per_frame: int,
+        heads: HeadDrafts | None = None,
+    ) -> None:
         self._end = prompt.shape[1] + num_tokens
-        self._tokens_per_frame = tokens_per_frame
-        self.tokens = torch.nn.functional.pad(prompt, (0, num_tokens + window))
+        self._tokens_per_frame, self._heads = tokens_per_frame, heads
+        room = window + (0 if heads is None else heads.num_heads)
+        self.tokens = torch.nn.functional.pad(prompt, (0, num_tokens + room))
         self._confirmed = torch.zeros_like(self.tokens, dtype=torch.bool)
         # Of each clip, (B, 1): tokens that are right, and those that are at least a draft.
         self._known = self._drafted = prompt.new_full((len(prompt), 1), prompt.shape[1])
@@ -228,6 +242,28 @@ class _Drafts:
         """The first token (B, 1) behind the prompt."""
         self.tokens.scatter_(1, self._known, token)
         self._known = self._drafted = self._known + 1
+        self._foretell(torch.zeros_like(self._known))
+
+    def _foretell(self, rows: Tensor) -> None:
+        """Drafts from the heads, of places that no pass has confirmed a draft of.
+
+        Args:
+            rows: (B, 1), see ``HeadDrafts.foretell``.
+        """
+        if self._heads is None:
+            return
+        guesses, places = self._heads.foretell(rows[:, 0], self._known)
+        import os
+
+        mode = os.environ.get("MED_MODE", "C")
+        if mode == "off":
+            return
+        keeps = places < self._drafted
+        if mode == "C":
+            keeps &= self._confirmed.gather(1, places)
+        guesses = torch.where(keeps, self.tokens.gather(1, places), guesses)
+        self.tokens.scatter_(1, places, guesses)
+        self._drafted = self._drafted.maximum(places[:, -1:] + 1)
 
     def append(self, token: Tensor, known: list[int]) -> list[int]:
         """A known token (B, 1) of each clip, where all stand at the same place."""
@@ -271,4 +307,5 @@ class _Drafts:
         self.tokens.scatter_(1, last, drawn[:, -1:])
         self._known = self._known + num_new
         self._drafted = self._drafted.maximum(self._known)
+        self._foretell(num_right)
         return self._known.flatten().tolist()

@@ -29,6 +29,7 @@ from cosmos_posttrain.inference.decoding import (
     decode_in_windows,
     decode_one_by_one,
 )
+from cosmos_posttrain.inference.head_drafts import HeadCounts, HeadDrafts
 from cosmos_posttrain.inference.module_scores import GuidedScores, ModuleScores
 from cosmos_posttrain.inference.noise import stream_keys
 from cosmos_posttrain.inference.sampling import Draw, check_guidance, check_sampling
@@ -134,6 +135,7 @@ def generate(
     window: int | None = None,
     progress: Callable[[int], None] | None = None,
     observe: Callable[[Decoded], None] | None = None,
+    head_counts: HeadCounts | None = None,
 ) -> Tensor:
     """Continues clips of tokens. Every tensor-parallel rank calls it with the same arguments.
 
@@ -162,6 +164,7 @@ def generate(
         progress: called with the number of tokens generated so far, as they come.
         observe: called with tokens as they are known and the scores that they were drawn from, the
             same on every rank.
+        head_counts: filled with what the model's Medusa heads foretold, where ``jacobi`` asks them.
 
     Returns:
         (B, num_tokens) int64 on the model's device.
@@ -199,8 +202,12 @@ def generate(
             room = length + (window or LARGEST_WINDOW)
             scores = _open_scores(model, decoding, room, contexts, guidance_scale, len(prompt))
             frame = model.latent_shape.tokens_per_frame
+            heads = None
+            if count := model.config.num_medusa_heads:
+                assert isinstance(scores, DecodeState | GuidedScores)
+                heads = HeadDrafts(scores.head_scores, draw, count, head_counts)
             generated = decode_in_windows(
-                scores, prompt, num_tokens, draw, window, frame, progress, observe
+                scores, prompt, num_tokens, draw, window, frame, progress, observe, heads
             )
         else:
             scores = _open_scores(model, decoding, length, contexts, guidance_scale, len(prompt))
