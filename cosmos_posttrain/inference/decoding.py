@@ -203,7 +203,7 @@ def decode_in_windows(
             progress(sum(known) // batch_size - first)
     check_finite(found)
     if heads is not None:
-        heads.finish(drafts.tokens[:, :end])
+        heads.finish()
     return drafts.tokens[:, first:end]
 
 
@@ -237,6 +237,8 @@ class _Drafts:
         # Of each clip, (B, 1): tokens that are right, and those that are at least a draft.
         self._known = self._drafted = prompt.new_full((len(prompt), 1), prompt.shape[1])
         self._steps = torch.arange(window, device=prompt.device)
+        if heads is not None:
+            heads.begin(*self.tokens.shape, window, prompt.device)
 
     def begin(self, token: Tensor) -> None:
         """The first token (B, 1) behind the prompt."""
@@ -250,20 +252,19 @@ class _Drafts:
         Args:
             rows: (B, 1), see ``HeadDrafts.foretell``.
         """
-        if self._heads is None:
+        if self._heads is None or not self._heads.is_asked():
             return
-        guesses, places = self._heads.foretell(rows[:, 0], self._known)
-        import os
-
-        mode = os.environ.get("MED_MODE", "C")
-        if mode == "off":
-            return
-        keeps = places < self._drafted
-        if mode == "C":
-            keeps &= self._confirmed.gather(1, places)
-        guesses = torch.where(keeps, self.tokens.gather(1, places), guesses)
-        self.tokens.scatter_(1, places, guesses)
+        places = self._heads.places(self._known)
+        standing = self._at(places)
+        guesses, is_followed = self._heads.foretell(rows[:, 0], self._known, standing)
+        is_followed &= ~self._confirmed.gather(1, places)
+        self.tokens.scatter_(1, places, torch.where(is_followed, guesses, standing))
         self._drafted = self._drafted.maximum(places[:, -1:] + 1)
+
+    def _at(self, places: Tensor) -> Tensor:
+        """What is known or drafted at places (B, N); of new ones the token of the frame before."""
+        older = self.tokens.gather(1, (places - self._tokens_per_frame).clamp_(min=0))
+        return torch.where(places < self._drafted, self.tokens.gather(1, places), older)
 
     def append(self, token: Tensor, known: list[int]) -> list[int]:
         """A known token (B, 1) of each clip, where all stand at the same place."""
@@ -275,9 +276,7 @@ class _Drafts:
     def window(self, count: int) -> tuple[Tensor, Tensor]:
         """The last known token of each clip and drafts behind it, (B, count), and their places."""
         places = self._known - 1 + self._steps[:count]
-        fed = self.tokens.gather(1, places)
-        older = self.tokens.gather(1, (places - self._tokens_per_frame).clamp_(min=0))
-        fed = torch.where(places < self._drafted, fed, older)
+        fed = self._at(places)
         self._drafted = self._drafted.maximum(places[:, -1:] + 1)
         return fed, places
 
@@ -305,7 +304,12 @@ class _Drafts:
         # Behind the window stands no draft yet, but what is known now.
         last = places[:, -1:] + 1
         self.tokens.scatter_(1, last, drawn[:, -1:])
-        self._known = self._known + num_new
+        before, self._known = self._known, self._known + num_new
         self._drafted = self._drafted.maximum(self._known)
+        if self._heads is None:
+            return self._known.flatten().tolist()
+        self._heads.learn(self.tokens, before, self._known)
+        *known, is_followed = torch.cat([self._known[:, 0], self._heads.any_followed()]).tolist()
+        self._heads.follow(bool(is_followed))
         self._foretell(num_right)
-        return self._known.flatten().tolist()
+        return known
