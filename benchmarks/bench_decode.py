@@ -10,7 +10,9 @@ other programs had the core is not counted.
     python benchmarks/bench_decode.py --run RUN --data_path TOKENS --windows 4,8,16,32
 
 With `--run`, a trained model continues held-out clips: one by one and by windows, greedy
-and sampled, with the tokens that differ counted; Hugging Face has random weights of its shape.
+and sampled, with the tokens that differ counted; Hugging Face has random weights of its shape. With
+`--heads` only its Medusa heads are looked at: tokens a pass with drafts from them and without, and
+of each head how many of the tokens that it foretold came.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from cosmos_posttrain.data.dataset import TokenDataset
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.inference.decode_plan import lay_out
 from cosmos_posttrain.inference.decode_state import DecodeState
+from cosmos_posttrain.inference.head_drafts import HeadCounts
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.builder import build_model
 from cosmos_posttrain.models.config import ModelConfig
@@ -213,6 +216,9 @@ def compare_run(args: argparse.Namespace) -> None:
         f"{args.run}: grid {tuple(grid)}, {given} given, {num_tokens} decoded, {len(chosen)} clips"
     )
     windows = [int(word) if word.isdigit() else None for word in args.windows.split(",")]
+    if args.heads:
+        compare_heads(model, prompts, num_tokens, chosen, windows)
+        return
     for name, sampling in (("greedy", {"temperature": 0.0}), ("top_p 0.8", SAMPLED)):
         expected = _decode(model, prompts, num_tokens, sampling, chosen, "sequential", None)
         modules = _decode(model, prompts, num_tokens, sampling, chosen, "modules", None)
@@ -254,6 +260,49 @@ def compare_run(args: argparse.Namespace) -> None:
     show(times_of(jobs, args.runs, args.clock), num_tokens * len(few), next(iter(jobs)))
 
 
+def compare_heads(
+    model: ARModel,
+    prompts: torch.Tensor,
+    num_tokens: int,
+    items: list[int],
+    windows: list[int | None],
+) -> None:
+    """Windows with drafts from the model's Medusa heads, and without."""
+    with_heads = model.config
+    without = dataclasses.replace(with_heads, num_medusa_heads=0)
+    for name, sampling in (("greedy", {"temperature": 0.0}), ("top_p 0.8", SAMPLED)):
+        expected = _decode(model, prompts, num_tokens, sampling, items, "sequential", None)
+        for window in windows:
+            rates, differing = [], 0
+            foretold = right = torch.zeros(())
+            for model.config in (without, with_heads):
+                with Passes() as passes:
+                    for row, item in enumerate(items):
+                        counts = HeadCounts()
+                        found = generate(
+                            model,
+                            prompts[row : row + 1],
+                            num_tokens,
+                            items=[item],
+                            decoding="jacobi",
+                            window=window,
+                            head_counts=counts,
+                            **sampling,
+                        )
+                        differing += _differing(found, expected[row : row + 1])
+                        if len(counts.foretold):
+                            foretold = foretold + counts.foretold.sum(0)
+                            right = right + counts.right.sum(0)
+                rates.append(len(items) * num_tokens / passes.count)
+            shares = ", ".join(f"{share:.2f}" for share in (right / foretold).tolist())
+            print(
+                f"{name}, window {window or 'auto'}: {rates[0]:.2f} tokens a pass without heads, "
+                f"{rates[1]:.2f} with; of what they foretold came {shares}; clips that differ: "
+                f"{differing}",
+                flush=True,
+            )
+
+
 def _decode(
     model: ARModel,
     prompts: torch.Tensor,
@@ -291,6 +340,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: of a thread")
     parser.add_argument("--run", help="a trained model, in place of a shape")
+    parser.add_argument("--heads", action="store_true", help="its Medusa heads, in place of speed")
     parser.add_argument("--data_path", help="its data set")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--split_string", default="98,1,1")

@@ -46,6 +46,7 @@ def convert(config: CheckpointConversionConfig) -> None:
             "training wrote."
         )
     target = TargetFolder(config.target, source.path)
+    source = _without_heads(source, config.target_format)
     wanted = _identity(source, config)
     if target.is_complete(wanted, config.overwrite):
         if config.verify:
@@ -69,6 +70,17 @@ def convert(config: CheckpointConversionConfig) -> None:
     compared = ", each compared with the source's" if config.verify else ""
     count, gigabytes = len(weights.tensors()), weights.num_bytes / 1e9
     print(f"wrote {config.target}: {count} tensors, {gigabytes:.3f} GB{compared}.")
+
+
+def _without_heads(source: CheckpointSource, target_format: str) -> CheckpointSource:
+    """The source without its Medusa heads where the target has no place for them."""
+    count = source.config.num_medusa_heads
+    if not count or registry.WRITABLE[target_format].holds_medusa_heads:
+        return source
+    print(f"note: {target_format} has no place for the {count} Medusa heads; they are left out.")
+    return dataclasses.replace(
+        source, config=dataclasses.replace(source.config, num_medusa_heads=0)
+    )
 
 
 def _identity(source: CheckpointSource, config: CheckpointConversionConfig) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Whole tensors into a built model, at any layout.
 
 Flows in: a way to get each whole Megatron tensor by its name on disk. Flows out: this rank's
-parameters, filled one by one. LoRA's factors are no checkpoint's: they stay as they begin.
+parameters, filled one by one. LoRA's factors and Medusa heads stay
+as they begin: no whole tensor is theirs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from cosmos_posttrain.checkpoint import mapping
 from cosmos_posttrain.models.lora import is_factor
+from cosmos_posttrain.models.medusa import MEDUSA
 from cosmos_posttrain.models.naming import parameters_by_disk_name
 
 
@@ -23,6 +25,6 @@ def fill(model: nn.Module, whole_tensor: Callable[[str], Tensor]) -> None:
     size = parallel_state.get_tensor_model_parallel_world_size()
     with torch.no_grad():
         for name, parameter in parameters_by_disk_name(model):
-            if is_factor(name):
+            if is_factor(name) or name.startswith(MEDUSA):
                 continue
             parameter.copy_(mapping.shard(name, whole_tensor(name), rank, size))

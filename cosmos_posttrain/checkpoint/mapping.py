@@ -21,6 +21,8 @@ from cosmos_posttrain.models.config import ModelConfig
 
 Fetch = Callable[[str], Tensor]
 
+# Medusa heads, where a checkpoint of this package has them; every rank has all of them.
+MEDUSA = "medusa_heads."
 _PLAIN = {
     "embedding.word_embeddings.weight": "tok_embeddings.weight",
     "decoder.final_layernorm.weight": "norm.weight",
@@ -61,7 +63,8 @@ def megatron_names(config: ModelConfig) -> list[str]:
         in_layer[first_of_mlp:first_of_mlp] = _TEXT_IN_LAYER
     layers = [f"decoder.layers.{n}.{name}" for n in range(config.num_layers) for name in in_layer]
     first, *last = _PLAIN
-    return [first, *layers, *last]
+    heads = [f"medusa_heads.{number}.weight" for number in range(config.num_medusa_heads)]
+    return [first, *layers, *last, *heads]
 
 
 def reference_names(config: ModelConfig) -> list[str]:
@@ -73,6 +76,8 @@ def reference_sources(name: str) -> list[str]:
     """The reference tensors that one Megatron tensor is made of."""
     if name in _PLAIN:
         return [f"model.{_PLAIN[name]}"]
+    if name.startswith(MEDUSA):  # not the reference's, but named as if they were
+        return [f"model.{name}"]
     match = _LAYER.fullmatch(name)
     assert match is not None, name
     parts = (_IN_LAYER | _TEXT_IN_LAYER)[match[2]]
@@ -98,9 +103,12 @@ def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
     if config.context_dim is not None:
         by_suffix |= {f"cross_attention.{n}": (keys, config.context_dim) for n in ("wk", "wv")}
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in reference_names(config):
         *_, module, part, _weight = name.split(".")
+        if module == "medusa_heads":
+            shapes[name] = (hidden, hidden)
+            continue
         shapes[name] = by_suffix.get(f"{module}.{part}", by_suffix.get(part, (hidden,)))
     return shapes
 
@@ -157,7 +165,12 @@ def to_reference(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Te
 
 def shard(name: str, tensor: Tensor, rank: int, size: int) -> Tensor:
     """This tensor-parallel rank's part of a whole Megatron tensor."""
-    if size == 1 or "norm" in name.rsplit(".", 2)[-2] or "layer_norm" in name:
+    if (
+        size == 1
+        or name.startswith(MEDUSA)
+        or "norm" in name.rsplit(".", 2)[-2]
+        or "layer_norm" in name
+    ):
         return tensor
     if name.endswith(_FC1):
         return torch.cat([half.chunk(size)[rank] for half in tensor.chunk(2)])

@@ -25,6 +25,7 @@ from torch import Tensor
 from cosmos_posttrain.checkpoint.torch_dist import AVERAGE, PREFIX, STATE, Box
 from cosmos_posttrain.models.builder import CosmosGPTModel
 from cosmos_posttrain.models.lora import is_factor
+from cosmos_posttrain.models.medusa import MEDUSA
 
 MASTER = "param"  # float32 master weights, in Megatron's words
 
@@ -158,8 +159,8 @@ def to_read(
 
     A weight's float32 numbers are its master weights where the checkpoint has them, and the weight
     itself where it was trained in float32. So a run may go on in another dtype. An average begins
-    with them where the checkpoint has none. LoRA's factors stay as they begin where only weights
-    are read and the checkpoint has no factors.
+    with them where the checkpoint has none. LoRA's factors and Medusa heads stay as they begin
+    where only weights are read and the checkpoint has none.
 
     Args:
         model: this rank's model.
@@ -168,7 +169,8 @@ def to_read(
     """
     parts = _by_parameter(optimizer)
     for area in _areas(model):
-        if optimizer is None and is_factor(area.key) and area.key not in keys:
+        is_beside = is_factor(area.key) or area.key.startswith(PREFIX + MEDUSA)
+        if optimizer is None and is_beside and area.key not in keys:
             continue
         numbers = area.owner.detach().view(-1)
         master = f"{STATE}{MASTER}.{area.key}"

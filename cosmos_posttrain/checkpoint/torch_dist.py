@@ -207,7 +207,8 @@ def _has_stored_checksum(file: Any, piece: Any) -> bool:
     if not (isinstance(piece, Tensor) and len(stored) == 1):
         return False
     numbers = torch.empty(0, dtype=torch.uint8).set_(piece.untyped_storage())
-    return zlib.crc32(memoryview(numbers.numpy())) == stored[0].CRC
+    buffer: Any = numbers.numpy()  # a buffer, which numpy's types do not say
+    return zlib.crc32(buffer) == stored[0].CRC
 
 
 def _region(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:

@@ -27,6 +27,7 @@ from cosmos_posttrain.inference.decoding import (
     decode_one_by_one,
 )
 from cosmos_posttrain.inference.drafts import Drafts
+from cosmos_posttrain.inference.head_drafts import HeadCounts, HeadDrafts
 from cosmos_posttrain.inference.module_scores import GuidedScores, ModuleScores
 from cosmos_posttrain.inference.sampling import Draw
 from cosmos_posttrain.inference.static_step import BLOCK, Runner, StaticPasses, StaticState
@@ -51,8 +52,10 @@ class DecodeJob:
     progress: Callable[[int], None] | None
     observe: Callable[[Decoded], None] | None
 
-    def by_passes(self, decoding: str, window: int | None) -> Tensor:
-        """``sequential``, ``jacobi`` or ``modules``."""
+    def by_passes(
+        self, decoding: str, window: int | None, head_counts: HeadCounts | None = None
+    ) -> Tensor:
+        """``sequential``, ``jacobi`` or ``modules``; of Medusa heads see ``generate``."""
         length = self.prompt.shape[1] + self.num_tokens
         told, draw = (self.progress, self.observe), _agreed_draw(self.draw)
         if decoding != "jacobi":
@@ -60,7 +63,13 @@ class DecodeJob:
             return decode_one_by_one(scores, self.prompt, self.num_tokens, draw, *told)
         scores = self._open_scores(decoding, length + (window or LARGEST_WINDOW))
         frame = self.model.latent_shape.tokens_per_frame
-        return decode_in_windows(scores, self.prompt, self.num_tokens, draw, window, frame, *told)
+        heads = None
+        if count := self.model.config.num_medusa_heads:
+            assert isinstance(scores, DecodeState | GuidedScores)
+            heads = HeadDrafts(scores.head_scores, draw, count, head_counts)
+        return decode_in_windows(
+            scores, self.prompt, self.num_tokens, draw, window, frame, *told, heads=heads
+        )
 
     def by_graphs(self, decoding: str, window: int | None) -> Tensor | None:
         """``sequential`` or ``jacobi`` by recorded steps; see ``by_static_steps``."""

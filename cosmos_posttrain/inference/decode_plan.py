@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from cosmos_posttrain.models.ar_model import ARModel
+from cosmos_posttrain.models.medusa import ahead
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class DecodePlan:
         ]
         self._final_norm = module.decoder.final_layernorm.weight
         self._output = module.output_layer.weight
+        self._heads = [head.weight for head in module.medusa_heads or ()]
         # (S, D): cosines, and sines that are negative in the first half.
         cosines, sines = module.rotary_pos_emb.table.to(self.dtype).flatten(1, 3).unbind()
         self.cosines, self.sines = cosines, sines
@@ -140,7 +142,16 @@ class DecodePlan:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of all tokens, from all ranks: (M, hidden) to (M, vocab_size)."""
-        scores = F.linear(self.normed(hidden, self._final_norm), self._output)
+        return self._scores(self.normed(hidden, self._final_norm))
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the N Medusa heads: (M, hidden) to (M, N, vocab_size)."""
+        x = self.normed(hidden, self._final_norm)
+        rows = torch.stack([ahead(x, weight) for weight in self._heads], 1)
+        return self._scores(rows.flatten(0, 1)).view(*rows.shape[:2], -1)
+
+    def _scores(self, x: Tensor) -> Tensor:
+        scores = F.linear(x, self._output)
         if self._size > 1:
             parts = [torch.empty_like(scores) for _ in range(self._size)]
             torch.distributed.all_gather(parts, scores, group=self._group)

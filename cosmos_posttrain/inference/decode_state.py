@@ -82,6 +82,7 @@ class DecodeState:
                 for layer in plan.layers
                 if layer.cross is not None
             ]
+        self._scored = self._values.new_empty(0)  # hidden states behind which was scored last
         self.length = 0
 
     def feed(self, tokens: Tensor, num_scores: int = 1, starts: list[int] | None = None) -> Tensor:
@@ -109,7 +110,19 @@ class DecodeState:
             x = plan.added(x, F.silu(gate, inplace=True).mul_(up), layer.down)
         if num_scores < count:
             x = x.view(batch, count, -1)[:, -num_scores:].flatten(0, 1)
+        self._scored = x.view(batch, num_scores, -1)
         return plan.logits(x).view(batch, num_scores, -1)
+
+    def head_scores(self, rows: Tensor) -> Tensor:
+        """Scores of the model's Medusa heads.
+
+        Args:
+            rows: (B,) int64, one of the places that were scored last for each clip.
+
+        Returns:
+            (B, N, vocab_size): head k's of what stands k places behind the token scored there.
+        """
+        return self.plan.head_logits(self._scored[self._rows[:, 0], rows])
 
     def _common_places(self, count: int) -> Places:
         plan, start = self.plan, self.length

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from cosmos_posttrain.errors import CosmosPosttrainError
 from cosmos_posttrain.inference.drafts import Drafts
+from cosmos_posttrain.inference.foretold_drafts import ForetoldDrafts
+from cosmos_posttrain.inference.head_drafts import HeadDrafts
 from cosmos_posttrain.inference.windows import LARGEST_WINDOW, WindowChoice
 
 Progress = Callable[[int], None]
@@ -153,6 +155,7 @@ def decode_in_windows(
     progress: Progress | None = None,
     observe: Observe | None = None,
     open_passes: Callable[[Drafts], Passes] | None = None,
+    heads: HeadDrafts | None = None,
 ) -> Tensor:
     """Feeds the last known token and drafts of those behind it, and keeps those that are right.
 
@@ -174,6 +177,7 @@ def decode_in_windows(
             differ.
         open_passes: how windows are fed, called when the prompt was and before anything is told;
             by default to ``scores``.
+        heads: the model's Medusa heads, where it has some.
 
     Returns:
         (B, num_tokens) int64.
@@ -188,7 +192,10 @@ def decode_in_windows(
     choice = WindowChoice(batch_size, prompt.device, largest, window)
     found = scores.feed(prompt)
     check_finite(found)
-    drafts = Drafts(prompt, num_tokens, largest, tokens_per_frame)
+    if heads is None:
+        drafts = Drafts(prompt, num_tokens, largest, tokens_per_frame)
+    else:
+        drafts = ForetoldDrafts(prompt, num_tokens, largest, tokens_per_frame, heads)
     token = draw(found, torch.tensor([first], device=prompt.device))
     drafts.begin(token)
     known = [first + 1] * batch_size
@@ -212,6 +219,8 @@ def decode_in_windows(
         if progress is not None:
             progress(sum(known) // batch_size - first)
     check_finite(found)
+    if heads is not None:
+        heads.finish()
     return drafts.tokens[:, first:end]
 
 

@@ -18,19 +18,22 @@ class Drafts:
         num_tokens: to decode.
         window: tokens that are fed at once at most.
         tokens_per_frame: of a latent frame.
+        room: places for drafts behind the clip, beside the window's.
 
     Attributes:
-        tokens: (B, P + num_tokens + window) int64.
+        tokens: (B, P + num_tokens + window + room) int64.
         known: of each clip, tokens that are right, (B, 1) int64.
         end: tokens of a complete clip.
         largest_window: tokens that are fed at once at most.
     """
 
-    def __init__(self, prompt: Tensor, num_tokens: int, window: int, tokens_per_frame: int) -> None:
+    def __init__(
+        self, prompt: Tensor, num_tokens: int, window: int, tokens_per_frame: int, room: int = 0
+    ) -> None:
         self.end = prompt.shape[1] + num_tokens
         self.largest_window = window
         self._tokens_per_frame = tokens_per_frame
-        self.tokens = torch.nn.functional.pad(prompt, (0, num_tokens + window))
+        self.tokens = torch.nn.functional.pad(prompt, (0, num_tokens + window + room))
         self._confirmed = torch.zeros_like(self.tokens, dtype=torch.bool)
         self.known = prompt.new_full((len(prompt), 1), prompt.shape[1])
         self._drafted = self.known.clone()  # those that are at least a draft
@@ -52,19 +55,25 @@ class Drafts:
     def window(self, count: int) -> tuple[Tensor, Tensor]:
         """The last known token of each clip and drafts behind it, (B, count), and their places."""
         places = self.known - 1 + self._steps[:count]
-        fed = self.tokens.gather(1, places)
-        older = self.tokens.gather(1, (places - self._tokens_per_frame).clamp_(min=0))
-        fed = torch.where(places < self._drafted, fed, older)
+        fed = self._at(places)
         torch.maximum(self._drafted, places[:, -1:] + 1, out=self._drafted)
         return fed, places
 
-    def take(self, fed: Tensor, drawn: Tensor, places: Tensor) -> None:
+    def _at(self, places: Tensor) -> Tensor:
+        """What is known or drafted at places (B, N); of new ones the token of the frame before."""
+        older = self.tokens.gather(1, (places - self._tokens_per_frame).clamp_(min=0))
+        return torch.where(places < self._drafted, self.tokens.gather(1, places), older)
+
+    def take(self, fed: Tensor, drawn: Tensor, places: Tensor) -> Tensor:
         """Keeps what is right of a window, and makes better drafts of the rest.
 
         Args:
             fed: (B, N), see ``window``.
             drawn: (B, N) int64, what follows each of them if they are right.
             places: of what was fed.
+
+        Returns:
+            (B, 1) int64, drafts that were right.
         """
         is_same = drawn[:, :-1] == fed[:, 1:]
         num_right = is_same.long().cumprod(1).sum(1, keepdim=True)
@@ -81,3 +90,4 @@ class Drafts:
         self.tokens.scatter_(1, last, drawn[:, -1:])
         self.known += num_new
         torch.maximum(self._drafted, self.known, out=self._drafted)
+        return num_right

@@ -23,6 +23,7 @@ from cosmos_posttrain.errors import ConfigError, GeometryError
 from cosmos_posttrain.inference.config import DECODINGS
 from cosmos_posttrain.inference.decode_job import DecodeJob
 from cosmos_posttrain.inference.decoding import Decoded
+from cosmos_posttrain.inference.head_drafts import HeadCounts
 from cosmos_posttrain.inference.noise import stream_keys
 from cosmos_posttrain.inference.sampling import Draw, check_guidance, check_sampling
 from cosmos_posttrain.models.ar_model import ARModel
@@ -127,6 +128,7 @@ def generate(
     cuda_graphs: bool = True,
     progress: Callable[[int], None] | None = None,
     observe: Callable[[Decoded], None] | None = None,
+    head_counts: HeadCounts | None = None,
 ) -> Tensor:
     """Continues clips of tokens. Every tensor-parallel rank calls it with the same arguments.
 
@@ -156,6 +158,7 @@ def generate(
         progress: called with the number of tokens generated so far, as they come.
         observe: called with tokens as they are known and the scores that they were drawn from, the
             same on every rank.
+        head_counts: filled with what the model's Medusa heads foretold, where ``jacobi`` asks them.
 
     Returns:
         (B, num_tokens) int64 on the model's device.
@@ -189,10 +192,12 @@ def generate(
     model.module.eval()
     with torch.inference_mode(), _whole_sequences(model.module):
         generated = None
-        if cuda_graphs and model.device.type == "cuda" and decoding != "modules":
+        # Heads are asked between passes, which a recorded step has no room for.
+        has_heads = decoding == "jacobi" and model.config.num_medusa_heads > 0
+        if cuda_graphs and model.device.type == "cuda" and decoding != "modules" and not has_heads:
             generated = job.by_graphs(decoding, window)
         if generated is None:
-            generated = job.by_passes(decoding, window)
+            generated = job.by_passes(decoding, window, head_counts)
     # Tensors made in inference mode cannot take part in training; a copy of one can.
     return generated.clone()
 

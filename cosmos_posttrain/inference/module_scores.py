@@ -8,6 +8,7 @@ from __future__ import annotations
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
+from cosmos_posttrain.inference.decode_state import DecodeState
 from cosmos_posttrain.inference.decoding import NextScores
 from cosmos_posttrain.inference.sampling import guide
 from cosmos_posttrain.models.ar_model import ARModel
@@ -64,3 +65,8 @@ class GuidedScores:
         twice = None if starts is None else starts * 2
         found = self._scores.feed(tokens.repeat(2, 1), num_scores, twice)
         return guide(found, self._guidance_scale)
+
+    def head_scores(self, rows: Tensor) -> Tensor:
+        """As ``DecodeState.head_scores``, of a model that has heads."""
+        assert isinstance(self._scores, DecodeState)
+        return guide(self._scores.head_scores(rows.repeat(2)), self._guidance_scale)

@@ -26,6 +26,7 @@ from cosmos_posttrain.geometry import (
     num_latent_frames,
     num_pixel_frames,
 )
+from cosmos_posttrain.inference.head_drafts import HeadRecord
 from cosmos_posttrain.inference.sampling import check_guidance, check_sampling
 from cosmos_posttrain.text.prompts import prompt_problem
 from cosmos_posttrain.video import is_image
@@ -264,6 +265,8 @@ class GeneratedClip:
         text_encoder: id and sha256 of what encoded its texts; None where nothing did.
         log_probs: (T, H, W) float32 on the CPU, how probable each token was among all tokens at
             temperature 1, in nats, guidance included; NaN for given ones. None where not asked for.
+        draft_heads: tokens that each Medusa head foretold, and how many of them came; None where
+            none was asked.
     """
 
     tokens: Tensor
@@ -277,6 +280,7 @@ class GeneratedClip:
     text_encoder: dict[str, str] | None = None
     log_probs: Tensor | None = None
     decoding: str = "sequential"
+    draft_heads: HeadRecord | None = None
 
     @cached_property
     def frames(self) -> Tensor:
@@ -313,6 +317,7 @@ class GeneratedClip:
     def record(self) -> dict[str, Any]:
         """How the clip was made, for a json beside it."""
         text = {} if self.text_encoder is None else {"text_encoder": self.text_encoder}
+        heads = {} if self.draft_heads is None else {"medusa_heads": self.draft_heads.to_json()}
         return {
             "settings": self.settings,
             **text,
@@ -323,6 +328,7 @@ class GeneratedClip:
             "num_repeated": self.num_repeated,
             "fps": self.fps,
             "decoding": self.decoding,
+            **heads,
             "tensor_model_parallel_size": self.tensor_model_parallel_size,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "tokens_per_second": round(self.num_generated_tokens / self.seconds["generate"], 2),

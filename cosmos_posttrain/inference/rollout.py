@@ -110,8 +110,12 @@ def _append(clip: GeneratedClip, new: GeneratedClip, num_given: int) -> Generate
         name: clip.seconds.get(name, 0.0) + new.seconds.get(name, 0.0)
         for name in clip.seconds | new.seconds
     }
+    heads = clip.draft_heads
+    if heads is not None and new.draft_heads is not None:
+        heads = heads + new.draft_heads
     return dataclasses.replace(
         clip,
+        draft_heads=heads,
         tokens=torch.cat([clip.tokens, new.tokens[num_given:]]),
         log_probs=log_probs,
         seconds=seconds,

@@ -39,6 +39,7 @@ from cosmos_posttrain.inference.conditioning import TextConditioner
 from cosmos_posttrain.inference.config import SESSION_FLAGS, SessionConfig
 from cosmos_posttrain.inference.decode_plan import lay_out
 from cosmos_posttrain.inference.engine import chosen_decoding
+from cosmos_posttrain.inference.head_drafts import HeadCounts
 from cosmos_posttrain.inference.memory import Peaks
 from cosmos_posttrain.inference.quantization import check_quantization, quantize
 from cosmos_posttrain.inference.request import IMAGE_FPS, GeneratedClip, Prompt, Request
@@ -276,7 +277,8 @@ class Session:
         prompts = [self._prompt(request) for request in requests]
         encoded = time.perf_counter()
         with self.peaks.stage("generate"):
-            tokens, log_probs = self._continue(prompts, requests, progress, on_tokens)
+            counts = HeadCounts()
+            tokens, log_probs = self._continue(prompts, requests, progress, on_tokens, counts)
         seconds = {
             "encode": (text_seconds + encoded - start) / len(requests),
             "generate": (time.perf_counter() - encoded) / len(requests),
@@ -295,6 +297,7 @@ class Session:
                 text_encoder=prompt.text_encoder,
                 log_probs=None if log_probs is None else log_probs[number].view(*shape),
                 decoding=chosen_decoding(self._config.decoding),
+                draft_heads=counts.of_clip(number),
             )
             for number, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
         ]
@@ -365,6 +368,7 @@ class Session:
         requests: Sequence[Request],
         progress: Callable[[int], None] | None,
         on_tokens: OnTokens | None,
+        head_counts: HeadCounts,
     ) -> tuple[Tensor, Tensor | None]:
         """See ``continue_prompts``."""
         if self._config.offload_tokenizer:
@@ -380,6 +384,7 @@ class Session:
                 cuda_graphs=self._config.cuda_graphs,
                 progress=progress,
                 on_tokens=on_tokens,
+                head_counts=head_counts,
             )
 
     # Memory: nothing else holds the tokenizer or the model.

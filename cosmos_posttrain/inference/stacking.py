@@ -13,6 +13,7 @@ from torch import Tensor
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.geometry import ClipGeometry
 from cosmos_posttrain.inference.engine import generate
+from cosmos_posttrain.inference.head_drafts import HeadCounts
 from cosmos_posttrain.inference.log_probs import LogProbs
 from cosmos_posttrain.inference.request import Prompt, Request
 from cosmos_posttrain.inference.watching import OnTokens, Watch, all_of
@@ -74,6 +75,7 @@ def continue_prompts(
     cuda_graphs: bool,
     progress: Callable[[int], None] | None,
     on_tokens: OnTokens | None,
+    head_counts: HeadCounts | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Generates the rest of each clip.
 
@@ -87,6 +89,7 @@ def continue_prompts(
         cuda_graphs: likewise.
         progress: likewise.
         on_tokens: called with the tokens of a clip so far.
+        head_counts: as ``generate`` takes it.
 
     Returns:
         (B, T * h * w) int64 and, where the requests ask for it, (B, T * h * w) float32
@@ -120,6 +123,7 @@ def continue_prompts(
         cuda_graphs=cuda_graphs,
         progress=progress,
         observe=all_of(watch, log_probs),
+        head_counts=head_counts,
     )
     found = None if log_probs is None else log_probs.of_clips(tokens.shape[1])
     return torch.cat([tokens, generated.cpu()], dim=1), found

@@ -90,6 +90,7 @@ class ModelConfig:
         position_scale: what positions are multiplied by (position interpolation); see ``at_grid``.
         lora: low-rank factors beside frozen matrices, while a model is trained so; None elsewhere.
             Readers of checkpoints merge them.
+        num_medusa_heads: heads that guess tokens further ahead; see ``medusa.py``.
 
     Raises:
         ConfigError: numbers that no model can have; lists all of them.
@@ -111,6 +112,7 @@ class ModelConfig:
     context_len: int = 512
     position_scale: AxisScale = UNSCALED
     lora: LoraConfig | None = None
+    num_medusa_heads: int = 0
 
     def __post_init__(self) -> None:
         wrong = _impossible_numbers(self)
@@ -165,7 +167,7 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the reference model: without the rows that only pad the vocabulary."""
+        """Parameters of the model: without the rows that only pad the vocabulary."""
         hidden, width = self.hidden_size, self.kv_channels
         queries, keys = self.num_attention_heads * width, self.num_query_groups * width
         layer = hidden * (2 * queries + 2 * keys) + 2 * width  # self-attention
@@ -173,7 +175,8 @@ class ModelConfig:
         if self.context_dim is not None:
             layer += 2 * hidden * queries + 2 * self.context_dim * keys + 2 * width + hidden
         rows = self.input_vocab_size + self.vocab_size
-        return self.num_layers * layer + rows * hidden + hidden
+        heads = self.num_medusa_heads * hidden * hidden
+        return self.num_layers * layer + rows * hidden + hidden + heads
 
     @property
     def num_padding_parameters(self) -> int:
@@ -276,6 +279,8 @@ class ModelConfig:
         values = dataclasses.asdict(self)
         if self.lora is None:
             del values["lora"]
+        if not self.num_medusa_heads:  # as it was before there were any
+            del values["num_medusa_heads"]
         return values
 
     @classmethod
@@ -335,6 +340,8 @@ def _impossible_numbers(config: ModelConfig) -> list[str]:
         # Positions along the three axes take even shares of them.
         if not is_count(value, 6) or value % 2:
             wrong.append(f"{name} {value!r} must be even and at least 6")
+    if config.num_medusa_heads != 0 and not is_count(config.num_medusa_heads):
+        wrong.append(f"num_medusa_heads {config.num_medusa_heads!r} must be at least 0")
     numbers: dict[str, object] = {
         "rotary_base": config.rotary_base,
         "layernorm_epsilon": config.layernorm_epsilon,

@@ -10,12 +10,14 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.medusa import MEDUSA, SHARE, MedusaHead, head_losses, head_weights
 from cosmos_posttrain.models.rope import RotaryEmbedding3D
 from cosmos_posttrain.models.token_losses import token_losses
 
@@ -26,6 +28,7 @@ class CosmosGPTModel(GPTModel):
     Attributes:
         z_loss_coefficient: of the z-loss whose gradient training adds to the loss's; the value of
             the loss stays the cross-entropy.
+        medusa_heads: on the last stage of a model that has some; else None.
     """
 
     post_process: bool
@@ -35,6 +38,17 @@ class CosmosGPTModel(GPTModel):
         super().__init__(config=config, **kwargs)
         self.model_config = model_config
         self.rotary_pos_emb = RotaryEmbedding3D(model_config)
+        self.medusa_heads: nn.ModuleList | None = None
+        if self.post_process and model_config.num_medusa_heads:
+            count = model_config.num_medusa_heads
+            self.medusa_heads = nn.ModuleList(MedusaHead(config) for _ in range(count))
+        self._trains_heads_alone = False
+
+    def train_heads_alone(self) -> None:
+        """Freezes all but the Medusa heads; the loss is theirs then, their weighted mean."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(MEDUSA))
+        self._trains_heads_alone = True
 
     @contextlib.contextmanager
     def hidden_states_only(self) -> Iterator[None]:
@@ -45,32 +59,46 @@ class CosmosGPTModel(GPTModel):
         finally:
             self.post_process = before
 
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        *,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """As Megatron's, with a loss that never holds the logits of all positions.
 
         Args:
-            *args: of Megatron's.
-            labels: (B, S) int64; with them the last stage gives losses.
+            input_ids: (B, S) int64.
+            position_ids: None; positions follow from the grid.
+            attention_mask: None; attention is causal.
+            labels: (B, S) int64; with them the last stage gives losses; in training with Medusa
+                heads, theirs are in them.
             **kwargs: of Megatron's.
 
         Returns:
             Losses (B, S) float32 in nats; without labels logits (B, S, V / TP), whose columns that
             only pad the vocabulary mean nothing; before the last stage hidden states.
         """
-        output: Tensor
+        inputs = (input_ids, position_ids, attention_mask)
         if labels is None or not self.post_process:
-            output = super().forward(*args, **kwargs)
+            output: Tensor = super().forward(*inputs, **kwargs)
             return output
-        with self.hidden_states_only():
-            output = super().forward(*args, **kwargs)
-        return token_losses(
-            output,
-            self.output_layer.weight,
-            labels,
-            self.model_config.vocab_size,
+        alone = self._trains_heads_alone
+        keeps_graph = torch.is_grad_enabled() and not alone
+        with self.hidden_states_only(), torch.set_grad_enabled(keeps_graph):
+            hidden: Tensor = super().forward(*inputs, **kwargs)
+        of_all = (
+            *(self.output_layer.weight, labels, self.model_config.vocab_size),
             self.config.sequence_parallel,
-            self.z_loss_coefficient if self.training else 0.0,
         )
+        heads = self.medusa_heads if self.training or alone else None
+        if heads is not None and alone:
+            return head_losses(heads, hidden, *of_all) / sum(head_weights(len(heads)))
+        losses = token_losses(hidden, *of_all, self.z_loss_coefficient if self.training else 0.0)
+        return losses if heads is None else losses + SHARE * head_losses(heads, hidden, *of_all)
 
 
 class Video2WorldModel(CosmosGPTModel):

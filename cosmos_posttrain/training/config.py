@@ -75,6 +75,10 @@ class ModelSourceConfig:
         lora_targets: the matrices, with commas between them: ``linear_qkv``, ``linear_proj``,
             ``linear_fc1``, ``linear_fc2``, and of Video2World models ``linear_q``, ``linear_kv``;
             None means all of them.
+        num_medusa_heads: heads that guess tokens further ahead, from which decoding takes drafts;
+            those that the checkpoint has are trained on, others begin anew, and 0 leaves its own
+            out.
+        medusa_freeze_backbone: train the Medusa heads alone, and leave all else as it is.
     """
 
     path: str = "nvidia/Cosmos-1.0-Autoregressive-4B"
@@ -89,6 +93,8 @@ class ModelSourceConfig:
     lora_rank: int | None = setting(None, at_least=1)
     lora_alpha: float | None = setting(None, above=0)
     lora_targets: str | None = None
+    num_medusa_heads: int = setting(0, at_least=0)
+    medusa_freeze_backbone: bool = True
 
 
 @dataclass
@@ -253,6 +259,8 @@ FLAGS = (
     Flag("--lora_rank", "model.lora_rank"),
     Flag("--lora_alpha", "model.lora_alpha"),
     Flag("--lora_targets", "model.lora_targets"),
+    Flag("--medusa_num_heads", "model.num_medusa_heads"),
+    Flag("--medusa_freeze_backbone", "model.medusa_freeze_backbone"),
     Flag("--latent_shape", "data.latent_shape"),
     Flag("--vocab_size", "data.vocab_size"),
     Flag("--seed", "data.seed"),
@@ -280,6 +288,7 @@ def validate(config: TrainConfig, world_size: int) -> None:
         problems.append("--sequence_parallel needs --tensor_model_parallel_size above 1")
     problems += _embedding_problems(config.model)
     problems += _lora_problems(config.model)
+    problems += _medusa_problems(config.model, parallel)
     problems += _batch_problems(config, world_size)
     check(config, flag_names(FLAGS), problems)
 
@@ -335,6 +344,27 @@ def _lora_problems(model: ModelSourceConfig) -> list[str]:
             "layer behind it in one, out of the factors' reach: use --layer_spec torch"
         ]
     return []
+
+
+def _medusa_problems(model: ModelSourceConfig, parallel: ParallelConfig) -> list[str]:
+    if not model.num_medusa_heads:
+        return []
+    problems = []
+    if parallel.context_parallel_size > 1:
+        problems.append("--medusa_num_heads needs --context_parallel_size 1")
+    if model.medusa_freeze_backbone:
+        thaw = "give --no-medusa_freeze_backbone"
+        if parallel.pipeline_model_parallel_size > 1:
+            problems.append(
+                "--medusa_num_heads with a frozen backbone needs --pipeline_model_parallel_size 1, "
+                f"or {thaw}"
+            )
+        if model.embedding_init != "keep":
+            problems.append(
+                f"--embedding_init {model.embedding_init} makes rows that a frozen backbone never "
+                f"learns to use: {thaw}, or train the heads in a run of their own"
+            )
+    return problems
 
 
 def _batch_problems(config: TrainConfig, world_size: int) -> list[str]:

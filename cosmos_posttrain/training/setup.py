@@ -57,6 +57,7 @@ class Inputs:
         transfer: other rows for the new tokens; None keeps the source's.
         parallelism: sizes of the parallel groups.
         lora: the factors that are trained beside frozen matrices; None trains everything.
+        num_medusa_heads: that the model is trained with.
     """
 
     train_data: TokenDataset
@@ -68,12 +69,13 @@ class Inputs:
     transfer: Transfer | None
     parallelism: groups.Parallelism
     lora: LoraConfig | None = None
+    num_medusa_heads: int = 0
 
     @property
     def model_config(self) -> ModelConfig:
         """The numbers of the model that is trained."""
         start = self.source.config if self.transfer is None else self.transfer.config
-        return dataclasses.replace(start, lora=self.lora)
+        return dataclasses.replace(start, lora=self.lora, num_medusa_heads=self.num_medusa_heads)
 
     def load_weights(self, model: CosmosGPTModel) -> None:
         """Fills a built model at the start of a run."""
@@ -128,12 +130,16 @@ def open_inputs(
             f"vocabulary of {train_data.vocab_size}; use a tokenizer with the same number of "
             "codes, give --embedding_init aligned, mean or reset, or start from random:<size>."
         )
+    check_medusa_heads(config, source, resume_from)
     if resume_from is None:
         folder.record_start(_describe_start(config, source, folder, transfer))
     lora = lora_for(source.config, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
     if resume_from is not None:
         _check_same_lora(resume_from, lora)
-    inputs = Inputs(train_data, order, val_data, folder, resume_from, source, transfer, sizes, lora)
+    inputs = Inputs(
+        *(train_data, order, val_data, folder, resume_from, source, transfer, sizes, lora),
+        settings.num_medusa_heads,
+    )
     check_division(inputs.model_config, sizes, config.parallel.sequence_parallel)
     return inputs
 
@@ -274,6 +280,35 @@ def check_division(model: ModelConfig, sizes: groups.Parallelism, sequence_paral
         )
 
 
+def check_medusa_heads(
+    config: TrainConfig, source: CheckpointSource, resume_from: Path | None
+) -> None:
+    """Refuses Medusa heads that cannot be trained.
+
+    Raises:
+        ConfigError: fresh weights that would stay fresh, more heads than there are places to guess,
+            or another number of heads than the run began with.
+    """
+    count, known = config.model.num_medusa_heads, source.config.num_medusa_heads
+    if resume_from is not None and count != known:
+        raise ConfigError(
+            f"the run in {config.log_dir} has {known} Medusa heads, not {count}; give "
+            f"--medusa_num_heads {known}, or start a run in another --log_dir."
+        )
+    if not count:
+        return
+    if resume_from is None and source.is_fresh and config.model.medusa_freeze_backbone:
+        raise ConfigError(
+            f"{config.model.path} has fresh weights, from which frozen no head can learn; give "
+            "--no-medusa_freeze_backbone, or name a trained model with --model_path."
+        )
+    largest = source.config.latent_shape.tokens_per_frame
+    if count > largest:
+        raise ConfigError(
+            f"--medusa_num_heads {count} must be at most {largest}, the tokens of a latent frame."
+        )
+
+
 def training_dtype(config: TrainConfig) -> torch.dtype:
     """The config's dtype, or this machine's usual one."""
     usual = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -300,6 +335,8 @@ def build(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> Cosmos
         **recompute,
     )
     module.z_loss_coefficient = config.z_loss_coefficient
+    if model.num_medusa_heads and config.model.medusa_freeze_backbone:
+        module.train_heads_alone()
     return module
 
 
@@ -335,6 +372,7 @@ def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
         f"{sizes.pipeline} CP {sizes.context} DP "
         f"{parallel_state.get_data_parallel_world_size()}, {dtype}"
     )
+    _announce_heads(config, inputs)
     contract = inputs.folder.data.contract
     tokenizer = None if contract is None else contract.tokenizer
     if inputs.resume_from is not None:
@@ -355,3 +393,16 @@ def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
             f"note: --max_epochs {config.max_epochs} would end after {steps} steps; "
             f"--max_steps {config.max_steps} decides and the data repeats."
         )
+
+
+def _announce_heads(config: TrainConfig, inputs: Inputs) -> None:
+    count, known = inputs.num_medusa_heads, inputs.source.config.num_medusa_heads
+    if not count and known:
+        launch.say(
+            f"note: the model's {known} Medusa heads are left out, since they would no longer fit "
+            f"it; --medusa_num_heads {known} trains them, too."
+        )
+    if count:
+        kept = 0 if inputs.transfer is not None else min(known, count)
+        rest = "alone" if config.model.medusa_freeze_backbone else "with the model"
+        launch.say(f"{count} Medusa heads, {kept} of them the checkpoint's, are trained {rest}")

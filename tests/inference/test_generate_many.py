@@ -99,3 +99,22 @@ def test_tokens_are_told_once_a_latent_frame(decoding: str) -> None:
         assert all(torch.equal(part, whole[: len(part)]) for part in parts)
         if decoding == "sequential":
             assert [len(part) for part in parts] == [2 * FRAME, 3 * FRAME]
+
+
+def test_medusa_heads_are_recorded_of_each_clip_and_all_its_chunks() -> None:
+    own = Session(infer_case.random_config(Path("unused"), Path("unused"), decoding="jacobi"))
+    config = dataclasses.replace(own._source.config, num_medusa_heads=2)
+    own._source = dataclasses.replace(own._source, config=config)
+    clips = own.generate_many(requests(top_p=0.9))
+    plain = session().generate_many(requests(top_p=0.9))
+    for clip, other in zip(clips, plain, strict=True):
+        assert torch.equal(clip.tokens, other.tokens)
+        assert "medusa_heads" not in other.record
+        found = clip.record["medusa_heads"]
+        assert len(found["foretold"]) == 2
+        pairs = zip(found["right"], found["foretold"], strict=True)
+        assert all(0 <= right <= count for right, count in pairs)
+    once = own.generate(requests()[0]).record["medusa_heads"]["foretold"]
+    twice = own.generate(dataclasses.replace(requests()[0], num_rollout_chunks=2))
+    both = twice.record["medusa_heads"]["foretold"]
+    assert all(more > count > 0 for more, count in zip(both, once, strict=True))

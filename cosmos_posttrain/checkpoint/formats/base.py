@@ -123,9 +123,11 @@ class WritableFormat(CheckpointFormat):
 
     Attributes:
         is_sharded: whether ``max_shard_bytes`` has a meaning.
+        holds_medusa_heads: whether there is a place for them.
     """
 
     is_sharded: ClassVar[bool] = False
+    holds_medusa_heads: ClassVar[bool] = False
 
     @abstractmethod
     def write(self, folder: Path, contents: Contents) -> None:

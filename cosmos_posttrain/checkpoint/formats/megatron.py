@@ -30,6 +30,7 @@ class MegatronFormat(WritableFormat):
     name = "megatron"
     title = "a checkpoint or a run folder of this package"
     parts = (WEIGHTS, CONTEXT)
+    holds_medusa_heads = True
 
     def detect(self, folder: Path) -> Path | None:
         return context.find_checkpoint(folder.parent if folder.name == WEIGHTS else folder)

@@ -12,7 +12,9 @@ Groups of processes that share a model share out the clips, a batch each in ever
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -219,7 +221,14 @@ def _row(
         **about,
         **score(case, samples, lpips, config.sampson),
         "tokens_per_second": round(sum(rates) / len(rates), 2),
+        **_of_heads(made),
     }
+
+
+def _of_heads(made: Sequence[GeneratedClip]) -> dict[str, Any]:
+    """What the model's Medusa heads foretold of a clip's samples; nothing where none was asked."""
+    found = [item.draft_heads for item in made if item.draft_heads is not None]
+    return {"medusa_heads": functools.reduce(operator.add, found).to_json()} if found else {}
 
 
 def _case(inputs: GenerateInputs, clip: ClipInputs) -> Case:
