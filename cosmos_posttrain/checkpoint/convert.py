@@ -44,8 +44,8 @@ def convert(config: CheckpointConversionConfig) -> None:
             f"{config.source} has no files to convert; name a checkpoint, for example one that "
             "training wrote."
         )
-    source = _without_heads(source, config.target_format)
     target = TargetFolder(config.target, source.path)
+    source = _without_heads(source, config.target_format)
     wanted = _identity(source, config)
     if target.is_complete(wanted, config.overwrite):
         if config.verify:

@@ -238,7 +238,7 @@ class _Drafts:
         self._known = self._drafted = prompt.new_full((len(prompt), 1), prompt.shape[1])
         self._steps = torch.arange(window, device=prompt.device)
         if heads is not None:
-            heads.begin(*self.tokens.shape, window, prompt.device)
+            heads.begin(len(prompt), self.tokens.shape[1], window, prompt.device)
 
     def begin(self, token: Tensor) -> None:
         """The first token (B, 1) behind the prompt."""

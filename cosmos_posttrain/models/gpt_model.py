@@ -47,22 +47,33 @@ class CosmosGPTModel(GPTModel):
             parameter.requires_grad_(name.startswith(MEDUSA))
         self._trains_heads_alone = True
 
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        *,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """As Megatron's; in training with Medusa heads, the loss is also theirs.
 
         Args:
-            *args: of Megatron's.
+            input_ids: (B, S) int64.
+            position_ids: None; positions follow from the grid.
+            attention_mask: None; attention is causal.
             labels: (B, S) int64; with them the last stage gives losses (B, S) float32 in nats.
             **kwargs: of Megatron's.
         """
+        inputs = (input_ids, position_ids, attention_mask)
         alone = self._trains_heads_alone
         heads = self.medusa_heads if self.training or alone else None
         if labels is None or not self.post_process or heads is None:
-            output: Tensor = super().forward(*args, labels=labels, **kwargs)
+            output: Tensor = super().forward(*inputs, labels=labels, **kwargs)
             return output
         keeps_graph = torch.is_grad_enabled() and not alone
         with self.hidden_states_only(), torch.set_grad_enabled(keeps_graph):
-            hidden: Tensor = super().forward(*args, **kwargs)
+            hidden: Tensor = super().forward(*inputs, **kwargs)
         theirs = head_losses(
             heads,
             hidden,
