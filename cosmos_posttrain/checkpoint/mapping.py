@@ -103,7 +103,7 @@ def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
     if config.context_dim is not None:
         by_suffix |= {f"cross_attention.{n}": (keys, config.context_dim) for n in ("wk", "wv")}
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in reference_names(config):
         *_, module, part, _weight = name.split(".")
         if module == "medusa_heads":

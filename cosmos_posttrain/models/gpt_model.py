@@ -47,6 +47,15 @@ class CosmosGPTModel(GPTModel):
             parameter.requires_grad_(name.startswith(MEDUSA))
         self._trains_heads_alone = True
 
+    @contextlib.contextmanager
+    def hidden_states_only(self) -> Iterator[None]:
+        """While it lasts, the last stage gives (S, B, H) behind the last norm, and no logits."""
+        before, self.post_process = self.post_process, False
+        try:
+            yield
+        finally:
+            self.post_process = before
+
     def forward(
         self,
         input_ids: Tensor,
@@ -86,15 +95,6 @@ class CosmosGPTModel(GPTModel):
             return theirs / sum(head_weights(len(heads)))
         logits, _ = self.output_layer(hidden)
         return self.compute_language_model_loss(labels, logits) + SHARE * theirs
-
-    @contextlib.contextmanager
-    def hidden_states_only(self) -> Iterator[None]:
-        """While it lasts, the last stage gives (S, B, H) behind the last norm, and no logits."""
-        before, self.post_process = self.post_process, False
-        try:
-            yield
-        finally:
-            self.post_process = before
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross-entropy (B, S) in nats; rows that only pad the vocabulary take no part."""
