@@ -42,7 +42,12 @@ _FIX = "the run ends here, and the same command goes on from the last checkpoint
 
 
 # Of a rank whose thread has never told anything.
-_NOTHING: dict[str, Any] = {"count": -1, "place": "at its start", "code": "unknown code", "waits": False}
+_NOTHING: dict[str, Any] = {
+    "count": -1,
+    "place": "at its start",
+    "code": "unknown code",
+    "waits": False,
+}
 
 
 class Watch:

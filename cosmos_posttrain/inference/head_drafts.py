@@ -58,8 +58,8 @@ class HeadCounts:
 class HeadDrafts:
     """The heads of a model that decodes some clips.
 
-    Another draft stands at every place. So a head is followed only while it is right as often as
-    those, in the same clip; where no head is, they are asked now and then.
+    Another draft stands at every place. So a head is followed only while it was right more
+    often than those, in the same clip; where no head is, they are asked now and then.
 
     Args:
         head_scores: see ``DecodeState.head_scores``.
@@ -125,7 +125,7 @@ class HeadDrafts:
         tokens = self._draw(self._head_scores(rows), places)
         self._guesses.scatter_(2, places[..., None], tokens[..., None])
         self._standing.scatter_(2, places[..., None], standing[..., None])
-        return tokens, self._right >= self._right_without
+        return tokens, self._right > self._right_without
 
     def learn(self, tokens: Tensor, before: Tensor, known: Tensor) -> None:
         """Holds guesses against tokens that became known.
@@ -145,8 +145,8 @@ class HeadDrafts:
         self._right_without += (is_asked & (standing == came)).sum(2)
 
     def any_followed(self) -> Tensor:
-        """(1,) int64: whether some head is right as often as what is there without it."""
-        return (self._right >= self._right_without).any().long()[None]
+        """(1,) int64: whether some head is right more often than what is there without it."""
+        return (self._right > self._right_without).any().long()[None]
 
     def follow(self, is_followed: bool) -> None:
         """Takes in what ``any_followed`` said, on the host."""

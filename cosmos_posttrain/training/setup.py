@@ -35,7 +35,7 @@ from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.lora_config import LoraConfig
 from cosmos_posttrain.models.lora_shapes import lora_for, num_trained_parameters
 from cosmos_posttrain.runlog import wants_wandb
-from cosmos_posttrain.training import texts
+from cosmos_posttrain.training import heads, texts
 from cosmos_posttrain.training.config import DataConfig, TrainConfig, validate
 from cosmos_posttrain.training.gradients import fuse_weight_gradients, skip_exchange_with_oneself
 from cosmos_posttrain.training.run_folder import RunFolder
@@ -130,7 +130,7 @@ def open_inputs(
             f"vocabulary of {train_data.vocab_size}; use a tokenizer with the same number of "
             "codes, give --embedding_init aligned, mean or reset, or start from random:<size>."
         )
-    check_medusa_heads(config, source, resume_from)
+    heads.check(config, source, resume_from)
     if resume_from is None:
         folder.record_start(_describe_start(config, source, folder, transfer))
     lora = lora_for(source.config, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
@@ -280,35 +280,6 @@ def check_division(model: ModelConfig, sizes: groups.Parallelism, sequence_paral
         )
 
 
-def check_medusa_heads(
-    config: TrainConfig, source: CheckpointSource, resume_from: Path | None
-) -> None:
-    """Refuses Medusa heads that cannot be trained.
-
-    Raises:
-        ConfigError: fresh weights that would stay fresh, more heads than there are places to guess,
-            or another number of heads than the run began with.
-    """
-    count, known = config.model.num_medusa_heads, source.config.num_medusa_heads
-    if resume_from is not None and count != known:
-        raise ConfigError(
-            f"the run in {config.log_dir} has {known} Medusa heads, not {count}; give "
-            f"--medusa_num_heads {known}, or start a run in another --log_dir."
-        )
-    if not count:
-        return
-    if resume_from is None and source.is_fresh and config.model.medusa_freeze_backbone:
-        raise ConfigError(
-            f"{config.model.path} has fresh weights, from which frozen no head can learn; give "
-            "--no-medusa_freeze_backbone, or name a trained model with --model_path."
-        )
-    largest = source.config.latent_shape.tokens_per_frame
-    if count > largest:
-        raise ConfigError(
-            f"--medusa_num_heads {count} must be at most {largest}, the tokens of a latent frame."
-        )
-
-
 def training_dtype(config: TrainConfig) -> torch.dtype:
     """The config's dtype, or this machine's usual one."""
     usual = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -372,7 +343,7 @@ def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
         f"{sizes.pipeline} CP {sizes.context} DP "
         f"{parallel_state.get_data_parallel_world_size()}, {dtype}"
     )
-    _announce_heads(config, inputs)
+    heads.announce(config, inputs.source, inputs.transfer is not None)
     contract = inputs.folder.data.contract
     tokenizer = None if contract is None else contract.tokenizer
     if inputs.resume_from is not None:
@@ -393,16 +364,3 @@ def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
             f"note: --max_epochs {config.max_epochs} would end after {steps} steps; "
             f"--max_steps {config.max_steps} decides and the data repeats."
         )
-
-
-def _announce_heads(config: TrainConfig, inputs: Inputs) -> None:
-    count, known = inputs.num_medusa_heads, inputs.source.config.num_medusa_heads
-    if not count and known:
-        launch.say(
-            f"note: the model's {known} Medusa heads are left out, since they would no longer fit "
-            f"it; --medusa_num_heads {known} trains them, too."
-        )
-    if count:
-        kept = 0 if inputs.transfer is not None else min(known, count)
-        rest = "alone" if config.model.medusa_freeze_backbone else "with the model"
-        launch.say(f"{count} Medusa heads, {kept} of them the checkpoint's, are trained {rest}")

@@ -85,7 +85,7 @@ def test_right_heads_save_passes_and_wrong_ones_cost_none(
         assert int(counts.foretold.min()) > 0 and int(counts.foretold.max()) <= 40
     assert passes["wrong"] <= 41
     least = min(window or 4, NUM_HEADS + 1)
-    assert passes["right"] <= 40 / least + (22 if window is None else 2)
+    assert passes["right"] <= 40 / least + (22 if window is None else 4)  # the first to learn from
 
 
 @cache

@@ -103,6 +103,8 @@ def test_resume_equals_uninterrupted(tokens: Path, backbone: Path, heads: Path, 
     shutil.rmtree(last)
     with pytest.raises(ConfigError, match="has 2 Medusa heads, not 0"):
         run(make_config(tokens, other, model__path=str(backbone)))
+    with pytest.raises(ConfigError, match="began with its backbone frozen; give --medusa_freeze"):
+        run(heads_config(tokens, other, backbone, model__medusa_freeze_backbone=False))
     run(heads_config(tokens, other, backbone))
     assert losses(other) == losses(heads)
     first, second = weights_of(heads), weights_of(other)
