@@ -20,6 +20,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 
 from cosmos_posttrain import launch
+from cosmos_posttrain.distributed import meeting
 from cosmos_posttrain.distributed.cpu_device import cpu_device
 from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError
 
@@ -73,7 +74,10 @@ def start() -> None:
         torch.cuda.set_device(launch.device())
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     if launch.is_launched():
-        torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
+        store, rank, world_size = meeting.meet(_TIMEOUT)
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
+        )
     else:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
