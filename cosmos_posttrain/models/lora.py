@@ -52,7 +52,7 @@ class _ColumnParallelWithFactors(ColumnParallelLinear):
         self.lora_b = nn.Parameter(self.weight.new_zeros(*shape, rank))
         set_tensor_model_parallel_attributes(self.lora_b, True, self._axis_of_b, 1)
         # Under sequence parallelism A sees this rank's tokens only: gradients are to be summed.
-        self.lora_a.sequence_parallel = self.sequence_parallel
+        self.lora_a.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As Megatron's, and the factors' part on top."""
@@ -84,7 +84,7 @@ class _RowParallelWithFactors(RowParallelLinear):
         self.lora_a = nn.Parameter(self.weight.new_zeros(rank, columns))
         self.lora_b = nn.Parameter(self.weight.new_zeros(output_size, rank))
         set_tensor_model_parallel_attributes(self.lora_a, True, 1, 1)
-        self.lora_b.sequence_parallel = self.sequence_parallel
+        self.lora_b.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """As Megatron's, and the factors' part on top."""
