@@ -13,8 +13,8 @@ PYTHON ?= python3
 TORCH_INDEX_URL ?=
 # Of make quickstart: --videos DIR, --output DIR; of quickstart-video2world: --output DIR. QUICK=1 makes it short.
 QUICKSTART_ARGS ?=
-# Processes that run tests at the same time.
-TEST_WORKERS ?= 2
+# Processes that run tests at the same time; one more than two cores, since tests wait for others, too.
+TEST_WORKERS ?= 3
 
 # An active virtual environment is used as it is; otherwise one is made here.
 VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),$(CURDIR)/.venv)

@@ -87,10 +87,11 @@ class _Patches:
 
     def __enter__(self) -> None:
         with self._lock:
+            places = self._places
             self._depth += 1
             if self._depth == 1:
-                self._originals = [(at, name, getattr(at, name)) for at, name, _ in self._places]
-                for at, name, replacement in self._places:
+                self._originals = [(at, name, getattr(at, name)) for at, name, _ in places]
+                for at, name, replacement in places:
                     setattr(at, name, replacement)
 
     def __exit__(self, *_error: object) -> None:

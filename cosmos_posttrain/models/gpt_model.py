@@ -45,13 +45,23 @@ class CosmosGPTModel(GPTModel):
         finally:
             self.post_process = before
 
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        *,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """As Megatron's, with a loss that never holds the logits of all positions.
 
         Args:
-            *args: of Megatron's.
+            input_ids: (B, S) int64.
+            position_ids: None; positions follow from the grid.
+            attention_mask: None; attention is causal.
             labels: (B, S) int64; with them the last stage gives losses.
-            **kwargs: of Megatron's.
+            **kwargs: of Megatron's ``GPTModel.forward``.
 
         Returns:
             Losses (B, S) float32 in nats; without labels logits (B, S, V / TP), whose columns that
@@ -59,10 +69,10 @@ class CosmosGPTModel(GPTModel):
         """
         output: Tensor
         if labels is None or not self.post_process:
-            output = super().forward(*args, **kwargs)
+            output = super().forward(input_ids, position_ids, attention_mask, **kwargs)
             return output
         with self.hidden_states_only():
-            output = super().forward(*args, **kwargs)
+            output = super().forward(input_ids, position_ids, attention_mask, **kwargs)
         return token_losses(
             output,
             self.output_layer.weight,

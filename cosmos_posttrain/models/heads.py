@@ -84,7 +84,7 @@ class _Heads(torch.autograd.Function):
         key = packed.new_empty(*heads.shape[:3], dim)
         scales = torch.empty(*heads.shape[:3], num_queries + 1, 1, device=packed.device)
         cosines, sines = rows[:, :, :, :, None].float()
-        for part in row_blocks(len(packed), packed[0].numel(), packed.device):
+        for part in row_blocks(packed):
             wide = heads[part, :, :, :-1].float()
             scales[part] = inverse_root_mean_square(wide, eps)
             normalised = (wide * scales[part]).mul_(weights)
@@ -106,7 +106,7 @@ class _Heads(torch.autograd.Function):
         result = torch.empty_like(heads)
         result[..., -1, :] = value_grad
         cosines, sines = rows[:, :, :, :, None].float()
-        for part in row_blocks(len(packed), packed[0].numel(), packed.device):
+        for part in row_blocks(packed):
             scale = scales[part]
             upstream = torch.empty(
                 *scale.shape[:-1], dim, dtype=torch.float32, device=packed.device

@@ -56,7 +56,7 @@ class _Norm(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         output = torch.empty_like(rows)
         scales = torch.empty(len(rows), 1, device=x.device)
-        for part in row_blocks(*rows.shape, x.device):
+        for part in row_blocks(rows):
             wide = rows[part].float()
             scales[part] = inverse_root_mean_square(wide, eps)
             torch.mul((wide * scales[part]).type_as(x), weight, out=output[part])
@@ -70,7 +70,7 @@ class _Norm(torch.autograd.Function):
         result = torch.empty_like(rows)
         wide_weight = weight.float()
         weight_grad = torch.zeros_like(wide_weight)
-        for part in row_blocks(*rows.shape, x.device):
+        for part in row_blocks(rows):
             grad, scale = upstream[part].float(), scales[part]
             normalised = rows[part] * scale
             product = grad * normalised

@@ -37,7 +37,7 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(both)
         gate, gated = both.flatten(0, -2).chunk(2, dim=-1)
         output = torch.empty(gate.shape, dtype=both.dtype, device=both.device)
-        for part in row_blocks(*both.flatten(0, -2).shape, both.device):
+        for part in row_blocks(both.flatten(0, -2)):
             torch.mul(silu(gate[part]), gated[part], out=output[part])
         return output.view(*both.shape[:-1], -1)
 
@@ -49,7 +49,7 @@ class _SwiGLU(torch.autograd.Function):
         upstream = grads[0].flatten(0, -2)
         result = torch.empty_like(rows)
         gate_grad, gated_grad = result.chunk(2, dim=-1)
-        for part in row_blocks(*rows.shape, rows.device):
+        for part in row_blocks(rows):
             grad = upstream[part]
             torch.mul(grad, silu(gate[part]), out=gated_grad[part])
             gate_grad[part] = torch.ops.aten.silu_backward(grad * gated[part], gate[part])

@@ -110,12 +110,12 @@ class _Losses(torch.autograd.Function):
             wide = kept
             if wide is None:
                 wide = _logits(hidden[part], weight, ctx.columns)
-                for block in row_blocks(*wide.shape, wide.device):
+                for block in row_blocks(wide):
                     wide[block].sub_(log_mass[part][block]).exp_()
             if ctx.z_loss_coefficient:
                 wide.mul_(1 + 2 * ctx.z_loss_coefficient * log_mass[part])
             _subtract_targets(labels[part], ctx.first, ctx.columns, wide)
-            for block in row_blocks(*wide.shape, wide.device):
+            for block in row_blocks(wide):
                 wide[block].mul_(grads[0][part][block, None])
             grad = wide.to(hidden.dtype)
             torch.mm(grad, weight, out=hidden_grad[part])
@@ -157,11 +157,11 @@ def _to_probabilities(logits: Tensor, log_mass: Tensor, group: Any) -> None:
     if group is not None:
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
     mass = torch.empty_like(largest)
-    for block in row_blocks(*logits.shape, logits.device):
+    for block in row_blocks(logits):
         logits[block].sub_(largest[block]).exp_()
         torch.sum(logits[block], dim=1, keepdim=True, out=mass[block])
     if group is not None:
         torch.distributed.all_reduce(mass, group=group)
-    for block in row_blocks(*logits.shape, logits.device):
+    for block in row_blocks(logits):
         logits[block].div_(mass[block])
     log_mass.copy_(mass.log_().add_(largest))

@@ -227,8 +227,6 @@ def stage_activation_bytes(work: Workload, layout: Layout, stage: int) -> float:
         total += 2 * work.element_bytes * model.kv_channels * tokens / work.micro_batch_size
     if stage == 0:
         total += 8 * tokens  # token ids
-    elif not layout.recompute:
-        total += _hidden_bytes(work, layout)  # received; with recomputation it is counted above
     if stage == layout.pipeline - 1:
         # The last norm's input and statistics; its result is whole before the output layer.
         total += tokens * (work.element_bytes * model.hidden_size + 4) / p

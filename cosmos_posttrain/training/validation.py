@@ -39,7 +39,7 @@ class Validation:
     def loss(self) -> float:
         """Mean loss in nats per predicted token."""
         self._ddp.eval()
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         with torch.no_grad():
             for batches in prefetched(
                 validation_batches(self._dataset, self._layout, self._sizes, self._limit)

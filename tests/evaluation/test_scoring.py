@@ -130,7 +130,7 @@ def score_and_train_loss(
     ddp.eval()
     with torch.no_grad():
         loss, _ = run_batches(ddp, [batch], forward_only=True)
-    return scores, loss, batch
+    return scores, float(loss), batch
 
 
 def check_equal(scores: Scores, loss: float, batch: Batch) -> None:

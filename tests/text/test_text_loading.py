@@ -217,7 +217,9 @@ run_cli(lambda: print(load_text_encoder(sys.argv[1], "cpu").id))
 """
 
 
-@pytest.mark.parametrize("form", ["safetensors", "PyTorch's file"])
+@pytest.mark.parametrize(
+    "form", ["safetensors", pytest.param("PyTorch's file", marks=pytest.mark.slow)]
+)
 def test_from_a_hub_comes_what_is_needed_and_the_commit_is_the_name(
     forms: dict[str, Path], form: str, tmp_path: Path
 ) -> None:

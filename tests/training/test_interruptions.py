@@ -160,7 +160,11 @@ COMMAND = [
 @pytest.mark.parametrize(
     ("nproc", "name"),
     # torchrun passes SIGUSR1 on only where it is told to.
-    [(2, "SIGTERM"), (1, "SIGUSR1"), pytest.param(1, "SIGTERM", marks=pytest.mark.slow)],
+    [
+        (2, "SIGTERM"),
+        pytest.param(1, "SIGUSR1", marks=pytest.mark.slow),
+        pytest.param(1, "SIGTERM", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_ends_the_run(
     tokens: Path, tmp_path: Path, nproc: int, name: str
