@@ -231,14 +231,14 @@ def launcher_store(timeout_seconds: float = _PATIENCE_SECONDS) -> Any:
     """The store at which the processes met; None where it cannot be reached (any more).
 
     Args:
-        timeout_seconds: how long each question to it may take.
+        timeout_seconds: how long connecting, and each question to it, may take.
     """
     import torch.distributed
 
     try:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # Where nobody listens (any more), torch would try for long and print all about it.
-        socket.create_connection(address, timeout=_PATIENCE_SECONDS).close()
+        socket.create_connection(address, timeout=timeout_seconds).close()
         return torch.distributed.TCPStore(
             *address,
             is_master=False,

@@ -41,6 +41,10 @@ _COLLECTIVES = f"torch{os.sep}distributed{os.sep}"
 _FIX = "the run ends here, and the same command goes on from the last checkpoint."
 
 
+# Of a rank whose thread has never told anything.
+_NOTHING = {"count": -1, "place": "at its start", "code": "unknown code", "waits": False}
+
+
 class Watch:
     """Watches the other ranks from a thread; in a world of one it does nothing. All ranks make one.
 
@@ -178,7 +182,7 @@ class Watch:
 
     def _stuck(self, reports: dict[int, dict[str, Any]]) -> str:
         """A sentence about the ranks that the others wait for."""
-        known = {rank: report for rank, report in reports.items() if report}
+        known = {rank: report or _NOTHING for rank, report in reports.items()}
         first = min(report["count"] for report in known.values())
         behind = {rank for rank, report in known.items() if report["count"] == first}
         stopped = {rank for rank in reports if self._silence(rank) > _PATIENCE_SECONDS}
