@@ -376,7 +376,7 @@ def test_help_needs_no_torch() -> None:
 
 
 def test_lora_on_one_gpu() -> None:
-    """4B fits 40 GB with recomputation and 80 GB without; the shipped config says the same."""
+    """4B fits 24 GB with recomputation and 80 GB without; the shipped config says the same."""
     config = merge(TrainConfig, Path(__file__).parents[2] / "configs" / "train_4b_lora.yaml")
     settings = config.model
     config.data.path = settings.cooccurrence_path = "x"
@@ -385,9 +385,9 @@ def test_lora_on_one_gpu() -> None:
     model = dataclasses.replace(preset("4B"), lora=lora)
     work = Workload(model, global_batch_size=config.global_batch_size, dtype=settings.dtype or "")
     needed = [memory(work, Layout(recompute=flag)).total / GIB for flag in (True, False)]
-    assert needed[0] < 40 < needed[1] < 80 and settings.recompute
+    assert needed[0] < 24 < 40 < needed[1] < 80 and settings.recompute
     whole = memory(Workload(preset("4B")), Layout(recompute=True)).total / GIB
-    assert whole > 80
+    assert whole > 70
     rows, factors = 2 * 64000 * 4096, num_lora_parameters(model)
     assert rank_trained_parameters(model, 1, 1, 0) == rows + factors
     # Tensor parallelism divides one of each two factors; the pipeline the layers.
