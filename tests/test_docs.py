@@ -30,7 +30,7 @@ OTHERS = {
     *"--editable --upgrade --check --signal --max-restarts".split(),
     *"--first --video --figure --num_tokens --prompt_tokens --runs --threads --case".split(),
     *"--run --input_dir --split --world --choose --picture".split(),
-    *"--shape --peers --batch --clock --windows --modules --clips".split(),
+    *"--shape --peers --batch --clock --windows --modules --clips --heads".split(),
     *"--timed_clips --given_latents".split(),
 }
 # Not the arrows of drawings (a --room--> b), and not `--offload_*`.
