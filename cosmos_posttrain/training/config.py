@@ -352,6 +352,11 @@ def _medusa_problems(model: ModelSourceConfig, parallel: ParallelConfig) -> list
     problems = []
     if parallel.context_parallel_size > 1:
         problems.append("--medusa_num_heads needs --context_parallel_size 1")
+    if model.lora_rank is not None:
+        problems.append(
+            "--medusa_num_heads and --lora_rank do not go together: train the heads on the merged "
+            "model, in a run of their own"
+        )
     if model.medusa_freeze_backbone:
         thaw = "give --no-medusa_freeze_backbone"
         if parallel.pipeline_model_parallel_size > 1:

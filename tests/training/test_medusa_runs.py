@@ -173,6 +173,7 @@ def test_conversions_keep_or_name_the_heads(
     [
         ({}, "has fresh weights, from which frozen no head can learn"),
         ({"parallel__context_parallel_size": 2}, "needs --context_parallel_size 1"),
+        ({"model__lora_rank": 4}, "--lora_rank do not go together"),
         (
             {"model__medusa_freeze_backbone": False, "model__num_medusa_heads": 7},
             "must be at most 6",
