@@ -18,6 +18,7 @@ from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.tokenizer.network import DVNetwork
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_all_checks_pass() -> None:
     finished = run_script(["-m", "cosmos_posttrain.doctor"], timeout_seconds=200)

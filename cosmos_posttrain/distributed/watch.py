@@ -50,7 +50,7 @@ _NOTHING: dict[str, Any] = {
 }
 
 
-class Watch:
+class RankWatch:
     """Watches the other ranks from a thread; in a world of one it does nothing. All ranks make one.
 
     Args:

@@ -23,7 +23,7 @@ from cosmos_posttrain.checkpoint import context
 from cosmos_posttrain.data.batch import Batch, BatchSizes, clip_names, training_batches
 from cosmos_posttrain.data.prefetch import prefetched
 from cosmos_posttrain.distributed import groups
-from cosmos_posttrain.distributed.watch import Watch
+from cosmos_posttrain.distributed.watch import RankWatch
 from cosmos_posttrain.errors import CheckpointError, NonFiniteLossError, StoppedError
 from cosmos_posttrain.models.sequence import sequence_layout
 from cosmos_posttrain.training import optimizer as optimizers
@@ -73,12 +73,12 @@ class Trainer:
         self.state = TrainState()
         self.stop_reason: str | None = None
         self.callbacks: list[Callback] = []
-        self.watch: Watch | None = None
+        self.watch: RankWatch | None = None
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as on_error:
             on_error.callback(self.close)
             self.inputs = setup.open_inputs(config, self._closing, self.takes_text)
-            self.watch = Watch(config.distributed_timeout_minutes)
+            self.watch = RankWatch(config.distributed_timeout_minutes)
             with self.watch.explaining():
                 self._set_up()
             on_error.pop_all()
@@ -176,7 +176,7 @@ class Trainer:
         launch.say(f"a page about this run: {command}")
         return checkpoint
 
-    def _train(self, watch: Watch) -> None:
+    def _train(self, watch: RankWatch) -> None:
         config, self.last_checkpoint = self.config, self.resume_from
         if self.completed_steps >= config.max_steps:
             launch.say(f"nothing to do: {self.resume_from} has {config.max_steps} steps or more")

@@ -106,6 +106,7 @@ def _same_bytes(first: Path, second: Path) -> bool:
 
 
 @needs_proc
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     todo, sizes = [], {}
     for layers in (2, 8):  # 67 MB and 218 MB

@@ -319,6 +319,7 @@ def test_an_unreadable_clip_is_named_and_the_rest_is_scored(
     assert found["nats_per_token"] > 0 and metrics["failures"][0]["clip"] == 0
 
 
+@pytest.mark.slow
 def test_the_script_prints_a_table(tokens: Path, run_dir: Path, tmp_path: Path) -> None:
     command = ["evaluate.py", "loss", "--data_path", str(tokens), "--ar_model_dir", str(run_dir)]
     done = run_script([*command, "--output", str(tmp_path / "loss")], timeout_seconds=120)

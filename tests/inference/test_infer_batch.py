@@ -326,6 +326,7 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120.0)
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_groups_share_a_batch_and_none_outlives_a_rank_that_dies(tmp_path: Path) -> None:
     out = tmp_path / "out"

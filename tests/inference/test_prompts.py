@@ -310,6 +310,7 @@ def test_without_the_extra_it_says_what_to_install(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_generate_what_one_does(video: Path, tmp_path: Path) -> None:
     settings = ["--ar_model_dir", MODEL, "--text_encoder_path", "tiny", "--prompt", PROMPTS[0]]

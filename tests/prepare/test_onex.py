@@ -281,6 +281,7 @@ def test_settings_of_clips_and_other_tokenizers_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_commands_a_user_calls(tmp_path):
     source, output = write_v2(tmp_path / "in"), tmp_path / "out"
     flags = ["--input_tokens_dir", source, "--output_prefix", output]

@@ -230,7 +230,7 @@ def test_other_weights_under_the_same_name_are_another_data_set(lines, tmp_path)
 @pytest.mark.parametrize(
     "points",
     [
-        ("prompts 1", "clips 0"),
+        pytest.param(("prompts 1", "clips 0"), marks=pytest.mark.slow),
         pytest.param(("prompts 0",), marks=pytest.mark.slow),
         pytest.param(("clips 1", "clips 1"), marks=pytest.mark.slow),
     ],

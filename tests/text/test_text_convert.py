@@ -16,6 +16,7 @@ from cosmos_posttrain.text.config import TextEncoderConversionConfig
 from cosmos_posttrain.text.convert import convert_text_encoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["PyTorch's old file", "safetensors in parts"])
 def test_a_whole_t5_becomes_its_encoder(tmp_path: Path, form: str) -> None:
     source, target = t5.write_t5(tmp_path / "source", form), tmp_path / "target"

@@ -34,6 +34,7 @@ def test_it_is_what_the_tiny_model_takes_and_small(tiny: TextEncoder) -> None:
     assert sum(path.stat().st_size for path in t5.TINY.iterdir()) < 800_000
 
 
+@pytest.mark.slow
 def test_the_recipe_makes_it_again(tmp_path: Path) -> None:
     finished = run_script([RECIPES_DIR / "tiny_text_encoder.py", tmp_path])
     assert finished.returncode == 0, finished.stderr

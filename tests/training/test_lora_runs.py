@@ -156,6 +156,7 @@ def test_a_run_can_start_from_merged_weights_with_other_factors(
     assert "module.decoder.layers.mlp.linear_fc2.lora_a" not in again.shapes
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_every_layout_has_the_curve_of_one_process(
     even_tokens: Path, start: Path, trained: Path, tmp_path: Path

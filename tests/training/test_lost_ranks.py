@@ -29,7 +29,7 @@ def errors(output: str) -> list[str]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("rank", [1, 0])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_others_with_its_name(
     tokens: Path, tmp_path: Path, rank: int
 ) -> None:
@@ -44,6 +44,7 @@ def test_a_killed_rank_ends_the_others_with_its_name(
     assert "trainer.py" not in launched.output  # torchrun has a traceback of its own, we have none
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_stopped_rank_is_named_after_the_timeout(tokens: Path, tmp_path: Path) -> None:
     argv = command(tokens, tmp_path / "run", "--distributed_timeout_minutes", "0.25")
@@ -78,6 +79,7 @@ launch.run_cli(lambda: train(cli.parse(TrainConfig, FLAGS, None, "", "")) and No
 """
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_rank_stuck_in_its_data_is_named_with_its_place(tokens: Path, tmp_path: Path) -> None:
     script = tmp_path / "stuck.py"
@@ -93,6 +95,7 @@ def test_a_rank_stuck_in_its_data_is_named_with_its_place(tokens: Path, tmp_path
     assert re.search(r"the others have waited for 0\.1 minutes .* in step \d+, in \w+ \(", said)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_torchrun_restarts_a_run_that_goes_on_by_itself(tokens: Path, tmp_path: Path) -> None:
     run(make_config(tokens, tmp_path / "whole", max_steps=60))

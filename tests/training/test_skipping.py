@@ -89,7 +89,8 @@ def test_a_skipped_batch_leaves_weights_and_moments_alone(tokens: Path, tmp_path
     parts = [part for own in trainer.optimizer.own_parts() for part in own.state.values()]
     watched = [*trainer.model.parameters(), *parts]
     before = [tensor.detach().clone() for tensor in watched]
-    hook = trainer.model.output_layer.weight.register_hook(lambda gradient: gradient * float("nan"))
+    norm = trainer.model.decoder.final_layernorm.weight
+    hook = norm.register_hook(lambda gradient: gradient * float("nan"))
     row = trainer.train_step(next(batches))
     Guard(config).after_step(trainer, row)
     hook.remove()

@@ -78,7 +78,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name == "tp2")) for name in LAYOUTS],
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("tp2", "dp2", "cp2")))
+        for name in LAYOUTS
+    ],
 )
 def test_same_curve_at_every_layout(prompts, reference_run, tmp_path, layout) -> None:
     settings = SETTINGS
@@ -92,6 +95,7 @@ def test_same_curve_at_every_layout(prompts, reference_run, tmp_path, layout) ->
     assert largest_difference(losses(expected), losses(tmp_path / "run")) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_lora_beside_cross_attention(prompts, reference_run, tmp_path) -> None:
     """Its keys and values see the whole text on every rank; its queries, a part of the clip."""
