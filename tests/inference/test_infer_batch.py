@@ -197,6 +197,7 @@ def test_an_output_never_replaces_an_input(tmp_path: Path, video: Path) -> None:
     assert video.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_second_run_of_the_same_outputs_is_refused(tmp_path: Path, video: Path) -> None:
     out = tmp_path / "out"
     with files.locked(out, only=["bar.mp4"]):
@@ -274,6 +275,7 @@ def test_a_full_disk_is_one_sentence_and_spoils_nothing(tmp_path: Path, video: P
     assert read_record(out / "output.json")["settings"]["seed"] == 1
 
 
+@pytest.mark.slow
 def test_the_script_refuses_with_exit_code_2_and_one_line(tmp_path: Path, video: Path) -> None:
     finished = run_script(
         [

@@ -210,6 +210,7 @@ def test_layouts_of_two_processes() -> None:
     assert_layouts_agree(2, ON_TWO)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_layouts_of_four_processes() -> None:
     assert_layouts_agree(4, ON_FOUR)

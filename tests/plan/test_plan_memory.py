@@ -216,6 +216,7 @@ def test_one_process(tokens: Path, tmp_path: Path, dtype: str, layout: Layout) -
     assert_as_planned(measure(tokens, tmp_path / "run", dtype, layout), dtype, layout)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes(tokens: Path, tmp_path: Path) -> None:
     """Tensor, sequence, context, data and pipeline parallelism; every rank."""

@@ -31,6 +31,7 @@ def checkpoints(log_dir: Path) -> list[str]:
     return sorted(path.name for path in (log_dir / "default" / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_the_learning_rate_of_the_command_counts_on_resume(tokens: Path, tmp_path: Path) -> None:
     settings = {"optimizer__lr_decay_style": "constant", "optimizer__lr_warmup_steps": 0}
     run(make_config(tokens, tmp_path, max_steps=2, **settings))

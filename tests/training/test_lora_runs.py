@@ -169,6 +169,7 @@ def test_every_layout_has_the_curve_of_one_process(
             assert abs(loss - wanted) <= 1e-4 * wanted, (name, step)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_goes_on_at_another_layout(
     even_tokens: Path, start: Path, trained: Path, tmp_path: Path

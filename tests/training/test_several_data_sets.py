@@ -108,6 +108,7 @@ def test_sets_of_other_geometry_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_malformed_path_is_one_of_all_problems(tokens: Path, tmp_path: Path) -> None:
     arguments = ["train_general.py", "--data_path", f"{tokens}:0.5,b", "--lr", "-1"]
     finished = run_script([*arguments, "--log_dir", tmp_path / "run"])

@@ -79,7 +79,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("tp2", "dp2", "cp2")))
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("tp2", "dp2", "cp2", "pp2")))
         for name in LAYOUTS
     ],
 )
@@ -124,6 +124,7 @@ def test_resume_equals_uninterrupted(prompts, reference_run, tmp_path) -> None:
     assert losses(tmp_path / "run") == losses(reference_run)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_moves_from_layout_to_layout(prompts, reference_run, tmp_path) -> None:
     """Ten steps at TP=2, then on from their checkpoint in one process, and at DP=2."""
