@@ -1,4 +1,4 @@
-"""The page in headless Chromium: drop a clip, watch it appear, repeat it; by keyboard and by all."""
+"""The page in headless Chromium: drop a clip, watch it appear, repeat it; by keyboard, by all."""
 
 from __future__ import annotations
 
