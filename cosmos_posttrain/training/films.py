@@ -1,7 +1,7 @@
 """Sample clips as films: what was generated beside what really came.
 
-Flows in: ``ContinuedClip``s, the data's tokenizer, and the source videos where they are at hand. Flows
-out, on rank 0: for each clip a film (3, T, H, W) uint8 of panels side by side under their names,
+Flows in: ``ContinuedClip``s, the data's tokenizer, and the source videos where they are at hand.
+Flows out, on rank 0: for each clip a film (3, T, H, W) uint8 of panels with their names above,
 
     source video | reconstruction | generated | teacher-forced
 
