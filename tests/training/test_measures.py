@@ -11,10 +11,12 @@ import pytest
 import torch
 from helpers.distributed_run import run_distributed
 from helpers.prepared import make_videos, prepare_small
+from helpers.prompts import prepare_prompts, write_lines
 from helpers.run_case import make_config, run
 
 from cosmos_posttrain.data.dataset import TokenDataset
 from cosmos_posttrain.distributed import groups
+from cosmos_posttrain.inference.engine import generate
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.training.callbacks.validate import Validate
 from cosmos_posttrain.training.config import TrainConfig
@@ -122,6 +124,41 @@ def test_given_latents_have_no_figure(even_clips: Path, start: Path, tmp_path: P
     assert "val_loss_latent_0" not in found
     mean = (found["val_loss_latent_1"] + found["val_loss_latent_2"]) / 2
     assert found["val_loss"] == pytest.approx(mean)
+
+
+def test_clips_with_a_text(tmp_path: Path) -> None:
+    """``<bov>`` stands before them, and padding behind."""
+    (tmp_path / "videos").mkdir()
+    prepare_prompts(write_lines(tmp_path / "videos"), tmp_path / "tokens")
+    config = make_config(
+        tmp_path / "tokens", tmp_path / "run", model__path="random:tiny-video2world"
+    )
+    trainer = Trainer(config, takes_text=True)
+    (validate,) = (item for item in trainer.callbacks if isinstance(item, Validate))
+    found = validate._validation.figures()
+    data = trainer.inputs.val_data
+    assert data is not None
+    clips = SampleMaker(trainer.ddp, data, trainer.layout, 2, 1).make()
+    model, losses = ARModel(trainer.model), []
+    bov = torch.tensor([model.config.bov_token])
+    for number, clip in enumerate(clips):
+        text = data.context(number)
+        assert text is not None
+        tokens, given = data[number], clip.truth[0].numel()
+        logits = model.logits(torch.cat([bov, tokens])[None, :-1], text[None])[0]
+        losses.append(torch.nn.functional.cross_entropy(logits, tokens, reduction="none"))
+        assert torch.equal(clip.preview.flatten()[given:], logits.argmax(-1)[given:])
+        prompt = torch.cat([bov, tokens[:given]])[None]
+        made = generate(
+            model, prompt, len(tokens) - given, top_p=0.8, items=[number], context=text[None]
+        )
+        assert torch.equal(clip.generated.flatten()[given:], made[0])
+    trainer.close()
+    assert len(clips) == len(data)
+    nats = torch.stack(losses).view(len(clips), clips[0].truth.shape[0], -1).double()
+    assert found["val_loss"] == pytest.approx(float(nats.mean()), rel=1e-5)
+    for frame, mean in enumerate(nats.mean((0, 2)).tolist()):
+        assert found[f"val_loss_latent_{frame}"] == pytest.approx(mean, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ class Samples(Callback):
             return
         try:
             self._write(clips, row["step"])
-        except (UserError, OSError, RuntimeError) as error:  # no film is worth a run
+        except (UserError, OSError, RuntimeError, ValueError) as error:  # no film is worth a run
             launch.say(f"warning: no samples of step {row['step']}: {error}", error=True)
 
     def _write(self, clips: list[ContinuedClip], step: int) -> None:
