@@ -37,6 +37,7 @@ from cosmos_posttrain.models.lora_shapes import lora_for, num_trained_parameters
 from cosmos_posttrain.runlog import wants_wandb
 from cosmos_posttrain.training import heads, texts
 from cosmos_posttrain.training.config import DataConfig, TrainConfig, validate
+from cosmos_posttrain.training.films import check_samples
 from cosmos_posttrain.training.gradients import fuse_weight_gradients, skip_exchange_with_oneself
 from cosmos_posttrain.training.run_folder import RunFolder
 from cosmos_posttrain.transfer import advice
@@ -110,6 +111,7 @@ def open_inputs(
     val_data = _open_validation(config, train_data)
     texts.check_data(config, train_data, takes_text)
     groups.start()
+    check_samples(config.samples, val_data or train_data, config.num_condition_latents)
     folder = RunFolder(config.log_dir, describe(train_data, config.data))
     closing.callback(folder.close)
     resume_from = folder.open()
