@@ -104,12 +104,15 @@ class ParallelConfig:
     Attributes:
         tensor_model_parallel_size: processes that share each layer.
         pipeline_model_parallel_size: processes that share the layers in sequence.
+        virtual_pipeline_model_parallel_size: parts of the layers on each pipeline stage, taken
+            in turn (an interleaved pipeline), so that stages wait less for one another; 1 is none.
         context_parallel_size: processes that share each clip.
         sequence_parallel: split activations between layers over the tensor-parallel processes.
     """
 
     tensor_model_parallel_size: int = setting(2, at_least=1)
     pipeline_model_parallel_size: int = setting(1, at_least=1)
+    virtual_pipeline_model_parallel_size: int = setting(1, at_least=1)
     context_parallel_size: int = setting(1, at_least=1)
     sequence_parallel: bool = False
 
@@ -247,6 +250,7 @@ FLAGS = (
     Flag("--limit_val_batches"),
     Flag("--tensor_model_parallel_size", "parallel.tensor_model_parallel_size"),
     Flag("--pipeline_model_parallel_size", "parallel.pipeline_model_parallel_size"),
+    Flag("--virtual_pipeline_model_parallel_size", "parallel.virtual_pipeline_model_parallel_size"),
     Flag("--context_parallel_size", "parallel.context_parallel_size"),
     Flag("--sequence_parallel", "parallel.sequence_parallel"),
     Flag("--layer_spec", "model.layer_spec"),
@@ -350,6 +354,8 @@ def _medusa_problems(model: ModelSourceConfig, parallel: ParallelConfig) -> list
     if not model.num_medusa_heads:
         return []
     problems = []
+    if parallel.virtual_pipeline_model_parallel_size > 1:
+        problems.append("--medusa_num_heads needs --virtual_pipeline_model_parallel_size 1")
     if parallel.context_parallel_size > 1:
         problems.append("--medusa_num_heads needs --context_parallel_size 1")
     if model.lora_rank is not None:
@@ -381,10 +387,33 @@ def _batch_problems(config: TrainConfig, world_size: int) -> list[str]:
     )
     data_parallel = max(world_size // max(model_size, 1), 1)
     per_step = config.micro_batch_size * data_parallel
-    if per_step < 1 or config.global_batch_size % per_step == 0:
+    if per_step < 1:
         return []
+    if config.global_batch_size % per_step == 0:
+        return _interleaving_problems(config, per_step)
     return [
         f"--global_batch_size {config.global_batch_size} is not a multiple of "
         f"--micro_batch_size {config.micro_batch_size} times {data_parallel} data-parallel "
         f"ranks; use a multiple of {per_step}"
+    ]
+
+
+def _interleaving_problems(config: TrainConfig, per_step: int) -> list[str]:
+    parallel = config.parallel
+    chunks, stages = (
+        parallel.virtual_pipeline_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+    )
+    if chunks == 1:
+        return []
+    if stages == 1:
+        return [
+            f"--virtual_pipeline_model_parallel_size {chunks} needs --pipeline_model_parallel_size "
+            "above 1"
+        ]
+    if config.global_batch_size // per_step % stages == 0:
+        return []
+    return [
+        f"--virtual_pipeline_model_parallel_size {chunks} takes {stages} micro-batches at a time: "
+        f"--global_batch_size {config.global_batch_size} must be a multiple of {per_step * stages}"
     ]

@@ -23,12 +23,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from cosmos_posttrain import environment, files
 from cosmos_posttrain.checkpoint import context, dist
 from cosmos_posttrain.config import to_yaml
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import CheckpointError, ConfigError, OutputFolderError, SaveError
-from cosmos_posttrain.models.builder import CosmosGPTModel
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.training.config import TrainConfig
 from cosmos_posttrain.training.fallback import Candidates
@@ -257,7 +258,7 @@ class RunFolder:
             files.remove(hidden)
 
     def restore(
-        self, checkpoint: Path, model: CosmosGPTModel, optimizer: CheckpointableOptimizer
+        self, checkpoint: Path, model: nn.Module, optimizer: CheckpointableOptimizer
     ) -> dict[str, Any]:
         """Loads weights and optimizer, at any layout; returns the state that was saved.
 

@@ -31,6 +31,7 @@ from cosmos_posttrain.distributed.cpu_device import cpu_device
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.geometry import parse_latent_shape
 from cosmos_posttrain.models.builder import CosmosGPTModel, build_model
+from cosmos_posttrain.models.chunks import ModelChunks, chunks_of
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.lora_config import LoraConfig
 from cosmos_posttrain.models.lora_shapes import lora_for, num_trained_parameters
@@ -77,7 +78,7 @@ class Inputs:
         start = self.source.config if self.transfer is None else self.transfer.config
         return dataclasses.replace(start, lora=self.lora, num_medusa_heads=self.num_medusa_heads)
 
-    def load_weights(self, model: CosmosGPTModel) -> None:
+    def load_weights(self, model: CosmosGPTModel | ModelChunks) -> None:
         """Fills a built model at the start of a run."""
         (self.transfer or self.source).load_weights(model)
 
@@ -104,6 +105,7 @@ def open_inputs(
         config.parallel.tensor_model_parallel_size,
         config.parallel.pipeline_model_parallel_size,
         config.parallel.context_parallel_size,
+        config.parallel.virtual_pipeline_model_parallel_size,
     )
     train_data = open_split(config.data, "train")
     order = training_order(config.data, train_data)
@@ -268,7 +270,7 @@ def check_division(model: ModelConfig, sizes: groups.Parallelism, sequence_paral
         ConfigError: names the sizes.
     """
     model.check_tensor_parallel(sizes.tensor)
-    model.check_pipeline_parallel(sizes.pipeline)
+    model.check_pipeline_parallel(sizes.pipeline, sizes.virtual_pipeline)
     groups.check_world(sizes)
     pieces = (sizes.tensor if sequence_parallel else 1) * (
         2 * sizes.context if sizes.context > 1 else 1
@@ -286,8 +288,19 @@ def training_dtype(config: TrainConfig) -> torch.dtype:
     return launch.parse_dtype(config.model.dtype) or usual
 
 
-def build(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> CosmosGPTModel:
-    """This rank's part of the model, with fresh weights."""
+def build(
+    config: TrainConfig, model: ModelConfig, dtype: torch.dtype
+) -> CosmosGPTModel | ModelChunks:
+    """This rank's part of the model, or its parts, with fresh weights."""
+    count = config.parallel.virtual_pipeline_model_parallel_size
+    if count == 1:
+        return _build(config, model, dtype, None)
+    return ModelChunks([_build(config, model, dtype, number) for number in range(count)])
+
+
+def _build(
+    config: TrainConfig, model: ModelConfig, dtype: torch.dtype, chunk: int | None
+) -> CosmosGPTModel:
     recompute: dict[str, Any] = {}
     if config.model.recompute:
         recompute = {
@@ -303,6 +316,7 @@ def build(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> Cosmos
         seed=config.model.seed,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=fuse_weight_gradients(),
+        chunk=chunk,
         **recompute,
     )
     module.z_loss_coefficient = config.z_loss_coefficient
@@ -311,8 +325,14 @@ def build(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> Cosmos
     return module
 
 
-def wrap(model: CosmosGPTModel) -> DistributedDataParallel:
+def wrap(model: CosmosGPTModel | ModelChunks) -> DistributedDataParallel | ModelChunks:
     """The model with Megatron's gradient buffers; on a GPU they are summed behind the backward."""
+    chunks = chunks_of(model)
+    wrapped = [_wrap(chunk, is_first=chunk is chunks[0]) for chunk in chunks]
+    return wrapped[0] if len(wrapped) == 1 else ModelChunks(wrapped)
+
+
+def _wrap(model: CosmosGPTModel, is_first: bool) -> DistributedDataParallel:
     num_ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     with cpu_device():
         ddp = DistributedDataParallel(
@@ -323,6 +343,8 @@ def wrap(model: CosmosGPTModel) -> DistributedDataParallel:
                 overlap_grad_reduce=torch.cuda.is_available() and num_ranks > 1,
             ),
             model,
+            # The other parts are done with before: their exchange hides behind the first one.
+            disable_bucketing=not is_first,
         )
     skip_exchange_with_oneself(ddp)
     return ddp
@@ -337,10 +359,12 @@ def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
     trained = ""
     if model.lora is not None:
         trained = f" ({num_trained_parameters(model) / 1e6:,.1f}M trained: LoRA of {model.lora})"
+    count = sizes.virtual_pipeline
+    chunks = f" (interleaved, {count} parts each)" if count > 1 else ""
     say(
         f"{model.num_parameters / 1e6:,.1f}M parameters{trained}, {len(data)} training clips "
         f"of {data.seq_length} tokens {tuple(data.latent_shape)}, TP {sizes.tensor} PP "
-        f"{sizes.pipeline} CP {sizes.context} DP "
+        f"{sizes.pipeline}{chunks} CP {sizes.context} DP "
         f"{parallel_state.get_data_parallel_world_size()}, {dtype}"
     )
     heads.announce(config, inputs.source, inputs.transfer is not None)

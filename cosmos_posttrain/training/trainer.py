@@ -25,6 +25,7 @@ from cosmos_posttrain.data.prefetch import prefetched
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.watch import RankWatch
 from cosmos_posttrain.errors import CheckpointError, NonFiniteLossError, StoppedError
+from cosmos_posttrain.models.chunks import chunks_of
 from cosmos_posttrain.models.sequence import sequence_layout
 from cosmos_posttrain.training import optimizer as optimizers
 from cosmos_posttrain.training import setup
@@ -225,7 +226,8 @@ class Trainer:
         """
         started = time.monotonic()
         self.ddp.train()
-        forget_gradients(self.ddp)
+        for chunk in chunks_of(self.ddp):
+            forget_gradients(chunk)
         self.optimizer.optimizer.zero_grad()
         rates = self.schedule.rates()
         mean, _ = run_batches(self.ddp, batches)
