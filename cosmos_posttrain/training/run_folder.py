@@ -251,7 +251,7 @@ class RunFolder:
     def _prune(self, config: TrainConfig) -> None:
         """Removes what need not be kept; each under a hidden name first, so that none is half."""
         checkpoints = context.list_checkpoints(self.log_dir)
-        losses = [saved_row(checkpoint).get("val_loss") for checkpoint in checkpoints]
+        losses = [_validation_loss(checkpoint) for checkpoint in checkpoints]
         for number in to_remove(losses, config.save_top_k, config.keep_last_n):
             hidden = files.temporary_path(checkpoints[number])
             checkpoints[number].rename(hidden)
@@ -297,7 +297,19 @@ def _saving(function: Callable[[], None], what: Path) -> None:
         ) from error
 
 
+def _validation_loss(checkpoint: Path) -> float | None:
+    """Of a checkpoint's last step; None where it has none, or none that can be read any more."""
+    try:
+        return saved_row(checkpoint).get("val_loss")
+    except CheckpointError:
+        return None
+
+
 def saved_row(checkpoint: Path) -> dict[str, Any]:
-    """The row of a checkpoint's last step; empty where it has none."""
+    """The row of a checkpoint's last step; empty where it has none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     path = checkpoint / "context" / METRICS_FILE
     return context.read_json(path) if path.is_file() else {}

@@ -87,9 +87,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def test_same_curve_at_every_layout(prompts, reference_run, tmp_path, layout) -> None:
     settings = SETTINGS
     expected = reference_run
-    if layout.startswith(
-        "pp2"
-    ):  # from a checkpoint, since fresh weights of later stages have other seeds
+    if layout.startswith("pp2"):
+        # From a checkpoint, since fresh weights of later stages have other seeds.
         settings = SETTINGS | {"model__path": str(reference_run)}
         expected = tmp_path / "one"
         run(make_config(prompts, expected, **settings))
