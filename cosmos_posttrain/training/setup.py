@@ -28,6 +28,7 @@ from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.data.splits import parse_split_string
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.cpu_device import cpu_device
+from cosmos_posttrain.distributed.determinism import deterministic
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.geometry import parse_latent_shape
 from cosmos_posttrain.models.builder import CosmosGPTModel, build_model
@@ -100,6 +101,9 @@ def open_inputs(
         torch.set_num_threads(config.num_threads)
     quiet_megatron_logging()
     validate(config, launch.world_size())
+    training_dtype(config)
+    if config.deterministic_mode:
+        closing.enter_context(deterministic())
     wants_wandb()
     sizes = groups.Parallelism(
         config.parallel.tensor_model_parallel_size,
@@ -283,9 +287,19 @@ def check_division(model: ModelConfig, sizes: groups.Parallelism, sequence_paral
 
 
 def training_dtype(config: TrainConfig) -> torch.dtype:
-    """The config's dtype, or this machine's usual one."""
+    """The config's dtype, or this machine's usual one.
+
+    Raises:
+        ConfigError: gradients are to be kept in less than it.
+    """
     usual = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return launch.parse_dtype(config.model.dtype) or usual
+    dtype = launch.parse_dtype(config.model.dtype) or usual
+    if config.optimizer.grad_reduce_in_bf16 and dtype != torch.bfloat16:
+        raise ConfigError(
+            f"--grad_reduce_in_bf16 keeps the gradients of a model in bfloat16, but this one is in "
+            f"{str(dtype).removeprefix('torch.')}; give --dtype bfloat16, or leave it out."
+        )
+    return dtype
 
 
 def build(
@@ -317,6 +331,7 @@ def _build(
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=fuse_weight_gradients(),
         chunk=chunk,
+        deterministic_mode=config.deterministic_mode,
         **recompute,
     )
     module.z_loss_coefficient = config.z_loss_coefficient
@@ -325,20 +340,27 @@ def _build(
     return module
 
 
-def wrap(model: CosmosGPTModel | ModelChunks) -> DistributedDataParallel | ModelChunks:
-    """The model with Megatron's gradient buffers; on a GPU they are summed behind the backward."""
+def wrap(
+    model: CosmosGPTModel | ModelChunks, gradients_in_fp32: bool = True
+) -> DistributedDataParallel | ModelChunks:
+    """The model with Megatron's gradient buffers; on a GPU they are summed behind the backward.
+
+    Args:
+        model: of this rank.
+        gradients_in_fp32: whatever the model's dtype; else they are in that.
+    """
     chunks = chunks_of(model)
-    wrapped = [_wrap(chunk, is_first=chunk is chunks[0]) for chunk in chunks]
+    wrapped = [_wrap(chunk, gradients_in_fp32, chunk is chunks[0]) for chunk in chunks]
     return wrapped[0] if len(wrapped) == 1 else ModelChunks(wrapped)
 
 
-def _wrap(model: CosmosGPTModel, is_first: bool) -> DistributedDataParallel:
+def _wrap(model: CosmosGPTModel, in_fp32: bool, is_first: bool) -> DistributedDataParallel:
     num_ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     with cpu_device():
         ddp = DistributedDataParallel(
             model.config,
             DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
+                grad_reduce_in_fp32=in_fp32,
                 use_distributed_optimizer=True,
                 overlap_grad_reduce=torch.cuda.is_available() and num_ranks > 1,
             ),

@@ -90,7 +90,7 @@ class Trainer:
         groups.initialize(inputs.parallelism, config.model.seed)
         self.dtype = setup.training_dtype(config)
         self.model = setup.build(config, inputs.model_config, self.dtype)
-        self.ddp = setup.wrap(self.model)
+        self.ddp = setup.wrap(self.model, not config.optimizer.grad_reduce_in_bf16)
         self.optimizer = optimizers.CheckpointableOptimizer(
             optimizers.build_optimizer(config, self.ddp, self.dtype),
             has_average=config.optimizer.ema_decay is not None,
