@@ -26,7 +26,7 @@ from cosmos_posttrain.launch import run_cli
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUM_STEPS, EVERY, SAME = 20, 5, 1e-4
-# Logits of 17 positions at a time, where the run beside it has those of all 288 at once.
+# Logits of 17 positions at a time, where the run beside it has those of all 96 at once.
 IN_PIECES = """
 import runpy
 from cosmos_posttrain.models import config
@@ -136,8 +136,8 @@ def prepare(work: Path) -> None:
     call(
         *("prepare_dataset.py", "--input_jsonl", world / "prompts_train.jsonl"),
         *("--output_prefix", tokens, "--tokenizer_compression_factor", "8,8,8"),
-        *("--encoder_path", "tiny", "--decoder_path", "tiny", "--width", "96"),
-        *("--height", "64", "--num_context_frames", "17", "--num_workers", "1"),
+        *("--encoder_path", "tiny", "--decoder_path", "tiny", "--width", "64"),
+        *("--height", "32", "--num_context_frames", "17", "--num_workers", "1"),
     )
     # Fresh weights of later pipeline stages are drawn from other seeds.
     train(work, "start", Run(""), "random:tiny", EVERY)
