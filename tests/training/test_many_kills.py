@@ -102,7 +102,7 @@ def test_a_lost_machine_leaves_the_others_to_go_on(tokens: Path, tmp_path: Path)
         *("--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d"),
         *(f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=fewer", conf),
     ]
-    argv = command(tokens, log_dir, 60)
+    argv = command(tokens, log_dir, 40)
     with LaunchedRun(argv, log_dir, *options) as first:
         time.sleep(1)
         with LaunchedRun(argv, log_dir, *options) as second:
@@ -111,10 +111,11 @@ def test_a_lost_machine_leaves_the_others_to_go_on(tokens: Path, tmp_path: Path)
             assert first.wait(300) == 0, first.output
             said = first.output + second.output
     assert "DP 2" in said and "DP 1" in said and "resuming" in said
-    run(make_config(tokens, tmp_path / "whole", max_steps=60, limit_val_batches=1))
+    run(make_config(tokens, tmp_path / "whole", max_steps=40, limit_val_batches=1))
     rows = (log_dir / "default" / "launches.jsonl").read_text().splitlines()
     sizes = [json.loads(row)["environment"]["num_processes"] for row in rows]
     assert sizes[-1] == 1 and 2 in sizes
-    # Two ranks' gradients were summed in another order at first; measured: 2e-5 after 60 steps.
+    # Two ranks' gradients were summed in another order; learning a few clips by heart enlarges
+    # what they differ by. Measured: 1e-7 after 10 steps, 3e-5 after 40, 1e-4 after 50.
     for ours, theirs in zip(losses(log_dir), losses(tmp_path / "whole"), strict=True):
         assert abs(ours - theirs) <= 1e-4 * theirs
