@@ -19,6 +19,7 @@ from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint.pieces import MASTER, OwnPart
 from cosmos_posttrain.checkpoint.torch_dist import AVERAGE
 from cosmos_posttrain.distributed.cpu_device import cpu_device, cuda_calls_mean_cpu
+from cosmos_posttrain.models.chunks import chunks_of
 from cosmos_posttrain.training.config import TrainConfig
 from cosmos_posttrain.training.schedule import BODY, min_lr, row_rates
 
@@ -44,7 +45,7 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module, dtype: torch.dt
     )
     with cpu_device():
         optimizer = get_megatron_optimizer(
-            megatron_config, [model], use_gloo_process_groups=torch.cuda.is_available()
+            megatron_config, chunks_of(model), use_gloo_process_groups=torch.cuda.is_available()
         )
     for part in parts_of(optimizer):
         _fuse(part.optimizer)

@@ -23,12 +23,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from cosmos_posttrain import environment, files
 from cosmos_posttrain.checkpoint import context, dist
 from cosmos_posttrain.config import to_yaml
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import CheckpointError, ConfigError, OutputFolderError, SaveError
-from cosmos_posttrain.models.builder import CosmosGPTModel
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.training.config import TrainConfig
 from cosmos_posttrain.training.fallback import Candidates
@@ -250,14 +251,14 @@ class RunFolder:
     def _prune(self, config: TrainConfig) -> None:
         """Removes what need not be kept; each under a hidden name first, so that none is half."""
         checkpoints = context.list_checkpoints(self.log_dir)
-        losses = [saved_row(checkpoint).get("val_loss") for checkpoint in checkpoints]
+        losses = [_validation_loss(checkpoint) for checkpoint in checkpoints]
         for number in to_remove(losses, config.save_top_k, config.keep_last_n):
             hidden = files.temporary_path(checkpoints[number])
             checkpoints[number].rename(hidden)
             files.remove(hidden)
 
     def restore(
-        self, checkpoint: Path, model: CosmosGPTModel, optimizer: CheckpointableOptimizer
+        self, checkpoint: Path, model: nn.Module, optimizer: CheckpointableOptimizer
     ) -> dict[str, Any]:
         """Loads weights and optimizer, at any layout; returns the state that was saved.
 
@@ -296,7 +297,19 @@ def _saving(function: Callable[[], None], what: Path) -> None:
         ) from error
 
 
+def _validation_loss(checkpoint: Path) -> float | None:
+    """Of a checkpoint's last step; None where it has none, or none that can be read any more."""
+    try:
+        return saved_row(checkpoint).get("val_loss")
+    except CheckpointError:
+        return None
+
+
 def saved_row(checkpoint: Path) -> dict[str, Any]:
-    """The row of a checkpoint's last step; empty where it has none."""
+    """The row of a checkpoint's last step; empty where it has none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     path = checkpoint / "context" / METRICS_FILE
     return context.read_json(path) if path.is_file() else {}

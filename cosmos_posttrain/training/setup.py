@@ -28,9 +28,11 @@ from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.data.splits import parse_split_string
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.cpu_device import cpu_device
+from cosmos_posttrain.distributed.determinism import deterministic
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.geometry import parse_latent_shape
 from cosmos_posttrain.models.builder import CosmosGPTModel, build_model
+from cosmos_posttrain.models.chunks import ModelChunks, chunks_of
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.lora_config import LoraConfig
 from cosmos_posttrain.models.lora_shapes import lora_for, num_trained_parameters
@@ -78,7 +80,7 @@ class Inputs:
         start = self.source.config if self.transfer is None else self.transfer.config
         return dataclasses.replace(start, lora=self.lora, num_medusa_heads=self.num_medusa_heads)
 
-    def load_weights(self, model: CosmosGPTModel) -> None:
+    def load_weights(self, model: CosmosGPTModel | ModelChunks) -> None:
         """Fills a built model at the start of a run."""
         (self.transfer or self.source).load_weights(model)
 
@@ -100,11 +102,15 @@ def open_inputs(
         torch.set_num_threads(config.num_threads)
     quiet_megatron_logging()
     validate(config, launch.world_size())
+    training_dtype(config)
+    if config.deterministic_mode:
+        closing.enter_context(deterministic())
     wants_wandb()
     sizes = groups.Parallelism(
         config.parallel.tensor_model_parallel_size,
         config.parallel.pipeline_model_parallel_size,
         config.parallel.context_parallel_size,
+        config.parallel.virtual_pipeline_model_parallel_size,
     )
     train_data = open_split(config.data, "train")
     order = training_order(config.data, train_data)
@@ -270,7 +276,7 @@ def check_division(model: ModelConfig, sizes: groups.Parallelism, sequence_paral
         ConfigError: names the sizes.
     """
     model.check_tensor_parallel(sizes.tensor)
-    model.check_pipeline_parallel(sizes.pipeline)
+    model.check_pipeline_parallel(sizes.pipeline, sizes.virtual_pipeline)
     groups.check_world(sizes)
     pieces = (sizes.tensor if sequence_parallel else 1) * (
         2 * sizes.context if sizes.context > 1 else 1
@@ -283,13 +289,34 @@ def check_division(model: ModelConfig, sizes: groups.Parallelism, sequence_paral
 
 
 def training_dtype(config: TrainConfig) -> torch.dtype:
-    """The config's dtype, or this machine's usual one."""
+    """The config's dtype, or this machine's usual one.
+
+    Raises:
+        ConfigError: gradients are to be kept in less than it.
+    """
     usual = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return launch.parse_dtype(config.model.dtype) or usual
+    dtype = launch.parse_dtype(config.model.dtype) or usual
+    if config.optimizer.grad_reduce_in_bf16 and dtype != torch.bfloat16:
+        raise ConfigError(
+            f"--grad_reduce_in_bf16 keeps the gradients of a model in bfloat16, but this one is in "
+            f"{str(dtype).removeprefix('torch.')}; give --dtype bfloat16, or leave it out."
+        )
+    return dtype
 
 
-def build(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> CosmosGPTModel:
-    """This rank's part of the model, with fresh weights."""
+def build(
+    config: TrainConfig, model: ModelConfig, dtype: torch.dtype
+) -> CosmosGPTModel | ModelChunks:
+    """This rank's part of the model, or its parts, with fresh weights."""
+    count = config.parallel.virtual_pipeline_model_parallel_size
+    if count == 1:
+        return _build(config, model, dtype, None)
+    return ModelChunks([_build(config, model, dtype, number) for number in range(count)])
+
+
+def _build(
+    config: TrainConfig, model: ModelConfig, dtype: torch.dtype, chunk: int | None
+) -> CosmosGPTModel:
     recompute: dict[str, Any] = {}
     if config.model.recompute:
         recompute = {
@@ -305,6 +332,8 @@ def build(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> Cosmos
         seed=config.model.seed,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=fuse_weight_gradients(),
+        chunk=chunk,
+        deterministic_mode=config.deterministic_mode,
         **recompute,
     )
     module.z_loss_coefficient = config.z_loss_coefficient
@@ -313,18 +342,33 @@ def build(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> Cosmos
     return module
 
 
-def wrap(model: CosmosGPTModel) -> DistributedDataParallel:
-    """The model with Megatron's gradient buffers; on a GPU they are summed behind the backward."""
+def wrap(
+    model: CosmosGPTModel | ModelChunks, gradients_in_fp32: bool = True
+) -> DistributedDataParallel | ModelChunks:
+    """The model with Megatron's gradient buffers; on a GPU they are summed behind the backward.
+
+    Args:
+        model: of this rank.
+        gradients_in_fp32: whatever the model's dtype; else they are in that.
+    """
+    chunks = chunks_of(model)
+    wrapped = [_wrap(chunk, gradients_in_fp32, chunk is chunks[0]) for chunk in chunks]
+    return wrapped[0] if len(wrapped) == 1 else ModelChunks(wrapped)
+
+
+def _wrap(model: CosmosGPTModel, in_fp32: bool, is_first: bool) -> DistributedDataParallel:
     num_ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     with cpu_device():
         ddp = DistributedDataParallel(
             model.config,
             DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
+                grad_reduce_in_fp32=in_fp32,
                 use_distributed_optimizer=True,
                 overlap_grad_reduce=torch.cuda.is_available() and num_ranks > 1,
             ),
             model,
+            # The other parts are done with before: their exchange hides behind the first one.
+            disable_bucketing=not is_first,
         )
     skip_exchange_with_oneself(ddp)
     return ddp
@@ -339,10 +383,12 @@ def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
     trained = ""
     if model.lora is not None:
         trained = f" ({num_trained_parameters(model) / 1e6:,.1f}M trained: LoRA of {model.lora})"
+    count = sizes.virtual_pipeline
+    chunks = f" (interleaved, {count} parts each)" if count > 1 else ""
     say(
         f"{model.num_parameters / 1e6:,.1f}M parameters{trained}, {len(data)} training clips "
         f"of {data.seq_length} tokens {tuple(data.latent_shape)}, TP {sizes.tensor} PP "
-        f"{sizes.pipeline} CP {sizes.context} DP "
+        f"{sizes.pipeline}{chunks} CP {sizes.context} DP "
         f"{parallel_state.get_data_parallel_world_size()}, {dtype}"
     )
     heads.announce(config, inputs.source, inputs.transfer is not None)

@@ -25,6 +25,7 @@ from cosmos_posttrain.data.prefetch import prefetched
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.watch import RankWatch
 from cosmos_posttrain.errors import CheckpointError, NonFiniteLossError, StoppedError
+from cosmos_posttrain.models.chunks import chunks_of
 from cosmos_posttrain.models.sequence import sequence_layout
 from cosmos_posttrain.training import optimizer as optimizers
 from cosmos_posttrain.training import setup
@@ -90,7 +91,7 @@ class Trainer:
         groups.initialize(inputs.parallelism, config.model.seed)
         self.dtype = setup.training_dtype(config)
         self.model = setup.build(config, inputs.model_config, self.dtype)
-        self.ddp = setup.wrap(self.model)
+        self.ddp = setup.wrap(self.model, not config.optimizer.grad_reduce_in_bf16)
         self.optimizer = optimizers.CheckpointableOptimizer(
             optimizers.build_optimizer(config, self.ddp, self.dtype),
             has_average=config.optimizer.ema_decay is not None,
@@ -239,7 +240,8 @@ class Trainer:
         """
         started = time.monotonic()
         self.ddp.train()
-        forget_gradients(self.ddp)
+        for chunk in chunks_of(self.ddp):
+            forget_gradients(chunk)
         self.optimizer.optimizer.zero_grad()
         rates = self.schedule.rates()
         mean, _ = run_batches(self.ddp, batches)
