@@ -108,8 +108,8 @@ def _look(command: TrainCommand, closing: contextlib.ExitStack, takes_text: bool
         model_size = layout.tensor * layout.pipeline * layout.context
         raise ConfigError(
             f"tensor x pipeline x context parallel size {layout.tensor} x {layout.pipeline} x "
-            f"{layout.context} needs a multiple of {model_size} processes, but this is a dry run of "
-            f"{num_gpus}; give --num_gpus {model_size} or a multiple, or choose smaller sizes."
+            f"{layout.context} needs a multiple of {model_size} processes, but this is a dry run "
+            f"of {num_gpus}; give --num_gpus {model_size} or a multiple, or choose smaller sizes."
         )
     inputs = setup.open_inputs(config, closing, takes_text, setup.DryRun(num_gpus, look_at_source))
     work = Workload(
@@ -268,8 +268,8 @@ def _disk_lines(look: Look) -> tuple[list[str], list[str]]:
         return lines, []
     return lines, [
         f"{at_once} checkpoint{'s' * (at_once > 1)} of {size / 1e9:,.3f} GB would lie in "
-        f"{config.log_dir} at once, but only {free / 1e9:,.3f} GB are free there: make room, choose "
-        "another --log_dir, or keep fewer with --keep_last_n"
+        f"{config.log_dir} at once, but only {free / 1e9:,.3f} GB are free there: make room, "
+        "choose another --log_dir, or keep fewer with --keep_last_n"
     ]
 
 

@@ -238,34 +238,6 @@ def test_the_command_line_is_one_of_the_training_script(num_gpus: int) -> None:
         assert ("--nnodes 2 --nproc-per-node 8" in launcher) == (num_gpus == 16)
 
 
-@pytest.mark.parametrize("name", ["4b", "12b"])
-def test_shipped_configs_recompute_only_where_memory_asks_for_it(name: str) -> None:
-    """On what their comments speak of: 8 GPUs of 80 GB, 5 x 40 x 64 tokens a clip."""
-    path = Path(__file__).resolve().parents[2] / "configs" / f"train_{name}.yaml"
-    config = merge(TrainConfig, path, [("data.path", "DATA")])
-    validate(config, 8)
-    model, parallel = preset(name.upper()), config.parallel
-    assert config.model.path.endswith(name.upper()) and model.latent_shape == (5, 40, 64)
-    assert config.model.dtype is not None
-    work = Workload(model, config.micro_batch_size, config.global_batch_size, config.model.dtype)
-    sizes = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
-    )
-    fitting, _ = layouts.search(work, cluster(8))
-    ours = [
-        candidate
-        for candidate in fitting
-        if (candidate.layout.tensor, candidate.layout.pipeline, candidate.layout.context) == sizes
-        and candidate.layout.sequence_parallel == parallel.sequence_parallel
-    ]
-    # Of a layout with and without recomputation, the planner prefers the first that fits.
-    assert config.model.recompute == ours[0].layout.recompute
-    gigabytes = f"about {ours[0].memory.total / GIB:.0f} of 80 GB a GPU"
-    assert gigabytes in path.read_text()
-
-
 def test_the_script_of_video2world() -> None:
     plan = make_plan(8, "5B-Video2World")
     line = report.command(plan, plan.candidates[0].layout)
