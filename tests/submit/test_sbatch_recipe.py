@@ -88,7 +88,7 @@ def test_a_failing_run_is_not_queued_again(tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_a_run_that_the_time_limit_meets(tmp_path: Path) -> None:
     """Two processes: signalled, saved, queued again, gone on with to the end."""
-    tokens, log_dir, steps = write_data_set(tmp_path / "tokens", 2, 4), tmp_path / "run", 300
+    tokens, log_dir, steps = write_data_set(tmp_path / "tokens", 2, 4), tmp_path / "run", 40
     slurm = FakeSlurm(tmp_path / "slurm", 2)
     words, metrics = command(tokens, log_dir, steps), log_dir / "default" / "metrics.jsonl"
     output = tmp_path / "output.txt"
