@@ -119,16 +119,12 @@ def open_inputs(
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     quiet_megatron_logging()
-<<<<<<< HEAD
-    validate(config, launch.world_size())
-    if dry is None:
-        training_dtype(config)
-    if config.deterministic_mode:
-        closing.enter_context(deterministic())
-=======
     world_size = launch.world_size() if dry is None else dry.world_size
     validate(config, world_size)
->>>>>>> h-lau
+    if dry is None:
+        training_dtype(config)
+        if config.deterministic_mode:
+            closing.enter_context(deterministic())
     wants_wandb()
     sizes = groups.Parallelism(
         config.parallel.tensor_model_parallel_size,
@@ -140,13 +136,9 @@ def open_inputs(
     order = training_order(config.data, train_data)
     val_data = _open_validation(config, train_data)
     texts.check_data(config, train_data, takes_text)
-<<<<<<< HEAD
-    groups.start()
-    check_samples(config.samples, val_data or train_data, config.num_condition_latents)
-=======
     if dry is None:
         groups.start()
->>>>>>> h-lau
+        check_samples(config.samples, val_data or train_data, config.num_condition_latents)
     folder = RunFolder(config.log_dir, describe(train_data, config.data))
     closing.callback(folder.close)
     resume_from = folder.open() if dry is None else folder.look()
