@@ -52,8 +52,12 @@ class Parallelism:
         return self.tensor * self.pipeline * self.context
 
 
-def check_world(parallelism: Parallelism) -> None:
-    """Refuses parallel sizes that the launched processes cannot hold.
+def check_world(parallelism: Parallelism, world_size: int | None = None) -> None:
+    """Refuses parallel sizes that the processes cannot hold.
+
+    Args:
+        parallelism: the sizes.
+        world_size: number of processes; None means those that were launched.
 
     Raises:
         ConfigError: names the numbers and the torchrun command that would fit.
@@ -61,7 +65,7 @@ def check_world(parallelism: Parallelism) -> None:
     for name in ("tensor", "pipeline", "context"):
         if getattr(parallelism, name) < 1:
             raise ConfigError(f"the {name} parallel size must be at least 1.")
-    needed, present = parallelism.model_size, launch.world_size()
+    needed, present = parallelism.model_size, world_size or launch.world_size()
     if present % needed:
         raise ConfigError(
             f"tensor x pipeline x context parallel size {parallelism.tensor} x "

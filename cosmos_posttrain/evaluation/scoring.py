@@ -4,7 +4,6 @@ Flows in: a model opened on any layout, and batches (B, S). Flows out: ``Scores`
 the mass beyond the 500 most likely tokens of every position; then all is arithmetic.
 
     Batch --Scorer.score--> Scores (B, S) of this data-parallel rank --Scorer.gather--> of all ranks
-    logits (..., V) of a rollout --scores_of_logits--> Scores (...)
 """
 
 from __future__ import annotations
@@ -16,12 +15,11 @@ import numpy as np
 
 from cosmos_posttrain.data.batch import Batch, SequenceLayout
 from cosmos_posttrain.models.builder import CosmosGPTModel
-from cosmos_posttrain.models.token_scores import NUM_TOP, TokenScores, score_logits
+from cosmos_posttrain.models.token_scores import NUM_TOP, TokenScores
 from cosmos_posttrain.training.scores import gather_clips, score_batch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,6 @@ class Scores:
 def _to_numpy(scores: TokenScores, vocab_size: int) -> Scores:
     nll, rank, log_rest = (x.cpu().numpy() for x in (scores.nll, scores.rank, scores.log_rest))
     return Scores(nll, rank, log_rest, vocab_size)
-
-
-def scores_of_logits(logits: Tensor, labels: Tensor) -> Scores:
-    """Scores of labels (...) int64 under logits (..., V) that one process has whole."""
-    scores = score_logits(logits.flatten(0, -2), labels.flatten())
-    return _to_numpy(scores.map(lambda x: x.view(labels.shape)), logits.shape[-1])
 
 
 class Scorer:

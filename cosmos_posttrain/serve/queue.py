@@ -13,7 +13,6 @@ import itertools
 import json
 import shutil
 import threading
-import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +43,6 @@ class ClipJob:
         state: waiting, running, or one of ``metrics.ENDS``.
         summary: what came of it, for clients that ask later.
         wants_end: nobody wants it any more.
-        since: when it came.
     """
 
     name: str
@@ -57,7 +55,6 @@ class ClipJob:
     state: str = "waiting"
     summary: dict[str, Any] = field(default_factory=dict)
     wants_end: bool = False
-    since: float = field(default_factory=time.monotonic)
     lines: asyncio.Queue[bytes | None] = field(default_factory=asyncio.Queue)
 
     @property

@@ -13,6 +13,12 @@ from cosmos_posttrain.config import check, setting
 from cosmos_posttrain.data.paths import DataPaths, parse_data_path
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.config import LAYER_SPECS, ROPE_SCALINGS
+from cosmos_posttrain.training.watching_config import (
+    SAMPLES_FLAGS,
+    SamplesConfig,
+    profile_problems,
+    samples_problems,
+)
 
 EMBEDDING_INITS = ("keep", "reset", "mean", "aligned")
 LR_DECAY_STYLES = ("cosine", "linear", "constant", "wsd")
@@ -193,6 +199,8 @@ class TrainConfig:
             slower. On a CPU it does so anyway.
         distributed_timeout_minutes: how long a step, a save or a validation may take; then the rank
             that the others wait for is named and the run ends.
+        profile_steps: first and last step to profile, as 10-12 (counted from 0): a trace of each
+            rank, and of a GPU its memory; None profiles nothing.
         index_mapping_dir: kept for the original's command lines: no index files are written.
         num_threads: CPU threads per process; None means torch's own choice.
     """
@@ -201,6 +209,7 @@ class TrainConfig:
     model: ModelSourceConfig = field(default_factory=ModelSourceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     log_dir: str = "./log_dir"
     max_steps: int = setting(100, at_least=1)
     max_epochs: int = setting(10, at_least=1)
@@ -218,6 +227,7 @@ class TrainConfig:
     skip_nonfinite: int = setting(0, at_least=0)
     deterministic_mode: bool = False
     distributed_timeout_minutes: float = setting(30.0, above=0, at_most=55)
+    profile_steps: str | None = None
     index_mapping_dir: str | None = None
     num_threads: int | None = setting(None, at_least=1)
 
@@ -255,6 +265,8 @@ FLAGS = (
     Flag("--keep_last_n"),
     Flag("--val_check_interval"),
     Flag("--limit_val_batches"),
+    *SAMPLES_FLAGS,
+    Flag("--profile_steps"),
     Flag("--tensor_model_parallel_size", "parallel.tensor_model_parallel_size"),
     Flag("--pipeline_model_parallel_size", "parallel.pipeline_model_parallel_size"),
     Flag("--virtual_pipeline_model_parallel_size", "parallel.virtual_pipeline_model_parallel_size"),
@@ -302,6 +314,10 @@ def validate(config: TrainConfig, world_size: int) -> None:
     problems += _lora_problems(config.model)
     problems += _medusa_problems(config.model, parallel)
     problems += _batch_problems(config, world_size)
+    problems += samples_problems(
+        config.samples, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
+    )
+    problems += profile_problems(config.profile_steps, config.max_steps)
     check(config, flag_names(FLAGS), problems)
 
 

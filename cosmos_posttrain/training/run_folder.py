@@ -99,7 +99,27 @@ class RunFolder:
         newest, self.data = groups.decide(self._open)
         return newest
 
+    def look(self) -> Path | None:
+        """As ``open``, but holds nothing, changes nothing, and asks no other rank."""
+        self._check()
+        newest = Candidates(self.log_dir).newest()
+        if newest is not None:
+            self.data = self._same_data(newest)
+        return newest
+
     def _open(self) -> tuple[Path | None, context.TrainingData]:
+        self._check()
+        self._held.enter_context(files.locked(self.log_dir))
+        self._candidates = Candidates(self.log_dir)
+        newest = self._candidates.newest()
+        return newest, self.data if newest is None else self._same_data(newest)
+
+    def _check(self) -> None:
+        """Refuses a folder that no run could write to.
+
+        Raises:
+            OutputFolderError: it holds something else, or cannot be written to.
+        """
         files.check_writable(self.log_dir, "--log_dir")
         known = self.run.is_dir() and any(
             (self.run / name).exists() for name in ("config.yaml", "checkpoints")
@@ -109,10 +129,6 @@ class RunFolder:
                 f"--log_dir {self.log_dir} holds something else than a run of this script; name "
                 "an empty or new folder."
             )
-        self._held.enter_context(files.locked(self.log_dir))
-        self._candidates = Candidates(self.log_dir)
-        newest = self._candidates.newest()
-        return newest, self.data if newest is None else self._same_data(newest)
 
     def close(self) -> None:
         """Lets other runs write here again."""
@@ -158,7 +174,7 @@ class RunFolder:
     def _start(self, config: TrainConfig, num_bytes: int, resumed: Path | None) -> None:
         assert self._candidates is not None
         self._candidates.set_aside(resumed)
-        files.check_free_space(self.log_dir, self._size(num_bytes), "a checkpoint of this run")
+        files.check_free_space(self.log_dir, self.size(num_bytes), "a checkpoint of this run")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(self.checkpoints)
         files.write_text(self.run / "config.yaml", to_yaml(config))
@@ -173,7 +189,7 @@ class RunFolder:
         with (self.run / context.LAUNCHES_FILE).open("a", encoding="utf-8") as file:
             file.write(files.json_text(row) + "\n")
 
-    def _size(self, estimate: int) -> int:
+    def size(self, estimate: int) -> int:
         """Bytes of the newest checkpoint, which the next one will have too; else the estimate."""
         checkpoints = context.list_checkpoints(self.log_dir)
         return files.num_bytes_in(checkpoints[-1]) if checkpoints else estimate
@@ -194,7 +210,7 @@ class RunFolder:
 
     def _make_room(self, temporary: Path, num_bytes: int) -> None:
         try:
-            files.check_free_space(self.log_dir, self._size(num_bytes), f"{temporary.parent}")
+            files.check_free_space(self.log_dir, self.size(num_bytes), f"{temporary.parent}")
         except OutputFolderError as error:
             raise SaveError(
                 f"no checkpoint was written: {error} The same command then goes on from the "

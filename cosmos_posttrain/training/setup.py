@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from cosmos_posttrain.models.lora_shapes import lora_for, num_trained_parameters
 from cosmos_posttrain.runlog import wants_wandb
 from cosmos_posttrain.training import heads, texts
 from cosmos_posttrain.training.config import DataConfig, TrainConfig, validate
+from cosmos_posttrain.training.films import check_samples
 from cosmos_posttrain.training.gradients import fuse_weight_gradients, skip_exchange_with_oneself
 from cosmos_posttrain.training.run_folder import RunFolder
 from cosmos_posttrain.transfer import advice
@@ -84,8 +86,24 @@ class Inputs:
         (self.transfer or self.source).load_weights(model)
 
 
+@dataclass(frozen=True)
+class DryRun:
+    """A look at what a run would do, in which nothing is written or downloaded.
+
+    Attributes:
+        world_size: processes of the run.
+        open_source: finds a model without a network.
+    """
+
+    world_size: int
+    open_source: Callable[[str | Path], CheckpointSource]
+
+
 def open_inputs(
-    config: TrainConfig, closing: contextlib.ExitStack, takes_text: bool = False
+    config: TrainConfig,
+    closing: contextlib.ExitStack,
+    takes_text: bool = False,
+    dry: DryRun | None = None,
 ) -> Inputs:
     """Opens everything and checks that it fits together.
 
@@ -93,6 +111,7 @@ def open_inputs(
         config: the run's.
         closing: gets what must be closed at the run's end.
         takes_text: whether data and model must be of Video2World, or must not.
+        dry: only looks; makes no process groups and holds no folder.
 
     Raises:
         UserError: the first thing that does not fit.
@@ -100,10 +119,16 @@ def open_inputs(
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     quiet_megatron_logging()
+<<<<<<< HEAD
     validate(config, launch.world_size())
-    training_dtype(config)
+    if dry is None:
+        training_dtype(config)
     if config.deterministic_mode:
         closing.enter_context(deterministic())
+=======
+    world_size = launch.world_size() if dry is None else dry.world_size
+    validate(config, world_size)
+>>>>>>> h-lau
     wants_wandb()
     sizes = groups.Parallelism(
         config.parallel.tensor_model_parallel_size,
@@ -115,12 +140,19 @@ def open_inputs(
     order = training_order(config.data, train_data)
     val_data = _open_validation(config, train_data)
     texts.check_data(config, train_data, takes_text)
+<<<<<<< HEAD
     groups.start()
+    check_samples(config.samples, val_data or train_data, config.num_condition_latents)
+=======
+    if dry is None:
+        groups.start()
+>>>>>>> h-lau
     folder = RunFolder(config.log_dir, describe(train_data, config.data))
     closing.callback(folder.close)
-    resume_from = folder.open()
+    resume_from = folder.open() if dry is None else folder.look()
     settings = config.model
-    source = open_source(resume_from or settings.path).at_grid(
+    find = open_source if dry is None else dry.open_source
+    source = find(resume_from or settings.path).at_grid(
         train_data.latent_shape,
         settings.rope_scaling,
         settings.rope_scale,
@@ -146,7 +178,7 @@ def open_inputs(
         *(train_data, order, val_data, folder, resume_from, source, transfer, sizes, lora),
         settings.num_medusa_heads,
     )
-    check_division(inputs.model_config, sizes, config.parallel.sequence_parallel)
+    check_division(inputs.model_config, sizes, config.parallel.sequence_parallel, world_size)
     return inputs
 
 
@@ -267,7 +299,12 @@ def _describe_start(
     return described
 
 
-def check_division(model: ModelConfig, sizes: groups.Parallelism, sequence_parallel: bool) -> None:
+def check_division(
+    model: ModelConfig,
+    sizes: groups.Parallelism,
+    sequence_parallel: bool,
+    world_size: int | None = None,
+) -> None:
     """Refuses sizes that do not divide the model or a clip, before Megatron's groups exist.
 
     Raises:
@@ -275,7 +312,7 @@ def check_division(model: ModelConfig, sizes: groups.Parallelism, sequence_paral
     """
     model.check_tensor_parallel(sizes.tensor)
     model.check_pipeline_parallel(sizes.pipeline, sizes.virtual_pipeline)
-    groups.check_world(sizes)
+    groups.check_world(sizes, world_size)
     pieces = (sizes.tensor if sequence_parallel else 1) * (
         2 * sizes.context if sizes.context > 1 else 1
     )

@@ -1,31 +1,25 @@
 """The report in headless Chromium: no request, films in sync, usable by keyboard and by all.
 
 Two pages: one of a made-up run, whose content is known, and that of a quickstart, which
-``QUICKSTART_REPORT`` names. Skipped where Chromium, its driver or selenium are missing.
-``AXE_CORE_JS`` names axe-core's script, which is looked for in ``node_modules`` otherwise; CI
-installs all of them and makes a quickstart's page first.
+``QUICKSTART_REPORT`` names: CI makes one first. What else they need: ``helpers.browser``.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.browser import PATIENCE_SECONDS, axe_script, axe_violations, chromium, prefers
 from helpers.report_case import NUM_FRAMES, write_generation, write_loss, write_run
 
 from cosmos_posttrain.evaluation.config.report import ReportConfig
 from cosmos_posttrain.evaluation.report import command
 
 pytestmark = pytest.mark.browser
-
-REPOSITORY_DIR = Path(__file__).resolve().parents[2]
-CHROMIUM, DRIVER = "chromium", "chromedriver"
-PATIENCE_SECONDS = 60.0
 
 # Per clip: whether it plays, the times of its films, its slider, and what is written beside it.
 STATE = """
@@ -71,26 +65,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Chromium without a window and without a way out."""
-    pytest.importorskip("selenium", reason="selenium is not installed (extra dev)")
-    missing = [name for name in (CHROMIUM, DRIVER) if shutil.which(name) is None]
-    if missing:
-        pytest.skip(f"needs {' and '.join(missing)} (Debian: chromium, chromium-driver)")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which(CHROMIUM) or ""
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
-        options.add_argument(f"--{flag}")
-    options.add_argument("--window-size=1280,1000")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    service = webdriver.ChromeService(executable_path=shutil.which(DRIVER))
-    opened = webdriver.Chrome(options=options, service=service)
-    opened.set_script_timeout(PATIENCE_SECONDS)
-    opened.set_page_load_timeout(2 * PATIENCE_SECONDS)
-    yield opened
-    opened.quit()
+    with chromium(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -256,34 +232,16 @@ def test_light_and_dark(browser: Any, scheme: str) -> None:
     browser.execute_script("try { localStorage.clear() } catch {}")
 
 
-def prefers(browser: Any, scheme: str) -> None:
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(any_browser: Any, scheme: str) -> None:
-    named = os.environ.get("AXE_CORE_JS")
-    script = Path(named or REPOSITORY_DIR / "node_modules" / "axe-core" / "axe.min.js")
-    if not script.is_file():
-        pytest.skip("needs axe-core (npm install axe-core, or AXE_CORE_JS)")
+    script = axe_script()
     browser = any_browser
     prefers(browser, scheme)
     browser.execute_script(
         "for (const each of document.querySelectorAll('details')) each.open = true"
     )
-    browser.execute_script(script.read_text(encoding="utf-8"))
-    found = browser.execute_async_script(
-        "const done = arguments[0]; axe.run().then(done, (error) => done(String(error)))"
-    )
-    assert isinstance(found, dict), found
-    assert len(found["passes"]) > 20
-    serious = [
-        (rule["id"], [node["html"][:200] for node in rule["nodes"]][:5])
-        for rule in found["violations"]
-        if rule["impact"] in ("serious", "critical")
-    ]
-    assert serious == []
+    violations = axe_violations(browser, script)
+    assert [found for found in violations if found[1] in ("serious", "critical")] == []
 
 
 def test_paper_shows_everything(browser: Any) -> None:

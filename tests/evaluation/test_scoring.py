@@ -14,7 +14,7 @@ from helpers.distributed_run import run_distributed
 
 from cosmos_posttrain.data.batch import Batch
 from cosmos_posttrain.distributed import groups
-from cosmos_posttrain.evaluation.scoring import Scorer, Scores, of_clips, scores_of_logits
+from cosmos_posttrain.evaluation.scoring import Scorer, Scores, of_clips
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.models import token_scores
 from cosmos_posttrain.models.builder import build_model
@@ -38,6 +38,13 @@ def plain_scores(logits: torch.Tensor, labels: torch.Tensor, num_top: int) -> li
     return [torch.stack(nll), torch.tensor(rank), torch.stack(rest)]
 
 
+def scores_of_logits(logits: torch.Tensor, labels: torch.Tensor) -> Scores:
+    """As a ``Scorer`` makes them: of (N, V) logits and (N,) labels."""
+    scores = token_scores.score_logits(logits, labels)
+    nll, rank, log_rest = (x.numpy() for x in (scores.nll, scores.rank, scores.log_rest))
+    return Scores(nll, rank, log_rest, logits.shape[-1])
+
+
 @pytest.mark.parametrize("num_top", [1, 5, 39, 40, 60])
 def test_scores_are_those_of_a_plain_softmax(num_top: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -55,8 +62,8 @@ def test_a_confident_model_leaves_an_exact_rest() -> None:
     """One minus the mass of the first 500 would be 0 in float32."""
     logits = torch.zeros(1, 1000)
     logits[0, 3] = 40.0
-    scores = scores_of_logits(logits[None], torch.tensor([[3]]))
-    assert scores.log_rest[0, 0] == pytest.approx(math.log(500) - 40, abs=1e-4)
+    scores = scores_of_logits(logits, torch.tensor([3]))
+    assert scores.log_rest[0] == pytest.approx(math.log(500) - 40, abs=1e-4)
 
 
 def test_top_cross_entropy_shares_the_rest_evenly() -> None:

@@ -1,21 +1,15 @@
-"""The page in headless Chromium: drop a clip, watch it appear, repeat it; by keyboard and by all.
-
-Skipped where Chromium, its driver or selenium are missing. ``AXE_CORE_JS`` names axe-core's script,
-which is looked for in ``node_modules`` otherwise; CI installs all of them.
-"""
+"""The page in headless Chromium: drop a clip, watch it appear, repeat it; by keyboard, by all."""
 
 from __future__ import annotations
 
 import base64
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import infer_case
-from helpers.distributed_run import REPOSITORY_DIR
+from helpers.browser import axe_script, axe_violations, chromium, prefers
 from helpers.service import Client, running, small_config, wait_until
 
 from cosmos_posttrain.inference.session import Session
@@ -23,7 +17,6 @@ from cosmos_posttrain.serve import server
 
 pytestmark = pytest.mark.browser
 
-CHROMIUM, DRIVER = "chromium", "chromedriver"
 # A file that is dropped on the page, as a mouse would.
 DROP = """
 const [name, size, content, type] = arguments;
@@ -67,25 +60,8 @@ def client(tmp_path: Path, session: Session) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Chromium without a window."""
-    pytest.importorskip("selenium", reason="selenium is not installed (extra dev)")
-    missing = [name for name in (CHROMIUM, DRIVER) if shutil.which(name) is None]
-    if missing:
-        pytest.skip(f"needs {' and '.join(missing)} (Debian: chromium, chromium-driver)")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which(CHROMIUM) or ""
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
-        options.add_argument(f"--{flag}")
-    options.add_argument("--window-size=1280,1200")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(executable_path=shutil.which(DRIVER))
-    opened = webdriver.Chrome(options=options, service=service)
-    opened.set_script_timeout(60)
-    yield opened
-    opened.quit()
+    with chromium(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -121,11 +97,6 @@ def wait_for_status(page: Any, start: str) -> None:
         wait_until(lambda: text(page, "status").startswith(start), f"{start!r}")
     except AssertionError as error:
         raise AssertionError(f"{text(page, 'status')!r} is not {start!r}") from error
-
-
-def prefers(page: Any, scheme: str) -> None:
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
 
 def test_a_dropped_clip_appears_and_becomes_an_mp4(page: Any, clip: Path) -> None:
@@ -241,17 +212,8 @@ def test_light_and_dark_and_axe(page: Any, clip: Path, scheme: str) -> None:
     other = "dark" if scheme == "light" else "light"
     assert page.execute_script(background) == expected[other]
     find(page, "theme").click()
-    named = os.environ.get("AXE_CORE_JS")
-    script = Path(named or REPOSITORY_DIR / "node_modules" / "axe-core" / "axe.min.js")
-    if not script.is_file():
-        pytest.skip("needs axe-core (npm install axe-core, or AXE_CORE_JS)")
+    script = axe_script()
     drop(page, clip)
     find(page, "generate").click()
     wait_for_status(page, "Done")
-    page.execute_script(script.read_text(encoding="utf-8"))
-    found = page.execute_async_script(
-        "const done = arguments[0]; axe.run().then(done, (error) => done(String(error)))"
-    )
-    assert isinstance(found, dict), found
-    assert len(found["passes"]) > 20
-    assert [(rule["id"], rule["impact"]) for rule in found["violations"]] == []
+    assert axe_violations(page, script) == []
