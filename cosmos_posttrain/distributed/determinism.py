@@ -1,7 +1,7 @@
 """The same numbers in every run of the same command, on a GPU too.
 
-Flows in: nothing. Flows out: torch, cuBLAS, NCCL and Transformer Engine told to sum in an order of
-their own choosing once and for all. On a CPU the order is fixed anyway.
+Flows in: nothing. Flows out: torch, cuBLAS, NCCL and Transformer Engine, told to sum in the same
+order each time. On a CPU they do so anyway.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -29,15 +30,16 @@ def deterministic() -> Iterator[None]:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     were_used = torch.are_deterministic_algorithms_enabled()
-    was_filled = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    was_filled = settings.fill_uninitialized_memory
     was_searched = torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True)
     # Nothing reads what it has not written: filling would only cost time.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    settings.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(were_used)
-        torch.utils.deterministic.fill_uninitialized_memory = was_filled
+        settings.fill_uninitialized_memory = was_filled
         torch.backends.cudnn.benchmark = was_searched
