@@ -21,6 +21,7 @@ from cosmos_posttrain.data.batch import Batch, BatchSizes, SequenceLayout, valid
 from cosmos_posttrain.data.dataset import TokenDataset
 from cosmos_posttrain.data.prefetch import prefetched
 from cosmos_posttrain.models.builder import CosmosGPTModel
+from cosmos_posttrain.models.chunks import ModelChunks, chunks_of
 from cosmos_posttrain.models.rope import context_parallel_positions
 from cosmos_posttrain.training.scores import guess
 from cosmos_posttrain.training.step import forward, run_schedule
@@ -39,7 +40,7 @@ class Validation:
 
     def __init__(
         self,
-        ddp: DistributedDataParallel,
+        ddp: DistributedDataParallel | ModelChunks,
         dataset: TokenDataset,
         layout: SequenceLayout,
         sizes: BatchSizes,
@@ -47,7 +48,7 @@ class Validation:
     ) -> None:
         self._ddp, self._dataset, self._layout = ddp, dataset, layout
         self._sizes, self._limit = sizes, limit
-        self._model: CosmosGPTModel = ddp.module
+        self._model: CosmosGPTModel | ModelChunks = ddp.module
 
     def figures(self) -> dict[str, float]:
         """``val_loss`` and its kin, as metrics.jsonl names them.
@@ -80,10 +81,12 @@ class Validation:
             return losses, partial(self._sums_of_losses, batch)
         with model.hidden_states_only():
             hidden, batch = forward(batches, model, with_labels=False)
-        return hidden, partial(self._sums_of_hidden, batch)
+        return hidden, partial(self._sums_of_hidden, model, batch)
 
-    def _sums_of_hidden(self, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        losses, guesses = guess(self._model, hidden, batch.labels)
+    def _sums_of_hidden(
+        self, model: CosmosGPTModel, batch: Batch, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        losses, guesses = guess(model, hidden, batch.labels)
         return self._sums(batch, losses, guesses == batch.labels)
 
     def _sums_of_losses(self, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,7 +121,7 @@ class Validation:
         total = max(sum(counts), 1.0)
         loss = sum(nats) / total
         found = {"val_loss": loss, "val_bits_per_token": loss / math.log(2)}
-        if not self._model.trains_heads_alone:
+        if not chunks_of(self._model)[-1].trains_heads_alone:
             found["val_top_1"] = sum(num_right) / total
         for frame, (count, value) in enumerate(zip(counts, nats, strict=True)):
             if count:
