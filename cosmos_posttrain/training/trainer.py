@@ -27,8 +27,8 @@ from cosmos_posttrain.distributed.watch import RankWatch
 from cosmos_posttrain.errors import CheckpointError, NonFiniteLossError, StoppedError
 from cosmos_posttrain.models.chunks import chunks_of
 from cosmos_posttrain.models.sequence import sequence_layout
+from cosmos_posttrain.training import building, setup
 from cosmos_posttrain.training import optimizer as optimizers
-from cosmos_posttrain.training import setup
 from cosmos_posttrain.training.callbacks import Callback, make_callbacks
 from cosmos_posttrain.training.callbacks.log import Log
 from cosmos_posttrain.training.callbacks.samples import make_samples
@@ -89,9 +89,9 @@ class Trainer:
         config, inputs = self.config, self.inputs
         self.train_data, self.folder = inputs.train_data, inputs.folder
         groups.initialize(inputs.parallelism, config.model.seed)
-        self.dtype = setup.training_dtype(config)
-        self.model = setup.build(config, inputs.model_config, self.dtype)
-        self.ddp = setup.wrap(self.model, not config.optimizer.grad_reduce_in_bf16)
+        self.dtype = building.training_dtype(config)
+        self.model = building.build(config, inputs.model_config, self.dtype)
+        self.ddp = building.wrap(self.model, not config.optimizer.grad_reduce_in_bf16)
         self.optimizer = optimizers.CheckpointableOptimizer(
             optimizers.build_optimizer(config, self.ddp, self.dtype),
             has_average=config.optimizer.ema_decay is not None,

@@ -92,7 +92,7 @@ def build_on_meta(
 
     from cosmos_posttrain import launch
     from cosmos_posttrain.distributed import groups
-    from cosmos_posttrain.training import setup
+    from cosmos_posttrain.training import building, setup
 
     launch.device = lambda requested="auto": torch.device("meta")
     built: dict[str, list[dict[str, int]]] = {}
@@ -109,7 +109,7 @@ def build_on_meta(
             )
             groups.initialize(inputs.parallelism)
             with torch.device("meta"):
-                model = setup.build(config, inputs.model_config, torch.bfloat16)
+                model = building.build(config, inputs.model_config, torch.bfloat16)
             parameters = list(model.parameters())
             built.setdefault(name, []).append(
                 {
