@@ -210,7 +210,7 @@ def main() -> None:
         if found > run.bound:
             beyond.append(f"{run.what} {found:.1e}")
         flags = f"`{run.flags}`" if run.flags else ""
-        cells = f"{run.what} | {run.num_processes} | {flags} | {found:.1e} | {run.bound:g}"
+        cells = f"{run.what} | {run.num_processes} | {flags} | {found:.1e} | {run.bound:.0e}"
         lines.append(f"| {cells} |")
     files.write_text(work / "converging.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
