@@ -31,7 +31,8 @@ OTHERS = {
     *"--first --video --figure --num_tokens --prompt_tokens --runs --threads --case".split(),
     *"--run --input_dir --split --world --choose --picture".split(),
     *"--shape --peers --batch --clock --windows --modules --clips --heads".split(),
-    *"--logdir --samples_per_plugin --timed_clips --given_latents --size --steps --warmup".split(),
+    *"--logdir --samples_per_plugin --timed_clips --given_latents --size --steps".split(),
+    *"--warmup --work_dir".split(),
 }
 # Not the arrows of drawings (a --room--> b), and not `--offload_*`.
 FLAG = r"(?<![\w-])--[a-z]\w*(?:-\w+)*(?![\w*-])"

@@ -27,6 +27,11 @@ class ModelChunks(nn.Module):
         self.chunks = nn.ModuleList(chunks)
 
     @property
+    def module(self) -> ModelChunks:
+        """The parts as they are inside of what wraps them for training."""
+        return ModelChunks([chunk.module for chunk in chunks_of(self)])
+
+    @property
     def model_config(self) -> ModelConfig:
         """The whole model's numbers."""
         config: ModelConfig = chunks_of(self)[0].model_config

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from torch import Tensor, nn
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
 
 from cosmos_posttrain.data.batch import Batch, BatchSizes, SequenceLayout, validation_batches
 from cosmos_posttrain.data.dataset import TokenDataset
 from cosmos_posttrain.data.prefetch import prefetched
 from cosmos_posttrain.models.builder import CosmosGPTModel
-from cosmos_posttrain.models.chunks import chunks_of
+from cosmos_posttrain.models.chunks import ModelChunks, chunks_of
 from cosmos_posttrain.models.rope import context_parallel_positions
 from cosmos_posttrain.training.scores import guess
 from cosmos_posttrain.training.step import forward, run_schedule
@@ -30,7 +31,7 @@ class Validation:
     """Runs the model over the first ``limit`` global batches of the split.
 
     Args:
-        ddp: the model, wrapped.
+        ddp: the model.
         dataset: the split.
         layout: of the model's sequences.
         sizes: how a global batch is divided.
@@ -39,7 +40,7 @@ class Validation:
 
     def __init__(
         self,
-        ddp: nn.Module,
+        ddp: DistributedDataParallel | ModelChunks,
         dataset: TokenDataset,
         layout: SequenceLayout,
         sizes: BatchSizes,
@@ -47,7 +48,7 @@ class Validation:
     ) -> None:
         self._ddp, self._dataset, self._layout = ddp, dataset, layout
         self._sizes, self._limit = sizes, limit
-        self._last: CosmosGPTModel = chunks_of(ddp)[-1].module
+        self._model: CosmosGPTModel | ModelChunks = ddp.module
 
     def figures(self) -> dict[str, float]:
         """``val_loss`` and its kin, as metrics.jsonl names them.
@@ -63,29 +64,29 @@ class Validation:
             for batches in prefetched(
                 validation_batches(self._dataset, self._layout, self._sizes, self._limit)
             ):
-                for part in run_schedule(self._ddp, batches, self._forward_step, True):
+                for part in run_schedule(self._model, batches, self._forward_step, True):
                     sums += part
         self._ddp.train()
         return self._named(_of_all_ranks(sums))
 
     @property
     def _device(self) -> torch.device:
-        return next(self._ddp.parameters()).device
+        return next(self._model.parameters()).device
 
     def _forward_step(
-        self, batches: Iterator[Batch], chunk: Any
+        self, batches: Iterator[Batch], model: CosmosGPTModel
     ) -> tuple[Tensor, partial[tuple[Tensor, Tensor, Tensor]]]:
-        """One part of the model, wrapped; what comes of the last one is summed."""
-        model: CosmosGPTModel = chunk.module
         if model.trains_heads_alone:
             losses, batch = forward(batches, model, with_labels=True)
             return losses, partial(self._sums_of_losses, batch)
         with model.hidden_states_only():
             hidden, batch = forward(batches, model, with_labels=False)
-        return hidden, partial(self._sums_of_hidden, batch)
+        return hidden, partial(self._sums_of_hidden, model, batch)
 
-    def _sums_of_hidden(self, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        losses, guesses = guess(self._last, hidden, batch.labels)
+    def _sums_of_hidden(
+        self, model: CosmosGPTModel, batch: Batch, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        losses, guesses = guess(model, hidden, batch.labels)
         return self._sums(batch, losses, guesses == batch.labels)
 
     def _sums_of_losses(self, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,7 +121,7 @@ class Validation:
         total = max(sum(counts), 1.0)
         loss = sum(nats) / total
         found = {"val_loss": loss, "val_bits_per_token": loss / math.log(2)}
-        if not self._last.trains_heads_alone:
+        if not chunks_of(self._model)[-1].trains_heads_alone:
             found["val_top_1"] = sum(num_right) / total
         for frame, (count, value) in enumerate(zip(counts, nats, strict=True)):
             if count:
