@@ -41,7 +41,9 @@ def _render(config: SubmitConfig, job: TrainingJob) -> str:
     if config.executor == "local":
         from nemo_run.run.torchx_backend.packaging import package
 
-        role = package(config.name, _script(run, job), _local(run, config)).roles[0]
+        # Otherwise it leaves files in the folder that it is called in.
+        nothing = {"serialize_metadata_for_scripts": False}
+        role = package(config.name, _script(run, job), _local(run, config), **nothing).roles[0]
         return " ".join([role.entrypoint, *role.args])
     with run.Experiment(config.name, executor=_slurm(run, config)) as experiment:
         experiment.add(_script(run, job), name=config.name)
@@ -63,8 +65,9 @@ def submit(config: SubmitConfig, job: TrainingJob) -> int:
     with run.Experiment(config.name, executor=executor) as experiment:
         experiment.add(_script(run, job), name=config.name, tail_logs=is_local)
         experiment.run(detach=not is_local, tail_logs=is_local)
-        states = [str(job.state) for job in experiment.jobs]
-    return 0 if not is_local or all("SUCCEEDED" in state for state in states) else 1
+    # Leaving the block has waited for what runs here.
+    states = [job.state.name for job in experiment.jobs]
+    return 0 if not is_local or set(states) == {"SUCCEEDED"} else 1
 
 
 def _nemo_run() -> Any:

@@ -194,9 +194,11 @@ def test_the_command_of_a_pod_trains(tmp_path: Path) -> None:
 
 
 def test_render_says_nothing_else(tmp_path: Path) -> None:
-    """So that it can be sent into a file."""
+    """So that it can be sent into a file; and no file is left where it is called."""
+    before = sorted(REPOSITORY_DIR.rglob("*.yaml"))
     text = render(tmp_path, "--gpus_per_node 2", training(tmp_path))
     assert len(text.splitlines()) == 1 and text.startswith("torchrun ")
     assert re.search(r"--nnodes 1 --nproc-per-node 2 ", text)
     text = render(tmp_path / "slurm", f"{SLURM} --gpus_per_node 2", training(tmp_path / "slurm"))
     assert text.startswith("#!/bin/bash\n")
+    assert sorted(REPOSITORY_DIR.rglob("*.yaml")) == before
