@@ -19,6 +19,7 @@ from cosmos_posttrain.launch import say
 from cosmos_posttrain.submit.config import SubmitConfig
 from cosmos_posttrain.submit.job import TrainingJob
 
+_RUN_DIR = "/nemo_run"
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 _KUBERNETES_GRACE_SECONDS = 30  # what a pod has, unless the runtime says otherwise
 
@@ -45,6 +46,7 @@ def _render(config: SubmitConfig, job: TrainingJob) -> str:
         nothing = {"serialize_metadata_for_scripts": False}
         role = package(config.name, _script(run, job), _local(run, config), **nothing).roles[0]
         return " ".join([role.entrypoint, *role.args])
+    _check_paths(run, config, job)
     with run.Experiment(config.name, executor=_slurm(run, config)) as experiment:
         experiment.add(_script(run, job), name=config.name)
         experiment.dryrun(log=False, delete_exp_dir=False)
@@ -61,6 +63,8 @@ def submit(config: SubmitConfig, job: TrainingJob) -> int:
         say(f"submitted the TrainJob {name} in the namespace {config.namespace}")
         return 0
     is_local = config.executor == "local"
+    if not is_local:
+        _check_paths(run, config, job)
     executor = _local(run, config) if is_local else _slurm(run, config)
     with run.Experiment(config.name, executor=executor) as experiment:
         experiment.add(_script(run, job), name=config.name, tail_logs=is_local)
@@ -79,6 +83,22 @@ def _nemo_run() -> Any:
             "with torchrun or recipes/slurm/train.sbatch (docs/launching.md)."
         ) from error
     return nemo_run
+
+
+def _check_paths(run: Any, config: SubmitConfig, job: TrainingJob) -> None:
+    """Refuses paths that NeMo-Run would change: outside of containers it replaces /nemo_run.
+
+    Raises:
+        ConfigError: names the path.
+    """
+    if config.container_image is not None:
+        return
+    for path in (run.config.get_nemorun_home(), *job.command):
+        if _RUN_DIR in path:
+            raise ConfigError(
+                f"{path} contains {_RUN_DIR}, which NeMo-Run replaces in a job's script; name "
+                "another folder (of NeMo-Run itself: NEMORUN_HOME)."
+            )
 
 
 def _script(run: Any, job: TrainingJob) -> Any:
