@@ -141,6 +141,7 @@ def _environment(grace_seconds: int) -> dict[str, str]:
     """What makes torchrun pass SIGUSR1 on, and wait for what its processes save."""
     return {
         "TORCHELASTIC_SIGNALS_TO_HANDLE": SIGNALS,
+        "PET_SIGNALS_TO_HANDLE": SIGNALS,  # newer versions of torch put their flag over the other
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(grace_seconds - 10, 1)),
         "OMP_NUM_THREADS": "1",
     }
