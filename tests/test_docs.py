@@ -27,7 +27,7 @@ DOCUMENTS = sorted(
 OTHERS = {
     *"--standalone --nproc-per-node --nnodes --rdzv-backend --rdzv-endpoint --rdzv-id".split(),
     *"--build-arg --gpus --shm-size --ipc --rm --no-deps --index-url --constraint".split(),
-    *"--editable --upgrade --check --signal --max-restarts".split(),
+    *"--editable --upgrade --check --signal --max-restarts --from-env-file".split(),
     *"--first --video --figure --num_tokens --prompt_tokens --runs --threads --case".split(),
     *"--run --input_dir --split --world --choose --picture".split(),
     *"--shape --peers --batch --clock --windows --modules --clips --heads".split(),

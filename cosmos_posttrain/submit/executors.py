@@ -19,6 +19,7 @@ from cosmos_posttrain.launch import say
 from cosmos_posttrain.submit.config import SubmitConfig
 from cosmos_posttrain.submit.job import TrainingJob
 
+_RUN_DIR = "/nemo_run"
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 _KUBERNETES_GRACE_SECONDS = 30  # what a pod has, unless the runtime says otherwise
 
@@ -41,8 +42,11 @@ def _render(config: SubmitConfig, job: TrainingJob) -> str:
     if config.executor == "local":
         from nemo_run.run.torchx_backend.packaging import package
 
-        role = package(config.name, _script(run, job), _local(run, config)).roles[0]
+        # Otherwise it leaves files in the folder that it is called in.
+        nothing = {"serialize_metadata_for_scripts": False}
+        role = package(config.name, _script(run, job), _local(run, config), **nothing).roles[0]
         return " ".join([role.entrypoint, *role.args])
+    _check_paths(run, config, job)
     with run.Experiment(config.name, executor=_slurm(run, config)) as experiment:
         experiment.add(_script(run, job), name=config.name)
         experiment.dryrun(log=False, delete_exp_dir=False)
@@ -59,12 +63,15 @@ def submit(config: SubmitConfig, job: TrainingJob) -> int:
         say(f"submitted the TrainJob {name} in the namespace {config.namespace}")
         return 0
     is_local = config.executor == "local"
+    if not is_local:
+        _check_paths(run, config, job)
     executor = _local(run, config) if is_local else _slurm(run, config)
     with run.Experiment(config.name, executor=executor) as experiment:
         experiment.add(_script(run, job), name=config.name, tail_logs=is_local)
         experiment.run(detach=not is_local, tail_logs=is_local)
-        states = [str(job.state) for job in experiment.jobs]
-    return 0 if not is_local or all("SUCCEEDED" in state for state in states) else 1
+    # Leaving the block has waited for what runs here.
+    states = [job.state.name for job in experiment.jobs]
+    return 0 if not is_local or set(states) == {"SUCCEEDED"} else 1
 
 
 def _nemo_run() -> Any:
@@ -76,6 +83,22 @@ def _nemo_run() -> Any:
             "with torchrun or recipes/slurm/train.sbatch (docs/launching.md)."
         ) from error
     return nemo_run
+
+
+def _check_paths(run: Any, config: SubmitConfig, job: TrainingJob) -> None:
+    """Refuses paths that NeMo-Run would change: outside of containers it replaces /nemo_run.
+
+    Raises:
+        ConfigError: names the path.
+    """
+    if config.container_image is not None:
+        return
+    for path in (run.config.get_nemorun_home(), *job.command):
+        if _RUN_DIR in path:
+            raise ConfigError(
+                f"{path} contains {_RUN_DIR}, which NeMo-Run replaces in a job's script; name "
+                "another folder (of NeMo-Run itself: NEMORUN_HOME)."
+            )
 
 
 def _script(run: Any, job: TrainingJob) -> Any:
@@ -118,6 +141,7 @@ def _environment(grace_seconds: int) -> dict[str, str]:
     """What makes torchrun pass SIGUSR1 on, and wait for what its processes save."""
     return {
         "TORCHELASTIC_SIGNALS_TO_HANDLE": SIGNALS,
+        "PET_SIGNALS_TO_HANDLE": SIGNALS,  # newer versions of torch put their flag over the other
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(grace_seconds - 10, 1)),
         "OMP_NUM_THREADS": "1",
     }

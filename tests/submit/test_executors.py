@@ -38,7 +38,7 @@ def render(folder: Path, flags: str, words: list[str]) -> str:
     """What --render prints, which holds no key."""
     finished = run_script(
         ["-m", "cosmos_posttrain.submit", *flags.split(), "--render", "--", *words],
-        env={"NEMORUN_HOME": str(folder / "nemo_run"), "WANDB_API_KEY": KEY, "HF_TOKEN": KEY},
+        env={"NEMORUN_HOME": str(folder / "jobs"), "WANDB_API_KEY": KEY, "HF_TOKEN": KEY},
     )
     assert finished.returncode == 0, finished.stderr
     written = [p.read_text(errors="replace") for p in folder.rglob("*") if p.is_file()]
@@ -116,7 +116,7 @@ def test_the_local_executor_trains(tmp_path: Path) -> None:
     """For real, through NeMo-Run; its exit code is the run's."""
     words = training(tmp_path)
     flags = ["-m", "cosmos_posttrain.submit", "--gpus_per_node", "2"]
-    environment = {"NEMORUN_HOME": str(tmp_path / "nemo_run")}
+    environment = {"NEMORUN_HOME": str(tmp_path / "jobs")}
     finished = run_script([*flags, "--", *words], env=environment, timeout_seconds=400)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert len(losses(tmp_path / "run")) == 4
@@ -193,10 +193,21 @@ def test_the_command_of_a_pod_trains(tmp_path: Path) -> None:
     assert len(losses(tmp_path / "run")) == 4
 
 
+def test_a_path_that_nemo_run_would_change(tmp_path: Path) -> None:
+    words = [*training(tmp_path), "--index_mapping_dir", "/data/nemo_runs"]
+    command = ["-m", "cosmos_posttrain.submit", *SLURM.split(), "--gpus_per_node", "2", "--render"]
+    environment = {"NEMORUN_HOME": str(tmp_path / "jobs")}
+    finished = run_script([*command, "--", *words], env=environment)
+    assert finished.returncode == 2
+    assert "/data/nemo_runs contains /nemo_run, which NeMo-Run replaces" in finished.stderr
+
+
 def test_render_says_nothing_else(tmp_path: Path) -> None:
-    """So that it can be sent into a file."""
+    """So that it can be sent into a file; and no file is left where it is called."""
+    before = sorted(REPOSITORY_DIR.rglob("*.yaml"))
     text = render(tmp_path, "--gpus_per_node 2", training(tmp_path))
     assert len(text.splitlines()) == 1 and text.startswith("torchrun ")
     assert re.search(r"--nnodes 1 --nproc-per-node 2 ", text)
     text = render(tmp_path / "slurm", f"{SLURM} --gpus_per_node 2", training(tmp_path / "slurm"))
     assert text.startswith("#!/bin/bash\n")
+    assert sorted(REPOSITORY_DIR.rglob("*.yaml")) == before

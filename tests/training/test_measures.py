@@ -28,6 +28,10 @@ LAYOUTS: tuple[dict[str, Any], ...] = (
     {"parallel__tensor_model_parallel_size": 2},
     {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True},
     {"parallel__pipeline_model_parallel_size": 2},
+    {
+        "parallel__pipeline_model_parallel_size": 2,
+        "parallel__virtual_pipeline_model_parallel_size": 2,
+    },
     {"parallel__context_parallel_size": 2},
     {},  # data parallel
 )
