@@ -1,86 +1,172 @@
-"""Table and plot of recipes/embedding_transfer.sh: validation loss by kind of start."""
+"""Tables and plot of recipes/embedding_transfer.sh: validation loss by kind of start."""
 
 import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+from cosmos_posttrain import files
 from cosmos_posttrain.errors import UserError
 from cosmos_posttrain.evaluation.figures import read_metrics
 from cosmos_posttrain.launch import run_cli
 
-INITS = {
+ARMS = {
     "aligned": "rows aligned by co-occurrence",
+    "aligned_first": "aligned, rows alone at first",
     "keep": "the old rows as they are",
+    "keep_first": "keep, rows alone at first",
+    "omp": "sparse combinations of anchors",
+    "digits": "regression on FSQ digits",
     "reset": "fresh rows",
-    "mean": "the mean of the old rows",
     "fresh": "fresh weights throughout",
 }
-Curves = dict[str, dict[int, dict[int, float]]]
+TOKENS_PER_STEP = 2 * 720
+NUM_COLUMNS = 5
+Curve = dict[int, float]
 
 
-def read_curves(output: Path) -> Curves:
-    """Validation loss by start, seed and number of steps; only seeds of which all runs ended."""
-    by_seed: dict[int, dict[str, dict[int, float]]] = {}
-    for folder in sorted(output.glob("seed_*")):
-        runs = {init: folder / init for init in INITS}
-        if all((run / "default" / "metrics.jsonl").is_file() for run in runs.values()):
-            by_seed[int(folder.name.removeprefix("seed_"))] = {
-                init: {
-                    row["step"] + 1: row["val_loss"]
-                    for row in read_metrics(run)
-                    if row.get("val_loss") is not None
-                }
-                for init, run in runs.items()
+@dataclass(frozen=True)
+class World:
+    """The runs on one kind of clips.
+
+    Attributes:
+        title: what the clips are.
+        curves: validation loss by start, seed and number of steps; the same seeds for all starts.
+    """
+
+    title: str
+    curves: dict[str, dict[int, Curve]]
+
+    @property
+    def steps(self) -> list[int]:
+        """After which all runs were validated."""
+        every = [set(curve) for runs in self.curves.values() for curve in runs.values()]
+        return sorted(set.intersection(*every))
+
+    def average(self, arm: str) -> Curve:
+        """Of the seeds."""
+        runs = self.curves[arm].values()
+        return {n: mean(run[n] for run in runs) for n in self.steps}
+
+
+def read_world(folder: Path, title: str) -> World | None:
+    """The starts whose runs have ended for every seed that ``keep`` has; None without any."""
+    runs: dict[str, dict[int, Curve]] = {}
+    for run in sorted(folder.glob("seed_*/*")):
+        if run.name in ARMS and (run / "default" / "metrics.jsonl").is_file():
+            seed = int(run.parent.name.removeprefix("seed_"))
+            runs.setdefault(run.name, {})[seed] = {
+                row["step"] + 1: row["val_loss"]
+                for row in read_metrics(run)
+                if row.get("val_loss") is not None
             }
-    last = max((n for runs in by_seed.values() for run in runs.values() for n in run), default=0)
-    ended = [seed for seed, runs in by_seed.items() if all(last in run for run in runs.values())]
-    if not ended:
-        raise UserError(f"{output} holds no seed with all runs; let the script finish one.")
-    return {init: {seed: by_seed[seed][init] for seed in ended} for init in INITS}
+    last = max((n for each in runs.values() for run in each.values() for n in run), default=0)
+    ended = {
+        arm: {seed: run for seed, run in each.items() if last in run} for arm, each in runs.items()
+    }
+    seeds = set(ended.get("keep", {}))
+    if not seeds:
+        return None
+    whole = {
+        arm: {seed: ended[arm][seed] for seed in sorted(seeds)}
+        for arm in ARMS
+        if seeds <= set(ended.get(arm, {}))
+    }
+    if missing := sorted(set(runs) - set(whole)):
+        print(f"{title}: not ended yet for every seed, and left out: {', '.join(missing)}")
+    return World(title, whole)
 
 
-def print_table(curves: Curves) -> None:
-    """Markdown: mean over seeds after so many steps, and every seed at the end."""
-    seeds = sorted(curves["fresh"])
-    steps = sorted(set.intersection(*(set(run) for c in curves.values() for run in c.values())))
-    heads = [f"{n} steps" for n in steps] + [f"seed {seed}, {steps[-1]} steps" for seed in seeds]
-    print(f"| start | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}")
-    for init, runs in curves.items():
-        values = [mean(run[n] for run in runs.values()) for n in steps]
-        values += [runs[seed][steps[-1]] for seed in seeds]
-        print(f"| {init} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
-    print()
-    for init in [init for init in INITS if init != "aligned"]:
-        for n in (steps[0], steps[-1]):
-            gains = [curves[init][seed][n] - curves["aligned"][seed][n] for seed in seeds]
-            print(
-                f"{init} - aligned after {n} steps: "
-                + ", ".join(f"{gain:+.3f}" for gain in gains)
-                + f" nats/token by seed, {mean(gains):+.3f} on average"
-            )
+def steps_to(curve: Curve, wanted: float) -> float | None:
+    """Where a curve first comes down to a loss, on a straight line between two validations."""
+    before: tuple[int, float] | None = None
+    for n, loss in sorted(curve.items()):
+        if loss <= wanted:
+            if before is None:
+                return n
+            part = (before[1] - wanted) / (before[1] - loss)
+            return before[0] + part * (n - before[0])
+        before = n, loss
+    return None
 
 
-def plot(curves: Curves, path: Path) -> None:
-    """A thick line for the mean over seeds, a thin one for each seed."""
+def table(world: World) -> list[str]:
+    """Markdown: mean over seeds after so many steps, every seed at the end, steps to keep's end."""
+    seeds = list(world.curves["keep"])
+    steps = world.steps
+    places = range(1, NUM_COLUMNS + 1)
+    chosen = sorted({steps[0], *(steps[i * len(steps) // NUM_COLUMNS - 1] for i in places)})
+    heads = [f"{n} steps, {n * TOKENS_PER_STEP / 1000:.0f}k tokens" for n in chosen]
+    heads += [f"seed {seed}, {steps[-1]} steps" for seed in seeds]
+    heads += ["steps to the end of `keep`", "by seed"]
+    lines = [f"| {world.title}: start | {' | '.join(heads)} |", f"|{'---|' * (len(heads) + 1)}"]
+    ends = {seed: curve[steps[-1]] for seed, curve in world.curves["keep"].items()}
+    for arm, runs in world.curves.items():
+        average = world.average(arm)
+        cells = [f"{average[n]:.3f}" for n in chosen]
+        cells += [f"{runs[seed][steps[-1]]:.3f}" for seed in seeds]
+        cells.append(_count(steps_to(average, mean(ends.values()))))
+        cells.append(", ".join(_count(steps_to(runs[seed], ends[seed])) for seed in seeds))
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return lines
+
+
+def _count(steps: float | None) -> str:
+    return "not reached" if steps is None else f"{steps:.0f}"
+
+
+def plot(worlds: list[World], path: Path) -> None:
+    """For each world a thick line for the mean over seeds, a thin one for each seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7.0, 4.2))
-    for number, (init, runs) in enumerate(curves.items()):
-        steps = sorted(next(iter(runs.values())))
-        for run in runs.values():
-            axis.plot(steps, [run[n] for n in steps], color=f"C{number}", lw=0.7, alpha=0.5)
-        values = [mean(run[n] for run in runs.values()) for n in steps]
-        axis.plot(steps, values, "o-", color=f"C{number}", ms=3.5, label=f"{init}: {INITS[init]}")
-    axis.set_xlabel("optimizer steps on the new tokens")
-    axis.set_ylabel("validation loss (nats per token)")
-    axis.set_title(f"tiny model, DV8x16x16 -> DV4x8x8, {len(curves['fresh'])} seeds and their mean")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure, axes = pyplot.subplots(
+        1, len(worlds), figsize=(6.4 * len(worlds), 4.8), squeeze=False, layout="constrained"
+    )
+    for axis, world in zip(axes[0], worlds, strict=True):
+        for number, (arm, meaning) in enumerate(ARMS.items()):
+            if arm not in world.curves:
+                continue
+            color, style = f"C{number}", "--" if arm.endswith("_first") else "-"
+            for run in world.curves[arm].values():
+                axis.plot(
+                    world.steps, [run[n] for n in world.steps], color=color, lw=0.5, alpha=0.4
+                )
+            values = world.average(arm).values()
+            axis.plot(
+                world.steps, list(values), style, color=color, lw=2, label=f"{arm}: {meaning}"
+            )
+        end = world.average("keep")[world.steps[-1]]
+        axis.axhline(end, color="black", lw=0.8, ls=":")
+        axis.annotate("where keep ends", (world.steps[0], end), va="top", fontsize=8)
+        axis.set_ylim(*_limits(world))
+        axis.set_xlabel("optimizer steps on the new tokens")
+        axis.set_ylabel("validation loss (nats per token)")
+        seeds = len(world.curves["keep"])
+        axis.set_title(f"{world.title}, {seeds} seed{'s' * (seeds > 1)} and their mean")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+        above = axis.secondary_xaxis(
+            "top",
+            functions=(
+                lambda n: n * TOKENS_PER_STEP / 1000,
+                lambda tokens: tokens * 1000 / TOKENS_PER_STEP,
+            ),
+        )
+        above.set_xlabel("thousands of tokens")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+def _limits(world: World) -> tuple[float, float]:
+    """All means, and a little room."""
+    values: Iterable[float] = [v for arm in world.curves for v in world.average(arm).values()]
+    low, high = min(values), max(values)
+    return low - 0.08 * (high - low), high + 0.05 * (high - low)
 
 
 def main() -> None:
@@ -89,9 +175,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--figure", type=Path, required=True)
     args = parser.parse_args()
-    curves = read_curves(args.output)
-    print_table(curves)
-    plot(curves, args.figure)
+    found = [
+        read_world(args.output / "small", "small world"),
+        read_world(args.output / "real", "real clips"),
+    ]
+    worlds = [world for world in found if world is not None]
+    if not worlds:
+        raise UserError(f"{args.output} holds no finished run of keep; let the script finish one.")
+    text = "\n\n".join("\n".join(table(world)) for world in worlds)
+    files.write_text(args.output / "embedding_transfer.md", text + "\n")
+    print(text)
+    plot(worlds, args.figure)
     print(f"\nwrote {args.figure}")
 
 

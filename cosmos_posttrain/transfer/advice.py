@@ -75,15 +75,16 @@ def _aligned(old: TokenizerInfo | None, transfer: Transfer) -> str:
     unchecked = ""
     if old is None:
         unchecked = f"; the checkpoint does not say that {transfer.pairs.old.id} was its tokenizer"
+    name = transfer.pairs.old.id
     how = {
-        "aligned": "from the tokens of {} at the same place and time",
-        "omp": "combined from a few tokens of {} whose places together resemble its own",
+        "aligned": f"from the tokens of {name} at the same place and time",
+        "omp": f"combined from a few tokens of {name} whose places together resemble its own",
     }
     return (
-        f"embedding_init {transfer.init}: every token gets rows "
-        f"{how[transfer.init].format(transfer.pairs.old.id)}, so that the model starts from what it "
-        f"knows of the picture; {record.get('num_new_tokens')} of {transfer.config.vocab_size} new tokens were seen in "
-        f"{record.get('num_clips')} clips, the others get the average{unchecked}"
+        f"embedding_init {transfer.init}: every token gets rows {how[transfer.init]}, so that the "
+        f"model starts from what it knows of the picture; {record.get('num_new_tokens')} of "
+        f"{transfer.config.vocab_size} new tokens were seen in {record.get('num_clips')} clips, "
+        f"the others get the average{unchecked}"
     )
 
 

@@ -38,7 +38,7 @@ def digit_shares(levels: Sequence[int], old_levels: Sequence[int]) -> list[Tenso
     for code, count in zip(codes, old_levels, strict=True):
         old_codes = FSQ([count]).indices_to_codes(torch.arange(count))[:, 0]
         spacing = 1 / (count // 2) if count > 1 else 1.0
-        hats = (1 - (code.clamp(old_codes[0], old_codes[-1])[:, None] - old_codes).abs() / spacing)
+        hats = 1 - (code.clamp(old_codes[0], old_codes[-1])[:, None] - old_codes).abs() / spacing
         shares.append(hats.clamp(min=0))
     return shares
 
