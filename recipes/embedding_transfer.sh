@@ -27,13 +27,14 @@ while [ $# -gt 0 ]; do
 done
 BASE="${BASE:-$OUTPUT/base}"
 SEEDS="${SEEDS:-1 2 3}"
-ARMS="${ARMS:-keep aligned fresh omp aligned_first keep_first digits reset}"
+ARMS="${ARMS:-keep aligned fresh omp aligned_first keep_first keep_slow aligned_slow digits reset}"
 REAL_ARMS="${REAL_ARMS:-keep aligned fresh}"
 NUM_VIDEOS="${NUM_VIDEOS:-6200}"            # of the old model's world, 200 of them held out
 SWAP_VIDEOS="${SWAP_VIDEOS:-1560}"          # of the new one, 60 of them to be generated
 OLD_STEPS="${OLD_STEPS:-2500}"
 STEPS="${STEPS:-240}"
 FIRST_STEPS="${FIRST_STEPS:-10}"            # of *_first, in which rows alone are trained
+SLOW_LR="${SLOW_LR:-0.0005}"                # of *_slow; the others have 0.002
 REAL_OLD_STEPS="${REAL_OLD_STEPS:-400}"
 REAL_STEPS="${REAL_STEPS:-120}"
 NUM_GENERATED="${NUM_GENERATED:-30}"
@@ -69,14 +70,15 @@ train() {  # train RUN STEPS FLAGS...: unless the run is complete
 swap() {  # swap ARM SEED TOKENS FOLDER OLD_RUN SPLIT STEPS FLAGS...
     local arm="$1" seed="$2" tokens="$3" folder="$4" old="$5" split="$6" steps="$7"
     shift 7
-    local model=(--model_path "$old" --embedding_init "${arm%_first}")
+    local model=(--model_path "$old" --embedding_init "${arm%_*}")
     case "$arm" in
         fresh) model=(--model_path random:tiny) ;;
-        aligned | omp | aligned_first)
+        aligned* | omp)
             model+=(--cooccurrence_path "$folder/cooccurrence_$seed.safetensors") ;;
     esac
     case "$arm" in
         *_first) model+=(--freeze_body_steps "$FIRST_STEPS") ;;
+        *_slow) model+=(--lr "$SLOW_LR") ;;
     esac
     # The clip shows the same picture on a grid twice as fine. A constant rate makes the loss after n
     # steps that of a run of n steps.
