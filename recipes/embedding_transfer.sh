@@ -27,11 +27,12 @@ while [ $# -gt 0 ]; do
 done
 BASE="${BASE:-$OUTPUT/base}"
 SEEDS="${SEEDS:-1 2 3}"
-ARMS="${ARMS:-keep aligned fresh omp aligned_first keep_first keep_slow aligned_slow digits reset}"
+ARMS="${ARMS:-keep aligned fresh ceiling omp aligned_first keep_first keep_slow aligned_slow digits reset}"
 REAL_ARMS="${REAL_ARMS:-keep aligned fresh}"
 NUM_VIDEOS="${NUM_VIDEOS:-6200}"            # of the old model's world, 200 of them held out
 SWAP_VIDEOS="${SWAP_VIDEOS:-1560}"          # of the new one, 60 of them to be generated
 OLD_STEPS="${OLD_STEPS:-2500}"
+LONG_STEPS="${LONG_STEPS:-1500}"            # of the run whose rows the ceiling has
 STEPS="${STEPS:-240}"
 FIRST_STEPS="${FIRST_STEPS:-10}"            # of *_first, in which rows alone are trained
 SLOW_LR="${SLOW_LR:-0.0005}"                # of *_slow; the others have 0.002
@@ -73,6 +74,7 @@ swap() {  # swap ARM SEED TOKENS FOLDER OLD_RUN SPLIT STEPS FLAGS...
     local model=(--model_path "$old" --embedding_init "${arm%_*}")
     case "$arm" in
         fresh) model=(--model_path random:tiny) ;;
+        ceiling) model=(--model_path "$folder/ceiling_model") ;;
         aligned* | omp)
             model+=(--cooccurrence_path "$folder/cooccurrence_$seed.safetensors") ;;
     esac
@@ -93,14 +95,34 @@ align() {  # align SEED OLD_TOKENS NEW_TOKENS FOLDER SPLIT
         --output "$4/cooccurrence_$1.safetensors" --split_string "$5" --seed "$1"
 }
 
+# As in recipes/motion_proof.sh: world, old tokens, old model; and, for the ceiling, the same swap for
+# long on the old model's own clips.
+train_base() {  # train_base TOKENS RUN STEPS FLAGS...
+    train "$BASE/$2" "$3" --data_path "$BASE/$1" --split_string 99,1,0 --num_condition_latents 2 \
+        --global_batch_size 8 --micro_batch_size 4 --lr_warmup_steps 100 --limit_val_batches 5 "${@:4}"
+}
+
 if ! is_complete "$BASE/run_old" "$OLD_STEPS"; then
-    step "the old model: world, tokens and $OLD_STEPS steps, as in recipes/motion_proof.sh"
+    step "the old model: world, tokens and $OLD_STEPS steps"
     python -m cosmos_posttrain.toy_world --output "$BASE/world" --level simple \
         --num_videos "$NUM_VIDEOS" --num_val 100 --num_test 100 --seed 8
     encode 8,16,16 "$BASE/tokens_old" --input_jsonl "$BASE/world/prompts_train.jsonl"
-    train "$BASE/run_old" "$OLD_STEPS" --model_path random:tiny --data_path "$BASE/tokens_old" \
-        --split_string 99,1,0 --num_condition_latents 2 --global_batch_size 8 --micro_batch_size 4 \
-        --lr_warmup_steps 100 --limit_val_batches 5
+    train_base tokens_old run_old "$OLD_STEPS" --model_path random:tiny
+fi
+if [[ " $ARMS " == *" ceiling "* ]]; then
+    step "rows that a long run ended with"
+    if ! is_complete "$BASE/run_new" "$LONG_STEPS"; then
+        encode 8,8,8 "$BASE/tokens_new" --input_jsonl "$BASE/world/prompts_train.jsonl"
+        python -m cosmos_posttrain.transfer --old_data_path "$BASE/tokens_old" \
+            --new_data_path "$BASE/tokens_new" --output "$BASE/cooccurrence.safetensors" \
+            --split_string 99,1,0
+        train_base tokens_new run_new "$LONG_STEPS" --model_path "$BASE/run_old" \
+            --embedding_init aligned --cooccurrence_path "$BASE/cooccurrence.safetensors"
+    fi
+    python convert_checkpoint.py --source "$BASE/run_old" --target "$SMALL/old_model" \
+        --target_format safetensors
+    python recipes/rows_of_another_run.py --model "$SMALL/old_model" --rows "$BASE/run_new" \
+        --output "$SMALL/ceiling_model"
 fi
 
 step "new clips of the same world, by both tokenizers"
