@@ -12,6 +12,7 @@ from cosmos_posttrain.evaluation.figures import read_metrics
 from cosmos_posttrain.launch import run_cli
 
 ARMS = {
+    "ceiling": "rows that a long run ended with",
     "aligned": "rows aligned by co-occurrence",
     "aligned_first": "aligned, rows alone at first",
     "keep": "the old rows as they are",
@@ -20,9 +21,14 @@ ARMS = {
     "digits": "regression on FSQ digits",
     "reset": "fresh rows",
     "fresh": "fresh weights throughout",
+    "aligned_slow": "aligned, a quarter of the rate",
+    "keep_slow": "keep, a quarter of the rate",
 }
+COLORS = {"ceiling": "black", "aligned": "C0", "keep": "C1", "omp": "C2", "digits": "C4"}
+COLORS |= {"reset": "C5", "fresh": "C3"}
+STYLES = {"first": "--", "slow": ":"}
 TOKENS_PER_STEP = 2 * 720
-NUM_COLUMNS = 5
+NUM_COLUMNS = 4
 Curve = dict[int, float]
 
 
@@ -91,29 +97,55 @@ def steps_to(curve: Curve, wanted: float) -> float | None:
     return None
 
 
-def table(world: World) -> list[str]:
-    """Markdown: mean over seeds after so many steps, every seed at the end, steps to keep's end."""
-    seeds = list(world.curves["keep"])
-    steps = world.steps
-    places = range(1, NUM_COLUMNS + 1)
-    chosen = sorted({steps[0], *(steps[i * len(steps) // NUM_COLUMNS - 1] for i in places)})
+def losses(world: World) -> list[str]:
+    """Markdown: the mean over seeds after so many steps, and every seed at the end."""
+    seeds, steps = list(world.curves["keep"]), world.steps
+    chosen = _chosen(steps)
     heads = [f"{n} steps, {n * TOKENS_PER_STEP / 1000:.0f}k tokens" for n in chosen]
-    heads += [f"seed {seed}, {steps[-1]} steps" for seed in seeds]
-    heads += ["steps to the end of `keep`", "by seed"]
-    lines = [f"| {world.title}: start | {' | '.join(heads)} |", f"|{'---|' * (len(heads) + 1)}"]
-    ends = {seed: curve[steps[-1]] for seed, curve in world.curves["keep"].items()}
+    lines = _head(f"{world.title}: start", [*heads, f"seeds {_listed(seeds)} at the end"])
     for arm, runs in world.curves.items():
         average = world.average(arm)
-        cells = [f"{average[n]:.3f}" for n in chosen]
-        cells += [f"{runs[seed][steps[-1]]:.3f}" for seed in seeds]
-        cells.append(_count(steps_to(average, mean(ends.values()))))
-        cells.append(", ".join(_count(steps_to(runs[seed], ends[seed])) for seed in seeds))
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
+        ends = ", ".join(f"{runs[seed][steps[-1]]:.3f}" for seed in seeds)
+        lines.append(_row(arm, [*(f"{average[n]:.3f}" for n in chosen), ends]))
     return lines
 
 
+def leads(world: World) -> list[str]:
+    """Markdown: after how many steps a start has the loss that ``keep`` has after so many."""
+    seeds, steps = list(world.curves["keep"]), world.steps
+    chosen = [n for n in _chosen(steps) if n > steps[0]]
+    keep = world.average("keep")
+    heads = [f"as keep after {n}" for n in chosen]
+    last = f"as keep after {steps[-1]}: seeds {_listed(seeds)}"
+    lines = _head(f"{world.title}: steps until", [*heads, last])
+    for arm, runs in world.curves.items():
+        cells = [_count(steps_to(world.average(arm), keep[n])) for n in chosen]
+        by_seed = [
+            _count(steps_to(runs[seed], world.curves["keep"][seed][steps[-1]])) for seed in seeds
+        ]
+        lines.append(_row(arm, [*cells, ", ".join(by_seed)]))
+    return lines
+
+
+def _chosen(steps: list[int]) -> list[int]:
+    places = range(1, NUM_COLUMNS + 1)
+    return sorted({steps[0], *(steps[max(i * len(steps) // NUM_COLUMNS, 1) - 1] for i in places)})
+
+
+def _head(first: str, others: list[str]) -> list[str]:
+    return [_row(first, others), f"|{'---|' * (len(others) + 1)}"]
+
+
+def _row(first: str, others: list[str]) -> str:
+    return f"| {first} | {' | '.join(others)} |"
+
+
+def _listed(seeds: list[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
 def _count(steps: float | None) -> str:
-    return "not reached" if steps is None else f"{steps:.0f}"
+    return "-" if steps is None else f"{steps:.0f}"
 
 
 def plot(worlds: list[World], path: Path) -> None:
@@ -127,18 +159,14 @@ def plot(worlds: list[World], path: Path) -> None:
         1, len(worlds), figsize=(6.4 * len(worlds), 4.8), squeeze=False, layout="constrained"
     )
     for axis, world in zip(axes[0], worlds, strict=True):
-        for number, (arm, meaning) in enumerate(ARMS.items()):
-            if arm not in world.curves:
-                continue
-            color, style = f"C{number}", "--" if arm.endswith("_first") else "-"
+        for arm in world.curves:
+            kind, _, variant = arm.partition("_")
+            color, style = COLORS[kind], STYLES.get(variant, "-")
+            steps, values = world.steps, list(world.average(arm).values())
             for run in world.curves[arm].values():
-                axis.plot(
-                    world.steps, [run[n] for n in world.steps], color=color, lw=0.5, alpha=0.4
-                )
-            values = world.average(arm).values()
-            axis.plot(
-                world.steps, list(values), style, color=color, lw=2, label=f"{arm}: {meaning}"
-            )
+                axis.plot(steps, [run[n] for n in steps], color=color, lw=0.5, alpha=0.4)
+            label = f"{arm}: {ARMS[arm]}"
+            axis.plot(steps, values, style, color=color, lw=2, label=label)
         end = world.average("keep")[world.steps[-1]]
         axis.axhline(end, color="black", lw=0.8, ls=":")
         axis.annotate("where keep ends", (world.steps[0], end), va="top", fontsize=8)
@@ -182,7 +210,8 @@ def main() -> None:
     worlds = [world for world in found if world is not None]
     if not worlds:
         raise UserError(f"{args.output} holds no finished run of keep; let the script finish one.")
-    text = "\n\n".join("\n".join(table(world)) for world in worlds)
+    tables = [part(world) for world in worlds for part in (losses, leads)]
+    text = "\n\n".join("\n".join(lines) for lines in tables)
     files.write_text(args.output / "embedding_transfer.md", text + "\n")
     print(text)
     plot(worlds, args.figure)

@@ -1,4 +1,4 @@
-"""A model with the layers of one run and the token rows of another: the ceiling of any start of rows.
+"""A model with one run's layers and another's token rows: a ceiling for any start of rows.
 
 Flows in: two finished runs of one vocabulary and width. Flows out: a safetensors folder, which
 ``train_general.py --model_path`` reads.
