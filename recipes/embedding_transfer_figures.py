@@ -170,7 +170,10 @@ def plot(worlds: list[World], path: Path) -> None:
         end = world.average("keep")[world.steps[-1]]
         axis.axhline(end, color="black", lw=0.8, ls=":")
         axis.annotate("where keep ends", (world.steps[0], end), va="top", fontsize=8)
+        axis.set_yscale("log")
         axis.set_ylim(*_limits(world))
+        axis.yaxis.set_minor_formatter("{x:.1f}")
+        axis.yaxis.set_major_formatter("{x:.1f}")
         axis.set_xlabel("optimizer steps on the new tokens")
         axis.set_ylabel("validation loss (nats per token)")
         seeds = len(world.curves["keep"])
