@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What --embedding_init does at a swap of tokenizers: a tiny model knows the tokens of DV8x16x16 and
 # learns those of DV8x8x8, on clips of a small world that it has not seen, each at most once; and, with
-# --videos, on real clips. One process trains at a time; run it again and it goes on where it stopped.
+# --videos, those of DV4x8x8 on real clips. One process trains at a time; run it again and it goes on
+# where it stopped.
 #
 #   bash recipes/embedding_transfer.sh [--output DIR] [--base DIR] [--videos DIR] [--figure FILE]
 #
@@ -36,8 +37,8 @@ LONG_STEPS="${LONG_STEPS:-1500}"            # of the run whose rows the ceiling 
 STEPS="${STEPS:-240}"
 FIRST_STEPS="${FIRST_STEPS:-10}"            # of *_first, in which rows alone are trained
 SLOW_LR="${SLOW_LR:-0.0005}"                # of *_slow; the others have 0.002
-REAL_OLD_STEPS="${REAL_OLD_STEPS:-400}"
-REAL_STEPS="${REAL_STEPS:-120}"
+REAL_OLD_STEPS="${REAL_OLD_STEPS:-500}"
+REAL_STEPS="${REAL_STEPS:-80}"
 NUM_GENERATED="${NUM_GENERATED:-30}"
 GENERATED_ARMS="${GENERATED_ARMS:-ceiling aligned keep omp fresh}"
 
@@ -50,12 +51,12 @@ mkdir -p "$SMALL" "$BASE"
 
 is_complete() { compgen -G "$1/default/checkpoints/epoch=*-step=$(($2 - 1))/context" > /dev/null; }
 
-encode() {  # encode COMPRESSION FOLDER INPUT...
+encode() {  # encode COMPRESSION FOLDER FLAGS...
     local compression="$1" folder="$2"
     shift 2
-    python prepare_dataset.py "$@" --output_prefix "$folder" --encoder_path tiny --decoder_path tiny \
+    python prepare_dataset.py --output_prefix "$folder" --encoder_path tiny --decoder_path tiny \
         --tokenizer_compression_factor "$compression" --height 96 --width 160 --num_context_frames 17 \
-        --batch_size 4 --num_workers 1
+        --batch_size 4 --num_workers 1 "$@"
 }
 
 train() {  # train RUN STEPS FLAGS...: unless the run is complete
@@ -83,8 +84,8 @@ swap() {  # swap ARM SEED TOKENS FOLDER OLD_RUN SPLIT STEPS FLAGS...
         *_first) model+=(--freeze_body_steps "$FIRST_STEPS") ;;
         *_slow) model+=(--lr "$SLOW_LR") ;;
     esac
-    # The clip shows the same picture on a grid twice as fine. A constant rate makes the loss after n
-    # steps that of a run of n steps.
+    # In the small world the clip shows the same picture on a grid twice as fine. A constant rate makes
+    # the loss after n steps that of a run of n steps.
     train "$folder/seed_$seed/$arm" "$steps" "${model[@]}" --seed "$seed" "model.seed=$seed" \
         --data_path "$tokens" --split_string "$split" --rope_scaling interpolate \
         --global_batch_size 2 --micro_batch_size 2 --lr_warmup_steps 10 --lr_decay_style constant \
@@ -144,16 +145,17 @@ for ARM in $ARMS; do
 done
 
 if [ -n "$VIDEOS" ]; then
-    step "real clips, by both tokenizers"
+    step "real clips: DV8x16x16 of 192x320 and DV4x8x8 of 96x160, both 3x12x20 tokens a clip"
     mkdir -p "$REAL"
-    for WHICH in "8,16,16 tokens_old" "8,8,8 tokens_new"; do
-        encode "${WHICH% *}" "$REAL/${WHICH#* }" --input_videos_dir "$VIDEOS" --clips_per_video 32
-    done
+    encode 8,16,16 "$REAL/tokens_old" --input_videos_dir "$VIDEOS" --height 192 --width 320 \
+        --clips_per_video 16
+    encode 4,8,8 "$REAL/tokens_new" --input_videos_dir "$VIDEOS" --num_context_frames 9 \
+        --clips_per_video 12
     for SEED in $SEEDS; do
         step "real clips, seed $SEED: learn the old tokens"
         train "$REAL/seed_$SEED/old" "$REAL_OLD_STEPS" --model_path random:tiny --seed "$SEED" \
             "model.seed=$SEED" --data_path "$REAL/tokens_old" --split_string 3,1,0 \
-            --global_batch_size 8 --micro_batch_size 8 --lr_warmup_steps 20
+            --global_batch_size 1 --micro_batch_size 1 --lr_warmup_steps 20
         align "$SEED" "$REAL/tokens_old" "$REAL/tokens_new" "$REAL" 3,1,0
     done
     for ARM in $REAL_ARMS; do
