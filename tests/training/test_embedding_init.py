@@ -63,7 +63,9 @@ def start_and_train(config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("init", ["reset", "mean", "aligned", "omp", "digits"])
+@pytest.mark.parametrize(
+    "init", ["reset", "mean", "aligned", "omp", pytest.param("digits", marks=pytest.mark.slow)]
+)
 def test_rows_do_not_depend_on_the_layout(start: Path, tmp_path: Path, init: str) -> None:
     config = swap(start, tmp_path / "one", init)
     alone = start_and_train(config)
