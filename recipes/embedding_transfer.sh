@@ -28,7 +28,7 @@ while [ $# -gt 0 ]; do
 done
 BASE="${BASE:-$OUTPUT/base}"
 SEEDS="${SEEDS:-1 2 3}"
-ARMS="${ARMS:-keep aligned fresh ceiling omp aligned_first keep_first keep_slow aligned_slow digits reset}"
+ARMS="${ARMS:-keep aligned fresh ceiling omp aligned_first keep_first digits reset}"
 REAL_ARMS="${REAL_ARMS:-keep aligned fresh}"
 NUM_VIDEOS="${NUM_VIDEOS:-6200}"            # of the old model's world, 200 of them held out
 SWAP_VIDEOS="${SWAP_VIDEOS:-1560}"          # of the new one, 60 of them to be generated
@@ -36,7 +36,6 @@ OLD_STEPS="${OLD_STEPS:-2500}"
 LONG_STEPS="${LONG_STEPS:-1500}"            # of the run whose rows the ceiling has
 STEPS="${STEPS:-240}"
 FIRST_STEPS="${FIRST_STEPS:-10}"            # of *_first, in which rows alone are trained
-SLOW_LR="${SLOW_LR:-0.0005}"                # of *_slow; the others have 0.002
 REAL_OLD_STEPS="${REAL_OLD_STEPS:-500}"
 REAL_STEPS="${REAL_STEPS:-80}"
 NUM_GENERATED="${NUM_GENERATED:-30}"
@@ -82,7 +81,6 @@ swap() {  # swap ARM SEED TOKENS FOLDER OLD_RUN SPLIT STEPS FLAGS...
     esac
     case "$arm" in
         *_first) model+=(--freeze_body_steps "$FIRST_STEPS") ;;
-        *_slow) model+=(--lr "$SLOW_LR") ;;
     esac
     # In the small world the clip shows the same picture on a grid twice as fine. A constant rate makes
     # the loss after n steps that of a run of n steps.
@@ -166,15 +164,17 @@ if [ -n "$VIDEOS" ]; then
     done
 fi
 
-step "generate held-out clips, first seed"
-RUNS=()
-for ARM in $GENERATED_ARMS; do
-    if [[ " $ARMS " == *" $ARM "* ]]; then RUNS+=("$ARM=$SMALL/seed_${SEEDS%% *}/$ARM"); fi
+for SEED in $SEEDS; do
+    step "small world, seed $SEED: generate held-out clips"
+    RUNS=()
+    for ARM in $GENERATED_ARMS; do
+        if [[ " $ARMS " == *" $ARM "* ]]; then RUNS+=("$ARM=$SMALL/seed_$SEED/$ARM"); fi
+    done
+    if [ ${#RUNS[@]} -gt 0 ]; then
+        python recipes/motion_proof.py --world "$SMALL/swap_world" --num_videos "$NUM_GENERATED" \
+            --output "$SMALL/generated_$SEED" --runs "${RUNS[@]}"
+    fi
 done
-if [ ${#RUNS[@]} -gt 0 ]; then
-    python recipes/motion_proof.py --world "$SMALL/swap_world" --num_videos "$NUM_GENERATED" \
-        --output "$SMALL" --runs "${RUNS[@]}"
-fi
 
 step "tables and figure"
 python recipes/embedding_transfer_figures.py --output "$OUTPUT" \

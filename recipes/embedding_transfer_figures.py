@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 from cosmos_posttrain import files
 from cosmos_posttrain.errors import UserError
@@ -21,12 +21,9 @@ ARMS = {
     "digits": "regression on FSQ digits",
     "reset": "fresh rows",
     "fresh": "fresh weights throughout",
-    "aligned_slow": "aligned, a quarter of the rate",
-    "keep_slow": "keep, a quarter of the rate",
 }
 COLORS = {"ceiling": "black", "aligned": "C0", "keep": "C1", "omp": "C2", "digits": "C4"}
 COLORS |= {"reset": "C5", "fresh": "C3"}
-STYLES = {"first": "--", "slow": ":"}
 TOKENS_PER_STEP = 2 * 720
 NUM_COLUMNS = 4
 Curve = dict[int, float]
@@ -127,6 +124,24 @@ def leads(world: World) -> list[str]:
     return lines
 
 
+def generated(folder: Path) -> list[str]:
+    """Markdown: how many generated clips still have their ball, and how far off it is in those."""
+    found: dict[str, dict[int, str]] = {}
+    for path in sorted(folder.glob("generated_*/motion_*.json")):
+        arm, seed = path.stem.removeprefix("motion_"), int(path.parent.name.partition("_")[2])
+        result = files.read_json(path, UserError, "delete it, and run the recipe again")
+        errors = sorted(result["generated"])
+        seen = errors[: len(errors) - result["not_found"]]
+        error = f", {median(seen):.1f} px" if seen else ""
+        found.setdefault(arm, {})[seed] = f"{len(seen)} of {len(errors)}{error}"
+    if not found:
+        return []
+    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in found.values())))
+    lines = _head("ball found in the last frame, median error", [f"seed {seed}" for seed in seeds])
+    arms = [arm for arm in ARMS if arm in found]
+    return lines + [_row(arm, [found[arm][seed] for seed in seeds]) for arm in arms]
+
+
 def _chosen(steps: list[int]) -> list[int]:
     places = range(1, NUM_COLUMNS + 1)
     return sorted({steps[0], *(steps[max(i * len(steps) // NUM_COLUMNS, 1) - 1] for i in places)})
@@ -161,7 +176,7 @@ def plot(worlds: list[World], path: Path) -> None:
     for axis, world in zip(axes[0], worlds, strict=True):
         for arm in world.curves:
             kind, _, variant = arm.partition("_")
-            color, style = COLORS[kind], STYLES.get(variant, "-")
+            color, style = COLORS[kind], "--" if variant else "-"
             steps, values = world.steps, list(world.average(arm).values())
             for run in world.curves[arm].values():
                 axis.plot(steps, [run[n] for n in steps], color=color, lw=0.5, alpha=0.4)
@@ -216,7 +231,8 @@ def main() -> None:
     if not worlds:
         raise UserError(f"{args.output} holds no finished run of keep; let the script finish one.")
     tables = [part(world) for world in worlds for part in (losses, leads)]
-    text = "\n\n".join("\n".join(lines) for lines in tables)
+    tables.append(generated(args.output / "small"))
+    text = "\n\n".join("\n".join(lines) for lines in tables if lines)
     files.write_text(args.output / "embedding_transfer.md", text + "\n")
     print(text)
     plot(worlds, args.figure)

@@ -36,7 +36,7 @@ def test_recipe_twice(tmp_path: Path) -> None:
     first = recipe("--output", str(output), "--videos", str(videos), **size)
     assert first.returncode == 0, first.stderr
     assert (output / "embedding_transfer.png").stat().st_size > 1000
-    assert (output / "small" / "motion.md").is_file()
+    assert (output / "small" / "generated_4" / "motion.md").is_file()
     for arm in ("keep", "aligned_first", "fresh"):
         assert f"| {arm} | " in first.stdout
     second = recipe("--output", str(output), "--videos", str(videos), **size)
