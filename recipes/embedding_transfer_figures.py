@@ -211,8 +211,10 @@ def plot(worlds: list[World], path: Path) -> None:
 
 
 def _limits(world: World) -> tuple[float, float]:
-    """All means, and a little room."""
-    values: Iterable[float] = [v for arm in world.curves for v in world.average(arm).values()]
+    """All runs, and a little room."""
+    values: Iterable[float] = [
+        curve[n] for runs in world.curves.values() for curve in runs.values() for n in world.steps
+    ]
     low, high = min(values), max(values)
     return low - 0.08 * (high - low), high + 0.05 * (high - low)
 
