@@ -29,7 +29,7 @@ OTHERS = {
     *"--build-arg --gpus --shm-size --ipc --rm --no-deps --index-url --constraint".split(),
     *"--editable --upgrade --check --signal --max-restarts --from-env-file".split(),
     *"--first --video --figure --num_tokens --prompt_tokens --runs --threads --case".split(),
-    *"--run --input_dir --split --world --choose --picture".split(),
+    *"--run --input_dir --split --world --choose --picture --base --rows".split(),
     *"--shape --peers --batch --clock --windows --modules --clips --heads".split(),
     *"--logdir --samples_per_plugin --timed_clips --given_latents --size --steps".split(),
     *"--warmup --work_dir".split(),

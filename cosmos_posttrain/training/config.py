@@ -19,8 +19,9 @@ from cosmos_posttrain.training.watching_config import (
     profile_problems,
     samples_problems,
 )
+from cosmos_posttrain.transfer.config import COOCCURRENCE_INITS
 
-EMBEDDING_INITS = ("keep", "reset", "mean", "aligned")
+EMBEDDING_INITS = ("keep", "reset", "mean", "aligned", "omp", "digits")
 LR_DECAY_STYLES = ("cosine", "linear", "constant", "wsd")
 WSD_DECAY_STYLES = ("minus_sqrt", "linear", "cosine", "exponential")
 # Not float16, whose gradients would need a loss scaler.
@@ -73,8 +74,8 @@ class ModelSourceConfig:
             the checkpoint's.
         rope_scale: replaces the ratio of the two grids.
         embedding_init: what becomes of the checkpoint's token embeddings and output rows at the
-            start of a run: ``keep``, ``reset``, ``mean`` or ``aligned``.
-        cooccurrence_path: the file for ``aligned``, see ``transfer/align.py``.
+            start of a run: ``keep``, ``reset``, ``mean``, ``aligned``, ``omp`` or ``digits``.
+        cooccurrence_path: the file for ``aligned`` and ``omp``, see ``transfer/align.py``.
         lora_rank: train low-rank factors beside the frozen matrices of the layers, and embedding
             and output rows in full; None trains everything.
         lora_alpha: the factors' product counts ``lora_alpha / lora_rank`` times; None means once.
@@ -352,13 +353,16 @@ def _path_problems(data: DataConfig) -> list[str]:
 
 def _embedding_problems(model: ModelSourceConfig) -> list[str]:
     init, path = model.embedding_init, model.cooccurrence_path
-    if init == "aligned" and path is None:
+    if init in COOCCURRENCE_INITS and path is None:
         return [
-            "--embedding_init aligned needs --cooccurrence_path: write the file with python -m "
+            f"--embedding_init {init} needs --cooccurrence_path: write the file with python -m "
             "cosmos_posttrain.transfer"
         ]
-    if init != "aligned" and path is not None:
-        return [f"--cooccurrence_path has no effect with --embedding_init {init}: give aligned"]
+    if init not in COOCCURRENCE_INITS and path is not None:
+        return [
+            f"--cooccurrence_path has no effect with --embedding_init {init}: give "
+            f"{' or '.join(COOCCURRENCE_INITS)}"
+        ]
     return []
 
 

@@ -156,7 +156,8 @@ def open_inputs(
         raise ConfigError(
             f"the model predicts {source.config.vocab_size} tokens but the data set has a "
             f"vocabulary of {train_data.vocab_size}; use a tokenizer with the same number of "
-            "codes, give --embedding_init aligned, mean or reset, or start from random:<size>."
+            "codes, give --embedding_init aligned (or omp, digits, mean, reset), or start from "
+            "random:<size>."
         )
     heads.check(config, source, resume_from)
     if resume_from is None:

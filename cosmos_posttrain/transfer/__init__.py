@@ -8,6 +8,8 @@ docs/embedding_transfer.md has the maths.
     counting      which tokens of clips lie over each other (``overlap``: where and when)
     cooccurrence  the file
     rows          the file and the old rows -> new rows
+    pursuit       the same, as sparse combinations
+    digits        the old rows and both tokenizers' levels -> new rows
     embedding     a checkpoint and a kind of start -> the weights of a built model
     advice        what the user is told of it
 """

@@ -40,6 +40,8 @@ def sentence(
         return _kept(old, tokenizer)
     if transfer.pairs is not None:
         return _aligned(old, transfer)
+    if transfer.levels is not None:
+        return _by_digits(old, transfer)
     return _replaced(old, tokenizer, source.config.vocab_size, transfer)
 
 
@@ -73,11 +75,29 @@ def _aligned(old: TokenizerInfo | None, transfer: Transfer) -> str:
     unchecked = ""
     if old is None:
         unchecked = f"; the checkpoint does not say that {transfer.pairs.old.id} was its tokenizer"
+    name = transfer.pairs.old.id
+    how = {
+        "aligned": f"from the tokens of {name} at the same place and time",
+        "omp": f"combined from a few tokens of {name} whose places together resemble its own",
+    }
     return (
-        f"embedding_init aligned: every token gets rows from the tokens of {transfer.pairs.old.id} "
-        "at the same place and time, so that the model starts from what it knows of the picture; "
-        f"{record.get('num_new_tokens')} of {transfer.config.vocab_size} new tokens were seen in "
-        f"{record.get('num_clips')} clips, the others get the average{unchecked}"
+        f"embedding_init {transfer.init}: every token gets rows {how[transfer.init]}, so that the "
+        f"model starts from what it knows of the picture; {record.get('num_new_tokens')} of "
+        f"{transfer.config.vocab_size} new tokens were seen in {record.get('num_clips')} clips, "
+        f"the others get the average{unchecked}"
+    )
+
+
+def _by_digits(old: TokenizerInfo | None, transfer: Transfer) -> str:
+    assert transfer.levels is not None
+    levels = " and ".join(",".join(map(str, each)) for each in dict.fromkeys(transfer.levels))
+    unchecked = ""
+    if old is None:
+        unchecked = "; the checkpoint does not say that these were its tokenizer's"
+    return (
+        "embedding_init digits: every token gets the rows that its code's digits would have had "
+        f"(FSQ levels {levels}), which helps where the digits of both tokenizers mean the same"
+        f"{unchecked}; {_ALIGNED}"
     )
 
 

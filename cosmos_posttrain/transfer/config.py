@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from cosmos_posttrain.cli import Flag, flag_names
 from cosmos_posttrain.config import check, setting
 
+# Kinds of --embedding_init that start from the file.
+COOCCURRENCE_INITS = ("aligned", "omp")
+
 
 @dataclass
 class AlignConfig:

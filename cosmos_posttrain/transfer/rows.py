@@ -22,7 +22,7 @@ from cosmos_posttrain.transfer.cooccurrence import Cooccurrence
 # As many sightings of a token weigh as much as what is known without any (k above).
 PRIOR_SIGHTINGS = 10.0
 # The gain undoes what averaging takes away; beyond this it would only amplify noise.
-MAX_GAIN = 4.0
+MAX_GAIN = 10.0
 # A share of this many sightings is added to every token, so that log P(v) exists for all of them.
 SMOOTHING = 0.5
 # Ridge of the common direction, in mean squared lengths of the old output rows along an axis.
@@ -66,14 +66,19 @@ def _averaged(old_rows: Tensor, pairs: Cooccurrence) -> tuple[Tensor, Tensor]:
 def prior_gap(pairs: Cooccurrence) -> Tensor:
     """b[v]: ``log P(v) - sum_o Q(o|v) log P(o)``, (new vocabulary,) float32."""
     shares, overall = old_token_shares(pairs)
-    seen = torch.from_numpy(pairs.occurrences).float() + SMOOTHING
-    log_old = _log_shares(overall)
+    log_old = log_shares(overall)
     expected = torch.sparse.mm(shares, log_old[:, None])[:, 0]
     expected += (1 - torch.sparse.sum(shares, dim=1).to_dense()) * (overall @ log_old)
-    return (seen / seen.sum()).log() - expected
+    return new_log_shares(pairs) - expected
 
 
-def _log_shares(overall: Tensor) -> Tensor:
+def new_log_shares(pairs: Cooccurrence) -> Tensor:
+    """Log P(v), (new vocabulary,) float32."""
+    seen = torch.from_numpy(pairs.occurrences).float() + SMOOTHING
+    return (seen / seen.sum()).log()
+
+
+def log_shares(overall: Tensor) -> Tensor:
     """Log P(o); a token that was never seen counts as seen once in a million."""
     return overall.clamp(min=1e-6).log()
 
@@ -94,7 +99,7 @@ def common_direction(old_rows: Tensor, overall: Tensor) -> Tensor:
     """
     rows = old_rows.float()
     rows = rows - overall @ rows
-    log_old = _log_shares(overall)
+    log_old = log_shares(overall)
     weighted = rows.T * overall
     moments = weighted @ rows
     moments.diagonal().add_(RIDGE * moments.diagonal().mean())

@@ -84,8 +84,8 @@ def test_steps_go_on_while_a_checkpoint_is_written(
     trainer = open_trainer(tokens, tmp_path / "run", **SAVES)
     train_step, seen = trainer.train_step, []
 
-    def watch(batches: Any) -> Any:
-        row = train_step(batches)
+    def watch(*batches: Any) -> Any:
+        row = train_step(*batches)
         seen.append((row["step"], checkpoints(tmp_path / "run")))
         if row["step"] == 3:  # the step of the second save
             gate.opened.set()
@@ -111,8 +111,8 @@ def test_a_run_that_fails_lets_its_checkpoint_be_written(
     trainer = open_trainer(tokens, tmp_path, **SAVES)
     train_step = trainer.train_step
 
-    def fail(batches: Any) -> Any:
-        row = train_step(batches)
+    def fail(*batches: Any) -> Any:
+        row = train_step(*batches)
         if row["step"] == 2:
             threading.Timer(0.2, gate.opened.set).start()
             row["grad_norm"] = float("inf")
@@ -133,8 +133,8 @@ def test_an_interrupted_run_waits_for_its_last_checkpoint(
     trainer = open_trainer(tokens, tmp_path, max_steps=20, save_every_n_steps=10)
     train_step = trainer.train_step
 
-    def interrupt(batches: Any) -> Any:
-        row = train_step(batches)
+    def interrupt(*batches: Any) -> Any:
+        row = train_step(*batches)
         if row["step"] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
             threading.Timer(0.3, gate.opened.set).start()

@@ -21,7 +21,7 @@ from cosmos_posttrain.files import write_json
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.training.config import TrainConfig, validate
 from cosmos_posttrain.transfer.align import align
-from cosmos_posttrain.transfer.config import AlignConfig
+from cosmos_posttrain.transfer.config import COOCCURRENCE_INITS, AlignConfig
 
 SPLIT = "3,1,1"
 
@@ -39,7 +39,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def swap(start: Path, log_dir: Path, init: str, **changes: Any) -> TrainConfig:
     """A run on the new tokens from the old model."""
     settings: dict[str, Any] = {"model__path": str(start / "model"), "model__embedding_init": init}
-    if init == "aligned":
+    if init in COOCCURRENCE_INITS:
         settings["model__cooccurrence_path"] = str(start / "pairs")
     settings |= {"max_steps": 2, "save_every_n_steps": 1, "global_batch_size": 2}
     return make_config(start / "new", log_dir, **(settings | changes))
@@ -63,7 +63,9 @@ def start_and_train(config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("init", ["reset", "mean", "aligned"])
+@pytest.mark.parametrize(
+    "init", ["reset", "mean", "aligned", "omp", pytest.param("digits", marks=pytest.mark.slow)]
+)
 def test_rows_do_not_depend_on_the_layout(start: Path, tmp_path: Path, init: str) -> None:
     config = swap(start, tmp_path / "one", init)
     alone = start_and_train(config)
@@ -133,7 +135,7 @@ def test_a_run_says_how_its_rows_start(
 
 
 def test_refusals(start: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="give --embedding_init aligned, mean or reset"):
+    with pytest.raises(ConfigError, match="give --embedding_init aligned "):
         run(swap(start, tmp_path / "run", "keep"))
     with pytest.raises(ConfigError, match="fresh weights have nothing to transfer"):
         run(swap(start, tmp_path / "run", "reset", model__path="random:tiny"))
@@ -147,7 +149,9 @@ def test_refusals(start: Path, tmp_path: Path) -> None:
     [
         ("aligned", None, "aligned needs --cooccurrence_path"),
         ("keep", "file", "--cooccurrence_path has no effect with --embedding_init keep"),
-        ("best", None, "--embedding_init best is not one of keep, reset, mean, aligned"),
+        ("digits", "file", "has no effect with --embedding_init digits: give aligned or omp"),
+        ("omp", None, "omp needs --cooccurrence_path"),
+        ("best", None, "best is not one of keep, reset, mean, aligned, omp, digits"),
     ],
 )
 def test_settings_that_do_not_fit(init: str, path: str | None, sentence: str) -> None:

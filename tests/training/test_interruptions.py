@@ -235,7 +235,7 @@ def test_a_disk_that_cannot_hold_a_checkpoint(
     trainer = Trainer(make_config(tokens, tmp_path / "run", max_steps=4, save_every_n_steps=2))
     original = trainer.train_step
 
-    def fill_the_disk(batches: Any) -> Any:
+    def fill_the_disk(*batches: Any) -> Any:
         if trainer.completed_steps == 2:
             monkeypatch.setattr(shutil, "disk_usage", nearly_full)
         return original(batches)

@@ -77,13 +77,29 @@ def test_rows_that_are_replaced(init: str) -> None:
     assert f"the checkpoint's {OLD_SIZE} rows cannot be kept for {NEW_SIZE} tokens" in smaller
 
 
-def test_rows_that_are_aligned(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("init", "how"),
+    [
+        ("aligned", "rows from the tokens of old at the same place"),
+        ("omp", "rows combined from a few tokens of old whose places together resemble"),
+    ],
+)
+def test_rows_that_are_aligned(init: str, how: str) -> None:
     pairs = make_pairs(*dense_overlaps())
     seen = pairs.record["num_new_tokens"]
     for source in (source_of(OLD), source_of(None)):
         config = dataclasses.replace(source.config, vocab_size=NEW_SIZE)
-        sentence = advice.sentence(source, SMALLER, Transfer(source, config, "aligned", 0, pairs))
-        assert sentence is not None and "rows from the tokens of old at the same place" in sentence
+        sentence = advice.sentence(source, SMALLER, Transfer(source, config, init, 0, pairs))
+        assert sentence is not None and sentence.startswith(f"embedding_init {init}: ")
+        assert how in sentence
         assert f"{seen} of {NEW_SIZE} new tokens were seen in 3 clips" in sentence
         assert ("does not say that old was" in sentence) == (source.contract is None)
         assert BETTER not in sentence
+
+
+def test_rows_of_digits() -> None:
+    alike = said(OLD, NEW, "digits")
+    assert "(FSQ levels 6,5), which helps where" in alike and alike.endswith(BETTER)
+    smaller = said(OLD, SMALLER, "digits", NEW_SIZE)
+    assert "(FSQ levels 6,5 and 5,4)" in smaller and "does not say" not in smaller
+    assert "does not say that these were its tokenizer's; rows" in said(None, NEW, "digits")

@@ -25,6 +25,8 @@ from cosmos_posttrain.data.contract import TokenizerInfo
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.presets import preset
+from cosmos_posttrain.transfer.config import COOCCURRENCE_INITS
+from cosmos_posttrain.transfer.digits import digit_rows
 from cosmos_posttrain.transfer.embedding import EMBEDDING, OUTPUT, Transfer, plan_transfer
 
 
@@ -47,13 +49,13 @@ def source_of(config: ModelConfig, info: TokenizerInfo | None = None) -> Checkpo
     return CheckpointSource(Path("somewhere"), WRITABLE["pt"], config, data)
 
 
-@pytest.mark.parametrize("init", ["reset", "mean", "aligned"])
+@pytest.mark.parametrize("init", ["reset", "mean", "aligned", "omp"])
 def test_special_tokens_keep_their_rows(
     dense: Any, old_rows: torch.Tensor, init: str, tmp_path: Path
 ) -> None:
     """<bov> and <pad> move with the vocabulary; what pads it is zero."""
     make_pairs(*dense).save(tmp_path / "c")
-    path = str(tmp_path / "c") if init == "aligned" else None
+    path = str(tmp_path / "c") if init in COOCCURRENCE_INITS else None
     source = source_of(config_of(OLD_SIZE, context_dim=8))
     transfer = plan_transfer(source, init, NEW_SIZE, None, path, seed=3)
     special = torch.arange(64 * HIDDEN, dtype=torch.float32).view(64, HIDDEN)
@@ -84,12 +86,38 @@ def test_mean_and_fresh_rows(old_rows: torch.Tensor) -> None:
     assert not torch.equal(rows, dataclasses.replace(fresh, seed=4).rows(EMBEDDING, old_rows, 0.02))
 
 
-def test_a_file_for_other_tokenizers_is_refused(dense: Any, tmp_path: Path) -> None:
+def test_rows_by_digits(old_rows: torch.Tensor) -> None:
+    old, new = make_tokenizer("old", OLD_SIZE, (6, 5)), make_tokenizer("new", NEW_SIZE, (5, 4))
+    transfer = plan_transfer(source_of(config_of(OLD_SIZE), old), "digits", NEW_SIZE, new, None, 0)
+    for name in (EMBEDDING, OUTPUT):
+        rows = transfer.rows(name, old_rows, 0.02)
+        assert torch.equal(rows, digit_rows(old_rows, (6, 5), (5, 4)))
+    assert transfer.describe()["levels"] == {"old": (6, 5), "new": (5, 4)}
+    # A checkpoint that does not name its tokenizer is taken to have the new one's levels.
+    same = make_tokenizer("new", OLD_SIZE, (6, 5))
+    unknown = source_of(config_of(OLD_SIZE))
+    assert plan_transfer(unknown, "digits", OLD_SIZE, same, None, 0).levels == ((6, 5), (6, 5))
+
+
+def test_digits_are_refused_where_nobody_knows_them() -> None:
+    old, new = make_tokenizer("old", OLD_SIZE, (6, 5)), make_tokenizer("new", NEW_SIZE, (5, 4))
+    source = source_of(config_of(OLD_SIZE), old)
+    with pytest.raises(ConfigError, match="the data set has no manifest; prepare it with"):
+        plan_transfer(source, "digits", NEW_SIZE, None, None, 0)
+    with pytest.raises(ConfigError, match=r"does not name it and has 30 tokens where new has 20"):
+        plan_transfer(source_of(config_of(OLD_SIZE)), "digits", NEW_SIZE, new, None, 0)
+    three = make_tokenizer("new", NEW_SIZE, (5, 2, 2))
+    with pytest.raises(ConfigError, match="as many digits, but the FSQ levels are 6,5 and 5,2,2"):
+        plan_transfer(source, "digits", NEW_SIZE, three, None, 0)
+
+
+@pytest.mark.parametrize("init", COOCCURRENCE_INITS)
+def test_a_file_for_other_tokenizers_is_refused(dense: Any, tmp_path: Path, init: str) -> None:
     make_pairs(*dense).save(tmp_path / "c")
     own, new = make_tokenizer("old", OLD_SIZE), make_tokenizer("new", NEW_SIZE)
 
     def plan(source: CheckpointSource, size: int = NEW_SIZE, data: Any = new) -> Transfer:
-        return plan_transfer(source, "aligned", size, data, str(tmp_path / "c"), seed=0)
+        return plan_transfer(source, init, size, data, str(tmp_path / "c"), seed=0)
 
     fitting = source_of(config_of(OLD_SIZE), own)
     assert plan(fitting).pairs is not None

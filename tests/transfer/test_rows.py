@@ -84,6 +84,18 @@ def test_input_rows_keep_their_distance_from_the_mean(dense: Any, old_rows: torc
     assert after == pytest.approx(before, rel=1e-4)
 
 
+def test_gain_restores_what_noisy_old_tokens_take(old_rows: torch.Tensor) -> None:
+    """Many old tokens for each new one: the averages lie five to nine times closer together."""
+    volumes = np.random.default_rng(0).exponential(1.0, (NEW_SIZE, OLD_SIZE))
+    rows = aligned_input_rows(old_rows, make_pairs(volumes, np.full(NEW_SIZE, 1000)))
+    overall = torch.from_numpy(volumes.sum(0) / volumes.sum()).float()
+    mean = overall @ old_rows
+    before = overall @ (old_rows - mean).square().sum(1)
+    contracted = torch.from_numpy(volumes / volumes.sum(1, keepdims=True)).float() @ old_rows - mean
+    assert 25 < float(before / contracted.square().sum(1).mean()) < 81
+    assert float((rows - mean).square().sum(1).mean()) == pytest.approx(float(before), rel=0.02)
+
+
 def test_gain_does_not_blow_noise_up(old_rows: torch.Tensor) -> None:
     """Where new tokens say next to nothing about the old ones, all rows stay near the mean."""
     volumes = np.ones((NEW_SIZE, OLD_SIZE)) + 1e-3 * np.random.default_rng(0).random((20, 30))
