@@ -238,7 +238,7 @@ def test_a_disk_that_cannot_hold_a_checkpoint(
     def fill_the_disk(*batches: Any) -> Any:
         if trainer.completed_steps == 2:
             monkeypatch.setattr(shutil, "disk_usage", nearly_full)
-        return original(batches)
+        return original(*batches)
 
     monkeypatch.setattr(trainer, "train_step", fill_the_disk)
     with pytest.raises(SaveError, match="no checkpoint was written"):
