@@ -1,15 +1,20 @@
 """Post-trains a Cosmos autoregressive base model (4B, 12B) on prepared video tokens."""
 
 from cosmos_posttrain import cli, launch
-from cosmos_posttrain.training.config import FLAGS, TrainConfig
+from cosmos_posttrain.plan.command import FLAGS, TrainCommand
 
 
-def main() -> None:
-    """Parses the command line and trains."""
-    config = cli.parse(TrainConfig, FLAGS, None, "train_general.py", __doc__)
+def main() -> int:
+    """Parses the command line, and trains or says what that would do."""
+    command = cli.parse(TrainCommand, FLAGS, None, "train_general.py", __doc__)
+    if command.dry_run:
+        from cosmos_posttrain.plan.dry_run import show
+
+        return show(command)
     from cosmos_posttrain.training.trainer import train
 
-    train(config)
+    train(command.run_config)
+    return 0
 
 
 if __name__ == "__main__":

@@ -199,12 +199,17 @@ def check_free_space(folder: Path, num_bytes: int, what: str) -> None:
     Raises:
         OutputFolderError: states both sizes.
     """
-    free = shutil.disk_usage(_existing(folder)).free
+    free = free_bytes(folder)
     if free < num_bytes:
         raise OutputFolderError(
             f"{what} needs {num_bytes / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free in "
             f"{folder}; make room, or choose another folder."
         )
+
+
+def free_bytes(folder: Path) -> int:
+    """Free on the disk of a folder, which need not exist yet."""
+    return shutil.disk_usage(_existing(folder)).free
 
 
 def num_bytes_in(folder: Path) -> int:

@@ -69,6 +69,18 @@ def resolve(path: str | Path, allow_patterns: Sequence[str] | None = None) -> Pa
         raise explain(error, name, revision) from error
 
 
+def cached(hub_id: str) -> Path | None:
+    """Where a repository lies in the Hugging Face cache; None where it does not. No network."""
+    import huggingface_hub
+
+    name, revision = split_revision(hub_id)
+    try:
+        found = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
+    except Exception:  # its errors differ between versions; all mean that it is not there
+        return None
+    return Path(found)
+
+
 def explain(error: Exception, name: str, revision: str | None) -> UserError:
     """What went wrong with a repository, and what to do about it, in one sentence."""
     from huggingface_hub import errors

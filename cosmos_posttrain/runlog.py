@@ -7,6 +7,7 @@ error; the same numbers in every place. Only rank 0 says and writes anything.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import sys
@@ -160,7 +161,9 @@ class RunLog:
         self._file.write(files.json_text(row) + "\n")
         self._file.flush()
         numbers = {
-            key: v for key, v in row.items() if key != "step" and isinstance(v, (int, float))
+            key: value
+            for key, value in row.items()
+            if key != "step" and isinstance(value, (int, float)) and math.isfinite(value)
         }
         for key, value in numbers.items():
             self._tensorboard.add_scalar(key, value, row["step"])
@@ -176,6 +179,31 @@ class RunLog:
             import wandb
 
             self._wandb.log({name: wandb.Image(pixels)}, step=step)
+
+    def write_video(
+        self, name: str, path: Path, gif: bytes, size: tuple[int, int], step: int
+    ) -> None:
+        """Records a video in TensorBoard and W&B.
+
+        Args:
+            name: of the video.
+            path: the video as an mp4 file, for W&B, which copies it.
+            gif: the same as TensorBoard shows it, an animated picture.
+            size: (height, width) of the picture.
+            step: counts from 0.
+        """
+        if not self._is_active:
+            return
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        # What add_video writes, which would need moviepy for it.
+        image = Summary.Image(height=size[0], width=size[1], colorspace=3, encoded_image_string=gif)
+        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        self._tensorboard._get_file_writer().add_summary(summary, step)
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Video(str(path))}, step=step)
 
     def close(self) -> None:
         """Flushes and closes everything."""

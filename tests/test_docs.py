@@ -27,11 +27,12 @@ DOCUMENTS = sorted(
 OTHERS = {
     *"--standalone --nproc-per-node --nnodes --rdzv-backend --rdzv-endpoint --rdzv-id".split(),
     *"--build-arg --gpus --shm-size --ipc --rm --no-deps --index-url --constraint".split(),
-    *"--editable --upgrade --check --signal --max-restarts".split(),
+    *"--editable --upgrade --check --signal --max-restarts --from-env-file".split(),
     *"--first --video --figure --num_tokens --prompt_tokens --runs --threads --case".split(),
     *"--run --input_dir --split --world --choose --picture".split(),
     *"--shape --peers --batch --clock --windows --modules --clips --heads".split(),
-    *"--timed_clips --given_latents --size --steps --warmup".split(),
+    *"--logdir --samples_per_plugin --timed_clips --given_latents --size --steps".split(),
+    *"--warmup --work_dir".split(),
 }
 # Not the arrows of drawings (a --room--> b), and not `--offload_*`.
 FLAG = r"(?<![\w-])--[a-z]\w*(?:-\w+)*(?![\w*-])"

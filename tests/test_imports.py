@@ -35,6 +35,7 @@ ROOMS = (
     ("evaluation",),
     ("nemo", "serve"),
     ("plan", "doctor", "download", "reproduce", "toy_world"),
+    ("submit",),
 )
 ORDER = {room: position for position, group in enumerate(ROOMS) for room in group}
 

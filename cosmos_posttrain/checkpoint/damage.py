@@ -32,6 +32,8 @@ def problem(checkpoint: Path) -> str | None:
         context.read_model_config(checkpoint)
         context.read_data(checkpoint)
         state = context.read_json(checkpoint / CONTEXT / "state.json")
+        if (row := checkpoint / CONTEXT / "metrics.json").exists():
+            context.read_json(row)
         _check_weights(checkpoint / WEIGHTS)
     except CheckpointError as error:
         return str(error)

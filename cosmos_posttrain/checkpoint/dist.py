@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint import guard, pieces
@@ -31,7 +32,6 @@ from cosmos_posttrain.checkpoint.torch_dist import (
 from cosmos_posttrain.distributed.cpu_device import cpu_device
 from cosmos_posttrain.errors import CheckpointError, CosmosPosttrainError, SaveError
 from cosmos_posttrain.files import read_json
-from cosmos_posttrain.models.builder import CosmosGPTModel
 
 _WRITABLE = (
     "make sure that every machine sees the folder and that there is room, then give the same "
@@ -47,15 +47,13 @@ class RankPart:
     common: dict[str, Any]
 
 
-def own_part(model: CosmosGPTModel, optimizer: PartitionedOptimizer | None = None) -> RankPart:
+def own_part(model: nn.Module, optimizer: PartitionedOptimizer | None = None) -> RankPart:
     """What this rank writes: views of its memory."""
     with cpu_device():
         return RankPart(list(pieces.to_write(model, optimizer)), _common(optimizer))
 
 
-def save(
-    folder: Path, model: CosmosGPTModel, optimizer: PartitionedOptimizer | None = None
-) -> None:
+def save(folder: Path, model: nn.Module, optimizer: PartitionedOptimizer | None = None) -> None:
     """Writes the model (and optimizer) into an existing empty folder; every rank takes part.
 
     The folder is a checkpoint only when this has returned.
@@ -90,7 +88,7 @@ def write(folder: Path, part: RankPart, group: Any = None) -> None:
             write_index(folder, indexes, part.common)
 
 
-def num_bytes(model: CosmosGPTModel, optimizer: PartitionedOptimizer | None = None) -> int:
+def num_bytes(model: nn.Module, optimizer: PartitionedOptimizer | None = None) -> int:
     """Bytes of the numbers that ``save`` writes, over all ranks; every rank takes part.
 
     The files are larger by about a kilobyte for each piece.
@@ -98,9 +96,7 @@ def num_bytes(model: CosmosGPTModel, optimizer: PartitionedOptimizer | None = No
     return sum(_all(sum(piece.box[1].nbytes for piece in own_part(model, optimizer).pieces)))
 
 
-def load(
-    folder: Path, model: CosmosGPTModel, optimizer: PartitionedOptimizer | None = None
-) -> None:
+def load(folder: Path, model: nn.Module, optimizer: PartitionedOptimizer | None = None) -> None:
     """Reads the weights (and the optimizer's state) into a built model, at its own layout.
 
     Settings (learning rate, weight decay) stay as the optimizer was built with; the number of its

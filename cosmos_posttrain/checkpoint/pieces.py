@@ -20,10 +20,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from torch import Tensor
+from torch import Tensor, nn
 
 from cosmos_posttrain.checkpoint.torch_dist import AVERAGE, PREFIX, STATE, Box
 from cosmos_posttrain.models.builder import CosmosGPTModel
+from cosmos_posttrain.models.chunks import chunks_of
 from cosmos_posttrain.models.lora import is_factor
 from cosmos_posttrain.models.medusa import MEDUSA
 
@@ -131,7 +132,7 @@ def boxes(
     yield from boxes(shape, end, stop)
 
 
-def to_write(model: CosmosGPTModel, optimizer: PartitionedOptimizer | None) -> Iterator[Piece]:
+def to_write(model: nn.Module, optimizer: PartitionedOptimizer | None) -> Iterator[Piece]:
     """This rank's part of the checkpoint; all ranks together give every number once.
 
     Weights that the optimizer divides are written by the rank that updates them, so that each rank
@@ -153,7 +154,7 @@ def to_write(model: CosmosGPTModel, optimizer: PartitionedOptimizer | None) -> I
 
 
 def to_read(
-    model: CosmosGPTModel, optimizer: PartitionedOptimizer | None, keys: Collection[str]
+    model: nn.Module, optimizer: PartitionedOptimizer | None, keys: Collection[str]
 ) -> Iterator[Piece]:
     """All that this rank needs of a checkpoint.
 
@@ -194,8 +195,13 @@ def _by_parameter(optimizer: PartitionedOptimizer | None) -> dict[int, OwnPart]:
     return by_parameter
 
 
-def _areas(model: CosmosGPTModel) -> Iterator[_Area]:
+def _areas(model: nn.Module) -> Iterator[_Area]:
     """Where this rank's parameters lie on disk, as Megatron's layers say."""
+    for chunk in chunks_of(model):
+        yield from _areas_of(chunk)
+
+
+def _areas_of(model: CosmosGPTModel) -> Iterator[_Area]:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     state = model.sharded_state_dict(prefix=PREFIX, metadata={"dp_cp_group": group})
     # Transformer Engine's extra states come and go with its version and hold nothing we need.

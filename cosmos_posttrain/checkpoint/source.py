@@ -23,8 +23,9 @@ from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.presets import PRESETS, preset
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from cosmos_posttrain.checkpoint.weights import WholeWeights
-    from cosmos_posttrain.models.builder import CosmosGPTModel
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class CheckpointSource:
             self.path, self.config
         )
 
-    def load_weights(self, model: CosmosGPTModel) -> None:
+    def load_weights(self, model: nn.Module) -> None:
         """Fills a built model's parameters on this rank; fresh weights stay as they were built.
 
         Raises:

@@ -32,18 +32,20 @@ def main() -> None:
         lines = [f"  {name:<8}{text}" for name, text in _COMMANDS.items()]
         print("\n".join([f"usage: {_PROGRAM} COMMAND --data_path D", "", "commands:", *lines]))
     elif name == "info":
+        opened = parse(InfoConfig, INFO_FLAGS, rest, f"{_PROGRAM} info", _COMMANDS[name])
         from cosmos_posttrain.data.info import info
 
-        info(parse(InfoConfig, INFO_FLAGS, rest, f"{_PROGRAM} info", _COMMANDS[name]))
+        info(opened)
     elif name == "verify":
+        verified = parse(VerifyConfig, VERIFY_FLAGS, rest, f"{_PROGRAM} verify", _COMMANDS[name])
         from cosmos_posttrain.data.verify import verify
 
-        verify(parse(VerifyConfig, VERIFY_FLAGS, rest, f"{_PROGRAM} verify", _COMMANDS[name]))
+        verify(verified)
     elif name == "export":
-        from cosmos_posttrain.prepare.onex.exporting import export_onex
-
         config = parse(ExportConfig, EXPORT_FLAGS, rest, f"{_PROGRAM} export", _COMMANDS[name])
         validate(config)
+        from cosmos_posttrain.prepare.onex.exporting import export_onex
+
         export_onex(config.data_path, config.output_dir)
     else:
         problem = f"there is no command {name!r}" if name else "a command is missing"

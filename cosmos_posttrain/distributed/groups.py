@@ -32,11 +32,19 @@ _TIMEOUT = timedelta(minutes=60)
 
 @dataclass(frozen=True)
 class Parallelism:
-    """Sizes of the parallel groups; what is left of the world is data parallelism."""
+    """Sizes of the parallel groups; what is left of the world is data parallelism.
+
+    Attributes:
+        tensor: ranks that share each layer.
+        pipeline: ranks that share the layers.
+        context: ranks that share each sequence.
+        virtual_pipeline: parts of the layers on each pipeline rank; see ``models/chunks.py``.
+    """
 
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    virtual_pipeline: int = 1
 
     @property
     def model_size(self) -> int:
@@ -44,8 +52,12 @@ class Parallelism:
         return self.tensor * self.pipeline * self.context
 
 
-def check_world(parallelism: Parallelism) -> None:
-    """Refuses parallel sizes that the launched processes cannot hold.
+def check_world(parallelism: Parallelism, world_size: int | None = None) -> None:
+    """Refuses parallel sizes that the processes cannot hold.
+
+    Args:
+        parallelism: the sizes.
+        world_size: number of processes; None means those that were launched.
 
     Raises:
         ConfigError: names the numbers and the torchrun command that would fit.
@@ -53,7 +65,7 @@ def check_world(parallelism: Parallelism) -> None:
     for name in ("tensor", "pipeline", "context"):
         if getattr(parallelism, name) < 1:
             raise ConfigError(f"the {name} parallel size must be at least 1.")
-    needed, present = parallelism.model_size, launch.world_size()
+    needed, present = parallelism.model_size, world_size or launch.world_size()
     if present % needed:
         raise ConfigError(
             f"tensor x pipeline x context parallel size {parallelism.tensor} x "
@@ -74,10 +86,7 @@ def start() -> None:
         torch.cuda.set_device(launch.device())
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     if launch.is_launched():
-        store, rank, world_size = meeting.meet(_TIMEOUT)
-        torch.distributed.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
-        )
+        meeting.make_group(backend, _TIMEOUT)
     else:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -111,6 +120,9 @@ def initialize(parallelism: Parallelism, seed: int = 1234) -> None:
                 create_gloo_process_groups=torch.cuda.is_available(),
                 distributed_timeout_minutes=int(_TIMEOUT.total_seconds() // 60),
             )
+    # No groups of its own: Megatron's schedules ask for it.
+    chunks = parallelism.virtual_pipeline
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(chunks if chunks > 1 else None)
     set_seed(seed)
 
 

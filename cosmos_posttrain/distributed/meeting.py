@@ -1,6 +1,7 @@
 """The store at which the processes of one start meet, empty whatever earlier starts left there.
 
-Flows in: the launcher's environment. Flows out: a store, this process's rank, their number.
+Flows in: the launcher's environment. Flows out: a store, this process's rank, their number, or the
+process group that they make there.
 
 torchrun keeps one store through all restarts of a run, so a process that is quicker than the others
 would read the addresses that killed ones left, and connect to nobody. So the processes first agree
@@ -23,6 +24,25 @@ import torch.distributed
 from cosmos_posttrain.errors import RankError
 
 _PERIOD_SECONDS = 0.02
+# All processes of a start are started together, however long they will wait for one another later.
+_LONGEST = timedelta(hours=1)
+
+
+def make_group(backend: str, timeout: timedelta, **options: Any) -> None:
+    """Makes torch's process group of all processes of this start.
+
+    Args:
+        backend: gloo, nccl, or both.
+        timeout: how long a collective may take.
+        **options: of torch's ``init_process_group``.
+
+    Raises:
+        RankError: some processes did not come in time.
+    """
+    store, rank, world_size = meet(min(timeout, _LONGEST))
+    torch.distributed.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **options
+    )
 
 
 def meet(timeout: timedelta) -> tuple[Any, int, int]:

@@ -63,7 +63,7 @@ class RankWatch:
         self._num_looks = 0
         self._verdict: str | None = None
         self._found, self._taken, self._closed = (threading.Event() for _ in range(3))
-        self._heard: dict[int, tuple[int | None, float]] = {}  # for the judges
+        self._heard: dict[int, tuple[Any, float]] = {}  # for the judges
         self._store: Any = None
         if torch.distributed.get_world_size() == 1:
             return
@@ -165,13 +165,14 @@ class RankWatch:
             key = self._key("at", peer.rank)
             report = json.loads(self._store.get(key)) if self._store.check([key]) else {}
             reports[peer.rank] = report
-            if self._heard.get(peer.rank, (None, 0.0))[0] != report.get("look"):
+            # Who has told nothing at all has been silent since this rank began to listen.
+            if self._heard.get(peer.rank, ("", 0.0))[0] != report.get("look"):
                 self._heard[peer.rank] = report.get("look"), time.monotonic()
         return reports
 
     def _silence(self, rank: int) -> float:
-        """Seconds since a rank last told something; it may not have begun to."""
-        return time.monotonic() - self._heard[rank][1] if rank in self._heard else 0.0
+        """Seconds since a rank last told something."""
+        return time.monotonic() - self._heard[rank][1]
 
     def _silent_machine(self) -> str | None:
         own = self._peers[self._rank].namespace

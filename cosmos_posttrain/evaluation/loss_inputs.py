@@ -29,7 +29,7 @@ from cosmos_posttrain.inference.opening import look_up
 from cosmos_posttrain.models.builder import CosmosGPTModel, build_model
 from cosmos_posttrain.models.sequence import sequence_layout
 from cosmos_posttrain.training import texts
-from cosmos_posttrain.training.setup import check_division
+from cosmos_posttrain.training.building import check_division
 
 _DEFAULT_SPLIT = SplitInfo("98,1,1", 1234)
 _TRY_ANYWAY = "or try anyway with --allow_tokenizer_mismatch"

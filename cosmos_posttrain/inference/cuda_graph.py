@@ -63,14 +63,14 @@ class CudaGraphs:
                 self._step(*key)
         except RuntimeError as error:
             self._is_refused = True
-            say_refused(error)
+            say_refused(str(error))
         else:
             self._graphs[key] = graph
 
 
-def say_refused(error: RuntimeError) -> None:
+def say_refused(error: str) -> None:
     """One sentence, from one rank."""
-    reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+    reason = error.strip().split("\n", 1)[0].rstrip(".")
     launch.say(
         f"CUDA graphs are not used, tokens are decoded without: {reason}; --no-cuda_graphs leaves "
         "them out.",

@@ -9,8 +9,9 @@ Flows in: a model, the given tokens of some clips and how the others are drawn. 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,41 @@ from cosmos_posttrain.models.ar_model import ARModel
 
 
 class _Refused(Exception):
-    """A static step cannot run here; its cause is why."""
+    """A static step cannot run on some rank; the same on all ranks.
+
+    Attributes:
+        reason: in the words of the first of them.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@contextlib.contextmanager
+def _all_or_none() -> Iterator[None]:
+    """What fails inside on one tensor-parallel rank has failed on all, so that none goes on alone.
+
+    Raises:
+        _Refused: on all of them.
+    """
+    reason = None
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error)
+    for told in _gather(reason):
+        if told is not None:
+            raise _Refused(told)
+
+
+def _gather(value: str | None) -> list[str | None]:
+    """Every tensor-parallel rank's text."""
+    values = [value] * parallel_state.get_tensor_model_parallel_world_size()
+    if len(values) > 1:
+        group = parallel_state.get_tensor_model_parallel_group()
+        torch.distributed.all_gather_object(values, value, group=group)
+    return values
 
 
 @dataclass(frozen=True)
@@ -94,11 +129,12 @@ class DecodeJob:
         draw = _agreed_draw(dataclasses.replace(self.draw, can_wait=False))
 
         def open_passes(drafts: Drafts) -> StaticPasses:
-            try:
+            with _all_or_none():
                 state = StaticState(prompt_state, room, block)
-                return StaticPasses(state, draw, drafts, self.guidance_scale, open_runner)
-            except RuntimeError as error:
-                raise _Refused from error
+                passes = StaticPasses(state, draw, drafts, self.guidance_scale, open_runner)
+            with _all_or_none():
+                passes.begin()
+            return passes
 
         try:
             return decode_in_windows(
@@ -113,8 +149,7 @@ class DecodeJob:
                 open_passes,
             )
         except _Refused as refused:
-            assert isinstance(refused.__cause__, RuntimeError)
-            say_refused(refused.__cause__)
+            say_refused(refused.reason)
             return None
 
     def _open_scores(self, decoding: str, max_length: int) -> NextScores:

@@ -42,7 +42,7 @@ class Peaks:
 
     def _note(self) -> None:
         """Adds what was the peak since the last note to all open stages, and starts anew."""
-        peak = _peak_bytes()
+        peak = peak_bytes()
         self._open = [max(value, peak) for value in self._open]
         _reset_peak()
 
@@ -54,7 +54,7 @@ class Peaks:
         return f"peak memory {where}, GB: {', '.join(parts)}" if parts else ""
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """Since the last reset; 0 where nobody tells."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()

@@ -59,6 +59,19 @@ class StaticState(DecodeState):
             self._values[:, first // block, ..., : part.shape[-2], :] = part
         state._keys = state._values = self._keys.new_empty(0)
 
+    def rehearse(self) -> None:
+        """Runs what other ways of decoding do not have, on zeros that a pass will overwrite.
+
+        Where it cannot run it fails here, before another rank waits for this one.
+        """
+        plan, filled = self.plan, self.length
+        batch = len(self._rows)
+        shape = (batch, 1, plan.groups, plan.heads_per_group + 1, plan.width)
+        zeros = torch.zeros(shape, dtype=plan.dtype, device=plan.device)
+        firsts = torch.full((batch, 1), filled, device=plan.device)
+        places = self._places_at(firsts, 1, self.num_blocks * self.block)
+        self._attended(0, zeros[..., 1:, :], zeros[..., 0, :], zeros[..., 0, :], places)
+
     def feed_at(self, tokens: Tensor, firsts: Tensor, num_blocks: int) -> Tensor:
         """Feeds tokens of clips that stand anywhere in the first blocks.
 
@@ -124,7 +137,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class StaticPasses:
-    """Passes of one shape for each window and bucket; see ``Passes``.
+    """Passes of one shape for each window and bucket; see ``Passes``. Begin them with ``begin``.
+
+    Making them sends nothing to other ranks, and fails where memory or a kernel is missing.
 
     Args:
         state: of the clips, twice as many with guidance.
@@ -146,11 +161,16 @@ class StaticPasses:
         self._guidance_scale = guidance_scale
         batch, window = len(drafts.tokens), drafts.largest_window
         self._drawn = drafts.tokens.new_zeros(batch, window)
-        self._scores = self._scores_of(*drafts.window(1)).new_zeros(
-            batch, window, state.plan.config.vocab_size
-        )
+        dtype = state.plan.dtype if guidance_scale == 1 else torch.float32
+        shape = (batch, window, state.plan.config.vocab_size)
+        self._scores = torch.zeros(shape, dtype=dtype, device=self._drawn.device)
         self._bucket = -(-state.num_blocks // _NUM_BUCKETS)
         self._run = self.step if open_runner is None else open_runner(self.step)
+        state.rehearse()
+
+    def begin(self) -> None:
+        """A first pass, of which nothing is kept; the tensor-parallel ranks make it together."""
+        self._scores_of(*self._drafts.window(1))
 
     def __call__(self, count: int, known: list[int]) -> tuple[Tensor, Tensor, list[int]]:
         """See ``Passes``."""

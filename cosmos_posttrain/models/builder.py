@@ -53,6 +53,9 @@ def transformer_config(
         "hidden_dropout": 0.0,
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline_model_parallel_size": (
+            parallel_state.get_virtual_pipeline_model_parallel_world_size()
+        ),
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
         "sequence_parallel": sequence_parallel,
         "params_dtype": dtype,
@@ -80,6 +83,7 @@ def build_model(
     sequence_parallel: bool = False,
     seed: int = 1234,
     device: str | None = None,
+    chunk: int | None = None,
     **overrides: Any,
 ) -> CosmosGPTModel:
     """Builds this rank's part of the model, with seeded fresh weights.
@@ -92,13 +96,17 @@ def build_model(
         seed: of the fresh weights.
         device: ``meta`` builds a model without weights, to be counted; ``cpu`` leaves it there on a
             machine with a GPU too; None means this process's.
+        chunk: which of this rank's parts, where the pipeline is interleaved; else None.
         **overrides: fields of Megatron's ``TransformerConfig``.
 
     Raises:
         ConfigError: parallel sizes that do not divide the model, or LoRA where it cannot work.
     """
     model.check_tensor_parallel(parallel_state.get_tensor_model_parallel_world_size())
-    model.check_pipeline_parallel(parallel_state.get_pipeline_model_parallel_world_size())
+    model.check_pipeline_parallel(
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+    )
     if dtype is None:
         dtype = DTYPES.get(model.params_dtype) if torch.cuda.is_available() else None
         dtype = dtype or torch.float32
@@ -107,30 +115,33 @@ def build_model(
     config = transformer_config(
         model, dtype=dtype, sequence_parallel=sequence_parallel, **overrides
     )
-    groups.set_seed(seed)
+    groups.set_seed(seed + 10_000 * (chunk or 0))
     if device == "meta":
         config.perform_initialization = False
         with torch.device("meta"), cpu_device():
-            return _construct(model, config, layer_spec)
+            return _construct(model, config, layer_spec, chunk)
     with cpu_device():
-        module = _construct(model, config, layer_spec)
+        module = _construct(model, config, layer_spec, chunk)
     if model.lora is not None:
         start_factors(module, seed)
     return module.to(device=device or launch.device(), dtype=dtype)
 
 
-def _construct(model: ModelConfig, config: TransformerConfig, layer_spec: str) -> CosmosGPTModel:
+def _construct(
+    model: ModelConfig, config: TransformerConfig, layer_spec: str, chunk: int | None
+) -> CosmosGPTModel:
     kind = Video2WorldModel if model.is_video2world else CosmosGPTModel
+    num_parts = config.pipeline_model_parallel_size
+    num_parts *= config.virtual_pipeline_model_parallel_size or 1
     module = kind(
         model,
         config=config,
-        transformer_layer_spec=block_spec(
-            layer_spec, model, model.num_layers // config.pipeline_model_parallel_size
-        ),
+        transformer_layer_spec=block_spec(layer_spec, model, model.num_layers // num_parts),
         vocab_size=model.padded_input_vocab_size,
         max_sequence_length=model.seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+        vp_stage=chunk,
         parallel_output=True,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",

@@ -262,12 +262,22 @@ class ModelConfig:
                 + f"; use one of {', '.join(map(str, fitting))}."
             )
 
-    def check_pipeline_parallel(self, size: int) -> None:
+    def check_pipeline_parallel(self, size: int, num_chunks: int = 1) -> None:
         """Refuses a pipeline parallel size that does not divide the layers.
+
+        Args:
+            size: ranks that share the layers.
+            num_chunks: parts on each of them.
 
         Raises:
             ConfigError: names the number of layers.
         """
+        if size >= 1 and self.num_layers % size == 0 and self.num_layers % (size * num_chunks):
+            raise ConfigError(
+                f"--virtual_pipeline_model_parallel_size {num_chunks} does not divide the "
+                f"{self.num_layers // size} layers of each of {size} pipeline stages; use a "
+                f"divisor of {self.num_layers // size}."
+            )
         if size < 1 or self.num_layers % size:
             raise ConfigError(
                 f"--pipeline_model_parallel_size {size} does not divide the model's "

@@ -50,6 +50,11 @@ class CosmosGPTModel(GPTModel):
             parameter.requires_grad_(name.startswith(MEDUSA))
         self._trains_heads_alone = True
 
+    @property
+    def trains_heads_alone(self) -> bool:
+        """Whether the loss is that of the Medusa heads alone."""
+        return self._trains_heads_alone
+
     @contextlib.contextmanager
     def hidden_states_only(self) -> Iterator[None]:
         """While it lasts, the last stage gives (S, B, H) behind the last norm, and no logits."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from cosmos_posttrain.models.chunks import chunks_of
 from cosmos_posttrain.models.specs import NAMES_ON_DISK
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -19,14 +20,18 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 def parameters_by_disk_name(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yields (name on disk, parameter) for every parameter that this rank holds."""
-    decoder: Any = model.decoder
-    for name, parameter in model.named_parameters():
-        match = _LAYER.fullmatch(name)
-        if match is not None:
-            layer = decoder.layers[int(match[1])]
-            rest = match[2]
-            for in_memory, on_disk in NAMES_ON_DISK.items():
-                if rest.startswith(in_memory):
-                    rest = on_disk + rest[len(in_memory) :]
-            name = f"decoder.layers.{layer.layer_number - 1}.{rest}"
-        yield name, parameter
+    for chunk in chunks_of(model):
+        for name, parameter in chunk.named_parameters():
+            yield _on_disk(name, chunk.decoder), parameter
+
+
+def _on_disk(name: str, decoder: Any) -> str:
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return name
+    layer = decoder.layers[int(match[1])]
+    rest = match[2]
+    for in_memory, on_disk in NAMES_ON_DISK.items():
+        if rest.startswith(in_memory):
+            rest = on_disk + rest[len(in_memory) :]
+    return f"decoder.layers.{layer.layer_number - 1}.{rest}"

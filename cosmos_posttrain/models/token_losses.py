@@ -69,6 +69,60 @@ def token_losses(
     return losses.view(-1, labels.shape[0]).t().contiguous()
 
 
+@torch.no_grad()
+def losses_and_guesses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, sequence_parallel: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Loss of every token, and the token that is the most likely one in its place.
+
+    Of tokens that are equally likely the lower number is the guess, as a greedy decoder takes it.
+
+    Args:
+        hidden: as ``token_losses`` takes it.
+        weight: likewise.
+        labels: likewise.
+        vocab_size: likewise.
+        sequence_parallel: likewise.
+
+    Returns:
+        (B, S) float32 in nats, and (B, S) int64; the same on all tensor-parallel ranks.
+    """
+    group = None
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        group = parallel_state.get_tensor_model_parallel_group()
+        if sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+    first = parallel_state.get_tensor_model_parallel_rank() * len(weight)
+    columns = max(min(vocab_size - first, len(weight)), 0)
+    rows, targets = hidden.flatten(0, 1), labels.t().flatten()
+    log_mass = torch.empty(len(rows), 1, device=rows.device)
+    target = torch.zeros_like(log_mass)
+    guesses = torch.empty_like(targets)
+    at_once = positions_at_once(len(weight), rows.device.type)
+    for start in range(0, len(rows), at_once):
+        part = slice(start, start + at_once)
+        logits = _logits(rows[part], weight, columns)
+        _find(targets[part], first, columns, logits, target[part])
+        guesses[part] = _most_likely(logits, first, group)
+        _to_probabilities(logits, log_mass[part], group)
+    if group is not None:
+        torch.distributed.all_reduce(target, group=group)
+    shape = (-1, labels.shape[0])
+    return (log_mass - target).view(shape).t().contiguous(), guesses.view(shape).t().contiguous()
+
+
+def _most_likely(logits: Tensor, first: int, group: Any) -> Tensor:
+    """(n,) numbers of the largest logits (n, V / TP) among all ranks' columns."""
+    largest, place = logits.max(dim=1)
+    place += first
+    if group is not None:
+        top = largest.clone()
+        torch.distributed.all_reduce(top, op=torch.distributed.ReduceOp.MAX, group=group)
+        place.masked_fill_(largest != top, torch.iinfo(place.dtype).max)
+        torch.distributed.all_reduce(place, op=torch.distributed.ReduceOp.MIN, group=group)
+    return place
+
+
 class _Losses(torch.autograd.Function):
     """``log(sum(exp(logits))) - logits[label]`` for N = S * B positions."""
 

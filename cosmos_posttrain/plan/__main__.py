@@ -23,6 +23,7 @@ from cosmos_posttrain.plan.config import (
     DTYPE_NAMES,
     FLAGS,
     GPU_MEMORY_GB,
+    HUB_PREFIX,
     PlanConfig,
     validate,
 )
@@ -40,8 +41,7 @@ def read_model(path: str) -> tuple[ModelConfig, str]:
     name = path.removeprefix("random:")
     if name in PRESETS and not Path(name).exists():
         fresh = name.startswith("tiny") or path != name
-        hub_id = f"nvidia/Cosmos-1.0-Autoregressive-{name}"
-        return preset(name), f"random:{name}" if fresh else hub_id
+        return preset(name), f"random:{name}" if fresh else HUB_PREFIX + name
     file = Path(path)
     if file.is_dir() and not (file / "model.pt").exists() and (file / "config.json").is_file():
         file = file / "config.json"
@@ -80,7 +80,7 @@ def _cluster(config: PlanConfig) -> Cluster:
     link = None if config.link_gb_per_second is None else config.link_gb_per_second * 1e9
     gpu = hardware(config.gpu, config.mfu, peak, link)
     gigabytes = config.gpu_memory_gb or GPU_MEMORY_GB[config.gpu]
-    return Cluster(config.gpus, gigabytes * GIB, config.gpus_per_node, gpu)
+    return Cluster(config.gpus, gigabytes * GIB, config.gpus_per_node, gpu, config.reserve)
 
 
 def _at_size(model: ModelConfig, config: PlanConfig) -> ModelConfig:
@@ -118,19 +118,26 @@ def main() -> int:
     name = config.model or DEFAULT_MODEL
     model, model_path = read_model(name)
     model = _at_size(model, config)
-    model = dataclasses.replace(model, lora=lora_for(model, config.lora_rank, None, None))
+    model = dataclasses.replace(
+        model,
+        lora=lora_for(model, config.lora_rank, None, None),
+        num_medusa_heads=config.num_medusa_heads,
+    )
     work = Workload(
         model,
         config.micro_batch_size,
         config.global_batch_size,
         DTYPE_NAMES[config.dtype],
         config.distributed_optimizer,
+        config.ema_decay is not None,
+        config.num_medusa_heads > 0 and config.medusa_freeze_backbone,
     )
     cluster = _cluster(config)
     fitting, smallest = layouts.search(work, cluster)
     if not fitting:
         raise layouts.refusal(name, work, cluster, smallest)
-    plan = report.TrainingPlan(name, model_path, work, cluster, fitting)
+    settings = report.Settings(model_path, config.ema_decay, config.async_save)
+    plan = report.TrainingPlan(name, settings, work, cluster, fitting)
     if config.json:
         print(json.dumps(report.to_json(plan), indent=2))
     else:

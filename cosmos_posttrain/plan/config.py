@@ -15,6 +15,11 @@ from cosmos_posttrain.models.presets import PRESETS
 MAX_GPUS, MAX_GPUS_PER_NODE = 100_000, 1_000
 DTYPE_NAMES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
 DEFAULT_MODEL = "4B"
+# Of the published models; a preset's name follows.
+HUB_PREFIX = "nvidia/Cosmos-1.0-Autoregressive-"
+# Share of a GPU's memory that a layout must leave free. The estimates count the CUDA context, NCCL
+# and fragmentation by assumptions of their own; what they may be wrong by is this.
+RESERVE = 0.08
 # GPUs' memory in GiB, rounded as their names are.
 GPU_MEMORY_GB = {"A100": 80.0, "H100": 80.0, "H200": 140.0, "B200": 178.0}
 
@@ -46,6 +51,11 @@ class PlanConfig:
         distributed_optimizer: divide optimizer state over data-parallel ranks.
         lora_rank: train low-rank factors beside frozen matrices, and embedding and output rows in
             full; None trains everything.
+        ema_decay: keep an average of the weights; its number changes nothing here.
+        async_save: write checkpoints from copies in host memory.
+        num_medusa_heads: heads that guess tokens further ahead.
+        medusa_freeze_backbone: train the Medusa heads alone.
+        reserve: share of each GPU's memory that a layout must leave free.
         max_layouts: rows of the table.
         json: print JSON and nothing else.
     """
@@ -67,6 +77,11 @@ class PlanConfig:
     dtype: str = setting("bf16", choices=tuple(DTYPE_NAMES))
     distributed_optimizer: bool = True
     lora_rank: int | None = setting(None, at_least=1)
+    ema_decay: float | None = setting(None, at_least=0, below=1)
+    async_save: bool = False
+    num_medusa_heads: int = setting(0, at_least=0)
+    medusa_freeze_backbone: bool = True
+    reserve: float = setting(RESERVE, at_least=0, below=1)
     max_layouts: int = setting(10, at_least=1)
     json: bool = False
 
@@ -93,6 +108,11 @@ FLAGS = (
     Flag("--dtype"),
     Flag("--distributed_optimizer"),
     Flag("--lora_rank"),
+    Flag("--ema_decay"),
+    Flag("--async_save"),
+    Flag("--medusa_num_heads", "num_medusa_heads"),
+    Flag("--medusa_freeze_backbone"),
+    Flag("--reserve"),
     Flag("--max_layouts"),
     Flag("--json"),
 )
@@ -111,4 +131,6 @@ def validate(config: PlanConfig) -> None:
         )
     if config.gpu_memory_gb is None and config.gpu not in GPU_MEMORY_GB:
         problems.append(f"the memory of --gpu {config.gpu} is not known: give --gpu_memory_gb")
+    if config.num_medusa_heads and config.lora_rank is not None:
+        problems.append("--medusa_num_heads and --lora_rank do not go together")
     check(config, flag_names(FLAGS), problems)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.plan.config import RESERVE
 from cosmos_posttrain.plan.memory import Layout, Memory, Workload, memory
 from cosmos_posttrain.plan.speed import Hardware, Speed, speed
 
@@ -28,12 +29,19 @@ class Cluster:
         memory_bytes: of one.
         gpus_per_node: GPUs that are joined by fast links.
         hardware: their speed.
+        reserve: share of the memory that must stay free.
     """
 
     num_gpus: int
     memory_bytes: float
     gpus_per_node: int
     hardware: Hardware
+    reserve: float = RESERVE
+
+    @property
+    def usable_bytes(self) -> float:
+        """Of one GPU, without the reserve."""
+        return self.memory_bytes * (1 - self.reserve)
 
     @property
     def num_nodes(self) -> int:
@@ -64,6 +72,13 @@ def _divides_model(work: Workload, tensor: int, pipeline: int) -> bool:
     return True
 
 
+def _trains_heads(work: Workload, pipeline: int, context: int) -> bool:
+    """The trainer's rule for Medusa heads."""
+    if not work.model.num_medusa_heads:
+        return True
+    return context == 1 and (pipeline == 1 or not work.heads_alone)
+
+
 def sequence_divides(length: int, tensor: int, context: int, sequence_parallel: bool) -> bool:
     """The trainer's rule: TP pieces (sequence parallelism) of 2 * CP pieces (balanced split)."""
     pieces = (tensor if sequence_parallel else 1) * (2 * context if context > 1 else 1)
@@ -83,6 +98,8 @@ def possible_layouts(work: Workload, num_gpus: int, gpus_per_node: int) -> Itera
                 continue
             for context in _divisors(num_gpus // tensor // pipeline):
                 data = num_gpus // (tensor * pipeline * context)
+                if not _trains_heads(work, pipeline, context):
+                    continue
                 if (
                     min(gpus_per_node, num_gpus) % (tensor * context)
                     or not sequence_divides(length, tensor, context, False)
@@ -123,7 +140,7 @@ def search(work: Workload, cluster: Cluster) -> tuple[list[Candidate], Candidate
         Candidate(layout, memory(work, layout), speed(work, layout, cluster.hardware))
         for layout in layouts
     ]
-    fitting = [c for c in candidates if c.memory.total <= cluster.memory_bytes]
+    fitting = [c for c in candidates if c.memory.total <= cluster.usable_bytes]
     return sorted(fitting, key=_order), min(candidates, key=lambda c: c.memory.total)
 
 
@@ -143,15 +160,15 @@ def least_gpus(work: Workload, memory_bytes: float, gpus_per_node: int) -> int |
 
 def refusal(name: str, work: Workload, cluster: Cluster, smallest: Candidate) -> ConfigError:
     """One sentence: what does not fit, how much is needed, and what would do."""
-    needed = math.ceil(smallest.memory.total / GIB)
-    number = least_gpus(work, cluster.memory_bytes, cluster.gpus_per_node)
+    needed = math.ceil(smallest.memory.total / (1 - cluster.reserve) / GIB)
+    number = least_gpus(work, cluster.usable_bytes, cluster.gpus_per_node)
     size = f"{cluster.memory_bytes / GIB:g} GB"
     choices = [] if number is None else [f"at least {number} GPUs of {size}"]
     choices.append(f"{cluster.num_gpus} of {needed} GB")
     return ConfigError(
         f"{name} cannot be trained on {cluster.num_gpus} GPU{'s' * (cluster.num_gpus > 1)} of "
-        f"{size}: its smallest layout ({describe(smallest.layout)}) needs {needed} GB on each; use "
-        f"{' or '.join(choices)}."
+        f"{size}: its smallest layout ({describe(smallest.layout)}) needs {needed} GB on each, "
+        f"{cluster.reserve:.0%} of which stay free; use {' or '.join(choices)}."
     )
 
 

@@ -19,7 +19,12 @@ from dataclasses import dataclass
 
 from cosmos_posttrain.models.config import ModelConfig, positions_at_once
 from cosmos_posttrain.models.lora_shapes import target_shapes
-from cosmos_posttrain.plan.parameters import rank_parameters, rank_trained_parameters
+from cosmos_posttrain.plan.parameters import (
+    parameter_groups,
+    rank_parameters,
+    rank_trained_parameters,
+    trained_parameters,
+)
 
 # The CUDA context, NCCL's channels and cuBLAS's workspaces; an assumption, not a measurement.
 FRAMEWORK_BYTES = 2 * 2**30
@@ -65,6 +70,8 @@ class Workload:
         global_batch_size: clips per optimizer step.
         dtype: ``bfloat16`` or ``float32``.
         distributed_optimizer: optimizer state is divided over the data-parallel ranks.
+        keeps_average: an average of the weights is kept (``--ema_decay``).
+        heads_alone: all but the model's Medusa heads is frozen.
         gpu_kernels: False counts the CPU's kernels: context parallelism needs masks there, float32
             attention takes grouped keys and values as they are, and the loss takes fewer positions
             at once.
@@ -75,12 +82,19 @@ class Workload:
     global_batch_size: int = 32
     dtype: str = "bfloat16"
     distributed_optimizer: bool = True
+    keeps_average: bool = False
+    heads_alone: bool = False
     gpu_kernels: bool = True
 
     @property
     def element_bytes(self) -> int:
         """Bytes of one weight or activation."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def state_bytes(self) -> int:
+        """The optimizer's, of a trained number: moments, float32 master weight, average."""
+        return (8 if self.dtype == "float32" else 12) + 4 * self.keeps_average
 
     def num_microbatches(self, layout: Layout) -> int:
         """Forward passes of each data-parallel rank per optimizer step."""
@@ -94,7 +108,7 @@ class Memory:
     Attributes:
         weights: parameters, and the tables of positions.
         gradients: Megatron's float32 gradient buffer.
-        optimizer: float32 master weights and Adam's two moments.
+        optimizer: float32 master weights, Adam's two moments, and the average where one is kept.
         activations: what the layers keep for the backward pass, over all batches in flight.
         logits: float32 softmax over the vocabulary, where it is small enough to be kept.
         working: the largest of the buffers that come and go.
@@ -129,15 +143,48 @@ def table_bytes(work: Workload) -> float:
 
 def gradient_bytes(work: Workload, layout: Layout, stage: int) -> float:
     """Megatron's gradient buffer: float32 whatever the dtype, and whole on every rank."""
-    return 4 * rank_trained_parameters(work.model, layout.tensor, layout.pipeline, stage)
+    return 4 * _trained(work, layout, stage)
+
+
+def _trained(work: Workload, layout: Layout, stage: int) -> int:
+    sizes = layout.tensor, layout.pipeline, stage
+    return rank_trained_parameters(work.model, *sizes, work.heads_alone)
+
+
+def _updated(work: Workload, layout: Layout, stage: int) -> float:
+    """Trained numbers of which this rank keeps the optimizer's state."""
+    ranks = layout.data * layout.context if work.distributed_optimizer else 1
+    return _trained(work, layout, stage) / ranks
 
 
 def optimizer_bytes(work: Workload, layout: Layout, stage: int) -> float:
-    """AdamW: two float32 moments, and float32 master weights unless the weights are float32."""
-    per_parameter = 8 if work.dtype == "float32" else 12
-    ranks = layout.data * layout.context if work.distributed_optimizer else 1
-    count = rank_trained_parameters(work.model, layout.tensor, layout.pipeline, stage)
-    return per_parameter * count / ranks
+    """AdamW: two float32 moments, and float32 master weights unless the weights are float32.
+
+    Also the average of the weights, where one is kept.
+    """
+    return work.state_bytes * _updated(work, layout, stage)
+
+
+def host_bytes(work: Workload, layout: Layout) -> float:
+    """Host memory of the process that needs most for ``--async_save``: its part of a checkpoint.
+
+    That is what it updates; frozen weights are the first data-parallel rank's.
+    """
+
+    def of(stage: int) -> float:
+        frozen = rank_parameters(work.model, layout.tensor, layout.pipeline, stage)
+        frozen -= _trained(work, layout, stage)
+        updated = _updated(work, layout, stage) * (work.element_bytes + work.state_bytes)
+        return updated + work.element_bytes * frozen
+
+    return max(of(stage) for stage in range(layout.pipeline))
+
+
+def checkpoint_bytes(work: Workload) -> int:
+    """A checkpoint on disk: the weights, and the optimizer's state of those that are trained."""
+    whole = sum(parameter_groups(work.model).values())
+    trained = trained_parameters(work.model, work.heads_alone)
+    return work.element_bytes * whole + work.state_bytes * trained
 
 
 def _norm_width_bytes(work: Workload) -> int:
@@ -205,6 +252,16 @@ def layer_activation_bytes(work: Workload, layout: Layout) -> float:
     return work.micro_batch_size * per_clip + _mask_bytes(work, layout)
 
 
+def head_activation_bytes(work: Workload, layout: Layout) -> float:
+    """What the Medusa heads keep: of each its product before SiLU, and its hidden states."""
+    t = layout.tensor
+    tokens = work.model.seq_length / layout.context * work.micro_batch_size
+    # Under sequence parallelism the first two are a rank's part; the states are then gathered.
+    split = t if layout.sequence_parallel else 1
+    per_token = work.element_bytes * work.model.hidden_size * (1 / split + 1)
+    return work.model.num_medusa_heads * tokens * per_token
+
+
 def _hidden_bytes(work: Workload, layout: Layout) -> float:
     """One tensor of hidden states, as it lies between two layers."""
     p = layout.tensor if layout.sequence_parallel else 1
@@ -218,6 +275,9 @@ def stage_activation_bytes(work: Workload, layout: Layout, stage: int) -> float:
     layers = model.num_layers // layout.pipeline
     p = layout.tensor if layout.sequence_parallel else 1
     tokens = model.seq_length / layout.context * work.micro_batch_size
+    if work.heads_alone:  # nothing before the heads is kept, but what goes into them
+        kept = _hidden_bytes(work, layout) + head_activation_bytes(work, layout) + 12 * tokens
+        return kept if stage == layout.pipeline - 1 else 0.0
     kept = _hidden_bytes(work, layout) if layout.recompute else layer_activation_bytes(work, layout)
     total = layers * kept
     if model.context_dim is not None:  # the text, which all layers share
@@ -232,6 +292,7 @@ def stage_activation_bytes(work: Workload, layout: Layout, stage: int) -> float:
         total += tokens * (work.element_bytes * model.hidden_size + 4) / p
         total += tokens * work.element_bytes * model.hidden_size
         total += tokens * (8 + 4 + 4)  # labels, weights, log-sum-exp
+        total += head_activation_bytes(work, layout)
     else:
         total += _hidden_bytes(work, layout)  # sent on
     return total
@@ -247,7 +308,8 @@ def _positions_at_once(work: Workload, layout: Layout) -> int:
 def logits_bytes(work: Workload, layout: Layout, stage: int) -> float:
     """The softmax in float32, where the loss takes all positions at once; else it keeps none."""
     tokens = work.model.seq_length // layout.context * work.micro_batch_size
-    if stage < layout.pipeline - 1 or _positions_at_once(work, layout) < tokens:
+    kept = stage == layout.pipeline - 1 and _positions_at_once(work, layout) >= tokens
+    if not kept or work.heads_alone:
         return 0.0
     return 4 * tokens * work.model.padded_vocab_size / layout.tensor
 
@@ -260,7 +322,7 @@ def _working_bytes(work: Workload, layout: Layout, stage: int) -> float:
     # Backward pass of a layer: gradients of SwiGLU's three tensors, and four of the hidden states'
     # size (residual, gathered input, gathered gradient, gradient before it is reduced).
     layer = 3 * e * tokens * model.ffn_hidden_size / t + 4 * full_hidden
-    if layout.recompute:
+    if layout.recompute or work.heads_alone:
         layer += layer_activation_bytes(work, layout)
     loss = 0.0
     if stage == layout.pipeline - 1:
@@ -287,7 +349,7 @@ def stage_memory(work: Workload, layout: Layout, stage: int) -> Memory:
     activations = in_flight * stage_activation_bytes(work, layout, stage)
     logits = logits_bytes(work, layout, stage)
     working = _working_bytes(work, layout, stage)
-    update = optimizer / (2 if work.dtype == "float32" else 3)
+    update = 4 * _updated(work, layout, stage)
     working += max(0.0, update - activations - logits - working)
     held = weights + gradients + optimizer + activations + logits + working
     overhead = FRAMEWORK_BYTES + FRAGMENTATION * held

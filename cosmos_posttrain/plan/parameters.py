@@ -1,7 +1,7 @@
 """How many parameters a model has, whole and on one rank. Plain numbers, no torch.
 
 Flows in: a ``ModelConfig`` and the sizes of the parallel groups. Flows out: counts that equal those
-of the built models, rows that only pad the vocabulary and LoRA's factors included.
+of the built models, rows that only pad the vocabulary, LoRA's factors and Medusa heads included.
 """
 
 from __future__ import annotations
@@ -61,7 +61,28 @@ def parameter_groups(model: ModelConfig) -> dict[str, int]:
         "norm": model.num_layers * layer.norm + model.hidden_size,
         "output": model.padded_vocab_size * model.hidden_size,
         **({"lora": num_lora_parameters(model)} if model.lora is not None else {}),
+        **({"medusa": head_parameters(model)} if model.num_medusa_heads else {}),
     }
+
+
+def head_parameters(model: ModelConfig) -> int:
+    """Of all Medusa heads, which every tensor-parallel rank of the last stage holds whole."""
+    return model.num_medusa_heads * model.hidden_size**2
+
+
+def trained_parameters(model: ModelConfig, heads_alone: bool = False) -> int:
+    """Of the whole model, as built: under LoRA its factors and rows; Medusa heads alone; else all.
+
+    Args:
+        model: the model's numbers.
+        heads_alone: all but the Medusa heads is frozen.
+    """
+    groups = parameter_groups(model)
+    if heads_alone:
+        return groups["medusa"]
+    if model.lora is not None:
+        return groups["embedding"] + groups["output"] + groups["lora"]
+    return sum(groups.values())
 
 
 def rank_parameters(model: ModelConfig, tensor: int, pipeline: int, stage: int) -> int:
@@ -76,12 +97,24 @@ def rank_parameters(model: ModelConfig, tensor: int, pipeline: int, stage: int) 
     layer = layer_parameters(model)
     count = model.num_layers // pipeline * (layer.matrices // tensor + layer.norm)
     if stage == pipeline - 1:
-        count += model.hidden_size  # the last norm
+        count += model.hidden_size + head_parameters(model)  # the last norm, the heads
     return count + _rows(model, tensor, pipeline, stage) + _factors(model, tensor, pipeline)
 
 
-def rank_trained_parameters(model: ModelConfig, tensor: int, pipeline: int, stage: int) -> int:
-    """Parameters of a GPU that are trained: under LoRA its factors and rows, else all."""
+def rank_trained_parameters(
+    model: ModelConfig, tensor: int, pipeline: int, stage: int, heads_alone: bool = False
+) -> int:
+    """Parameters of a GPU that are trained: under LoRA its factors and rows, else all.
+
+    Args:
+        model: as for ``rank_parameters``.
+        tensor: as there.
+        pipeline: as there.
+        stage: as there.
+        heads_alone: all but the Medusa heads is frozen.
+    """
+    if heads_alone:
+        return head_parameters(model) if stage == pipeline - 1 else 0
     if model.lora is None:
         return rank_parameters(model, tensor, pipeline, stage)
     return _rows(model, tensor, pipeline, stage) + _factors(model, tensor, pipeline)

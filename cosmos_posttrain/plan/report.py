@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cosmos_posttrain.plan.layouts import GIB, Candidate, Cluster, describe
-from cosmos_posttrain.plan.memory import FRAGMENTATION, FRAMEWORK_BYTES, Layout, Workload
+from cosmos_posttrain.plan.memory import (
+    FRAGMENTATION,
+    FRAMEWORK_BYTES,
+    Layout,
+    Workload,
+    checkpoint_bytes,
+    host_bytes,
+)
 from cosmos_posttrain.plan.parameters import parameter_groups
 
 if TYPE_CHECKING:
@@ -22,28 +29,43 @@ WIDTH = 118
 
 
 @dataclass(frozen=True)
+class Settings:
+    """What the command line says beside the layout.
+
+    Attributes:
+        model_path: what the training script's ``--model_path`` takes.
+        ema_decay: of the weights' average; None keeps none.
+        async_save: whether checkpoints are written from copies in host memory.
+    """
+
+    model_path: str
+    ema_decay: float | None = None
+    async_save: bool = False
+
+
+@dataclass(frozen=True)
 class TrainingPlan:
     """Everything that is printed.
 
     Attributes:
         name: the model as it was asked for.
-        model_path: what the training script's ``--model_path`` takes.
+        settings: of the command line.
         work: what is trained.
         cluster: on what.
         candidates: layouts that fit, fastest first; at least one.
     """
 
     name: str
-    model_path: str
+    settings: Settings
     work: Workload
     cluster: Cluster
     candidates: list[Candidate]
 
 
 def train_arguments(plan: TrainingPlan, layout: Layout) -> list[str]:
-    """Arguments of ``train_general.py`` for a layout."""
-    work = plan.work
-    arguments = ["--model_path", plan.model_path, "--data_path", "DATA", "--log_dir", "LOG_DIR"]
+    """Arguments of the training script for a layout."""
+    work, settings = plan.work, plan.settings
+    arguments = ["--model_path", settings.model_path, "--data_path", "DATA", "--log_dir", "LOG_DIR"]
     arguments += ["--dtype", work.dtype]
     for name, size in (
         ("tensor", layout.tensor),
@@ -56,15 +78,20 @@ def train_arguments(plan: TrainingPlan, layout: Layout) -> list[str]:
     arguments += ["--recompute"] * layout.recompute
     if work.model.lora is not None:
         arguments += ["--lora_rank", str(work.model.lora.rank)]
+    if work.model.num_medusa_heads:
+        arguments += ["--medusa_num_heads", str(work.model.num_medusa_heads)]
+        arguments += ["--no-medusa_freeze_backbone"] * (not work.heads_alone)
+    if settings.ema_decay is not None:
+        arguments += ["--ema_decay", str(settings.ema_decay)]
+    arguments += ["--async_save"] * settings.async_save
     arguments += ["--micro_batch_size", str(work.micro_batch_size)]
     arguments += ["--global_batch_size", str(work.global_batch_size)]
     return arguments
 
 
-def command(plan: TrainingPlan, layout: Layout) -> str | None:
-    """The whole command line, for every node; None for a model that no script trains."""
-    if plan.work.model.is_video2world:
-        return None
+def command(plan: TrainingPlan, layout: Layout) -> str:
+    """The whole command line, for every node."""
+    script = "train_video2world.py" if plan.work.model.is_video2world else "train_general.py"
     cluster = plan.cluster
     if cluster.num_nodes == 1:
         launcher = f"torchrun --standalone --nproc-per-node {cluster.num_gpus}"
@@ -73,14 +100,15 @@ def command(plan: TrainingPlan, layout: Layout) -> str | None:
             f"torchrun --nnodes {cluster.num_nodes} --nproc-per-node {cluster.gpus_per_node} "
             "--rdzv-backend c10d --rdzv-endpoint $MASTER_ADDR:29500"
         )
-    return f"{launcher} train_general.py {shlex.join(train_arguments(plan, layout))}"
+    return f"{launcher} {script} {shlex.join(train_arguments(plan, layout))}"
 
 
-def _candidate_json(candidate: Candidate) -> dict[str, Any]:
+def _candidate_json(work: Workload, candidate: Candidate) -> dict[str, Any]:
     used = dataclasses.asdict(candidate.memory) | {"total": candidate.memory.total}
     return {
         "layout": dataclasses.asdict(candidate.layout),
         "memory_bytes": {name: round(value) for name, value in used.items()},
+        "host_bytes": round(host_bytes(work, candidate.layout)),
         "speed": dataclasses.asdict(candidate.speed),
     }
 
@@ -102,11 +130,13 @@ def to_json(plan: TrainingPlan) -> dict[str, Any]:
         "global_batch_size": plan.work.global_batch_size,
         "dtype": plan.work.dtype,
         "distributed_optimizer": plan.work.distributed_optimizer,
+        "checkpoint_bytes": checkpoint_bytes(plan.work),
         "num_gpus": plan.cluster.num_gpus,
         "gpu_memory_bytes": round(plan.cluster.memory_bytes),
         "hardware": dataclasses.asdict(plan.cluster.hardware),
-        "layouts": [_candidate_json(candidate) for candidate in plan.candidates],
-        "recommended": _candidate_json(best),
+        "reserve": plan.cluster.reserve,
+        "layouts": [_candidate_json(plan.work, candidate) for candidate in plan.candidates],
+        "recommended": _candidate_json(plan.work, best),
         "command": command(plan, best.layout),
     }
 
@@ -171,8 +201,9 @@ def print_plan(plan: TrainingPlan, limit: int) -> None:
     _print_layouts(console, plan, limit)
     console.print(
         "SP: sequence parallelism; rec: recomputation; other: "
-        f"{FRAMEWORK_BYTES / GIB:g} GiB and {FRAGMENTATION:.0%}. Speed: {gpu.mfu:.0%} of "
-        f"{gpu.peak_flops / 1e12:,.0f} TFLOP/s before recomputation, bubble and transfers. "
+        f"{FRAMEWORK_BYTES / GIB:g} GiB and {FRAGMENTATION:.0%}; {plan.cluster.reserve:.0%} of the "
+        f"memory stay free. Speed: {gpu.mfu:.0%} of {gpu.peak_flops / 1e12:,.0f} TFLOP/s before "
+        "recomputation, bubble and transfers. "
         "All are estimates; docs/plan.md has the formulas."
     )
     if not work.distributed_optimizer:
@@ -181,10 +212,20 @@ def print_plan(plan: TrainingPlan, limit: int) -> None:
         )
     best = plan.candidates[0].layout
     console.print(f"\nRecommended: {describe(best)}.")
-    line = command(plan, best)
-    if line is None:
-        console.print("There is no training script for Video2World models yet.")
-        return
+    console.print(_storage(plan, best))
     nodes = " on every node" if plan.cluster.num_nodes > 1 else ""
     console.print(f"Command line{nodes}, with your own DATA and LOG_DIR:")
-    print(line)
+    print(command(plan, best))
+
+
+def _storage(plan: TrainingPlan, layout: Layout) -> str:
+    """What a run needs beside its GPUs."""
+    text = f"A checkpoint takes {checkpoint_bytes(plan.work) / 1e9:,.0f} GB on disk."
+    if plan.settings.async_save:
+        each = host_bytes(plan.work, layout)
+        per_node = min(plan.cluster.gpus_per_node, plan.cluster.num_gpus)
+        text += (
+            f" --async_save holds up to {each / 1e9:,.1f} GB of host memory a process, "
+            f"{per_node * each / 1e9:,.0f} GB a node."
+        )
+    return text

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from cosmos_posttrain import files, launch
-from cosmos_posttrain.distributed import groups
+from cosmos_posttrain.distributed import groups, meeting
 from cosmos_posttrain.errors import CosmosPosttrainError, VideoError
 from cosmos_posttrain.prepare.decoding import DecodingPool
 from cosmos_posttrain.prepare.shard_job import ClipEncoder, ShardJob
@@ -74,7 +74,7 @@ class PreparationRanks:
         self._group: Any = None
         if self.world_size > 1:
             if not torch.distributed.is_initialized():
-                torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+                meeting.make_group("gloo", _PATIENCE)
                 atexit.register(groups.shutdown)
             self._group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
 

@@ -9,7 +9,6 @@ from cosmos_posttrain.cli import parse
 from cosmos_posttrain.launch import run_cli
 from cosmos_posttrain.reproduce.config import FLAGS, ReproduceConfig
 from cosmos_posttrain.reproduce.figures import choose, load_figures, table
-from cosmos_posttrain.reproduce.run import run
 
 _PROGRAM = "python -m cosmos_posttrain.reproduce"
 
@@ -29,6 +28,8 @@ def main() -> None:
     if [name.lower() for name in names] == ["list"]:
         print(table(figures))
     else:
+        from cosmos_posttrain.reproduce.run import run
+
         run(choose(figures, names), config)
 
 

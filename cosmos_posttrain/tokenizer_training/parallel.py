@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cosmos_posttrain import launch
+from cosmos_posttrain.distributed import meeting
 
 # The slowest thing that ranks wait for is rank 0 validating and writing pictures.
 _TIMEOUT = timedelta(minutes=60)
@@ -50,9 +51,9 @@ class DataParallelRanks:
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            dist.init_process_group("nccl", timeout=_TIMEOUT, device_id=device)
+            meeting.make_group("nccl", _TIMEOUT, device_id=device)
         else:
-            dist.init_process_group("gloo", timeout=_TIMEOUT)
+            meeting.make_group("gloo", _TIMEOUT)
         dist.barrier()
 
     def stop(self) -> None:

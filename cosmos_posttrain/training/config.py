@@ -13,6 +13,12 @@ from cosmos_posttrain.config import check, setting
 from cosmos_posttrain.data.paths import DataPaths, parse_data_path
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.config import LAYER_SPECS, ROPE_SCALINGS
+from cosmos_posttrain.training.watching_config import (
+    SAMPLES_FLAGS,
+    SamplesConfig,
+    profile_problems,
+    samples_problems,
+)
 
 EMBEDDING_INITS = ("keep", "reset", "mean", "aligned")
 LR_DECAY_STYLES = ("cosine", "linear", "constant", "wsd")
@@ -104,12 +110,15 @@ class ParallelConfig:
     Attributes:
         tensor_model_parallel_size: processes that share each layer.
         pipeline_model_parallel_size: processes that share the layers in sequence.
+        virtual_pipeline_model_parallel_size: parts of the layers on each pipeline stage, taken
+            in turn (an interleaved pipeline), so that stages wait less for one another; 1 is none.
         context_parallel_size: processes that share each clip.
         sequence_parallel: split activations between layers over the tensor-parallel processes.
     """
 
     tensor_model_parallel_size: int = setting(2, at_least=1)
     pipeline_model_parallel_size: int = setting(1, at_least=1)
+    virtual_pipeline_model_parallel_size: int = setting(1, at_least=1)
     context_parallel_size: int = setting(1, at_least=1)
     sequence_parallel: bool = False
 
@@ -136,6 +145,8 @@ class OptimizerConfig:
         adam_beta2: decay of the second moment.
         adam_eps: added to the root of the second moment.
         clip_grad: largest norm of the whole gradient; 0 means no clipping.
+        grad_reduce_in_bf16: keep and sum gradients in bfloat16, not float32: half the memory and
+            half of what data parallelism sends, for a model in bfloat16.
     """
 
     lr: float = setting(5e-5, above=0)
@@ -152,6 +163,7 @@ class OptimizerConfig:
     adam_beta2: float = setting(0.95, at_least=0, below=1)
     adam_eps: float = setting(1e-8, above=0)
     clip_grad: float = setting(1.0, at_least=0)
+    grad_reduce_in_bf16: bool = False
 
     def wsd_decay_steps(self, max_steps: int) -> int:
         """Steps of ``wsd``'s decay, given all of the run's."""
@@ -183,8 +195,12 @@ class TrainConfig:
             for Video2World data.
         skip_nonfinite: batches of a run that may be left out because their loss or gradient is
             not finite; one more ends the run.
+        deterministic_mode: on a GPU, too, the same command gives the same numbers to the last bit;
+            slower. On a CPU it does so anyway.
         distributed_timeout_minutes: how long a step, a save or a validation may take; then the rank
             that the others wait for is named and the run ends.
+        profile_steps: first and last step to profile, as 10-12 (counted from 0): a trace of each
+            rank, and of a GPU its memory; None profiles nothing.
         index_mapping_dir: kept for the original's command lines: no index files are written.
         num_threads: CPU threads per process; None means torch's own choice.
     """
@@ -193,6 +209,7 @@ class TrainConfig:
     model: ModelSourceConfig = field(default_factory=ModelSourceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     log_dir: str = "./log_dir"
     max_steps: int = setting(100, at_least=1)
     max_epochs: int = setting(10, at_least=1)
@@ -208,7 +225,9 @@ class TrainConfig:
     z_loss_coefficient: float = setting(0.0, at_least=0)
     prompt_dropout: float = setting(0.0, at_least=0, below=1)
     skip_nonfinite: int = setting(0, at_least=0)
+    deterministic_mode: bool = False
     distributed_timeout_minutes: float = setting(30.0, above=0, at_most=55)
+    profile_steps: str | None = None
     index_mapping_dir: str | None = None
     num_threads: int | None = setting(None, at_least=1)
 
@@ -233,6 +252,7 @@ FLAGS = (
     Flag("--ema_decay", "optimizer.ema_decay"),
     Flag("--weight_decay", "optimizer.weight_decay"),
     Flag("--clip_grad", "optimizer.clip_grad"),
+    Flag("--grad_reduce_in_bf16", "optimizer.grad_reduce_in_bf16"),
     Flag("--max_steps"),
     Flag("--max_epochs"),
     Flag("--num_condition_latents"),
@@ -245,8 +265,11 @@ FLAGS = (
     Flag("--keep_last_n"),
     Flag("--val_check_interval"),
     Flag("--limit_val_batches"),
+    *SAMPLES_FLAGS,
+    Flag("--profile_steps"),
     Flag("--tensor_model_parallel_size", "parallel.tensor_model_parallel_size"),
     Flag("--pipeline_model_parallel_size", "parallel.pipeline_model_parallel_size"),
+    Flag("--virtual_pipeline_model_parallel_size", "parallel.virtual_pipeline_model_parallel_size"),
     Flag("--context_parallel_size", "parallel.context_parallel_size"),
     Flag("--sequence_parallel", "parallel.sequence_parallel"),
     Flag("--layer_spec", "model.layer_spec"),
@@ -264,6 +287,7 @@ FLAGS = (
     Flag("--latent_shape", "data.latent_shape"),
     Flag("--vocab_size", "data.vocab_size"),
     Flag("--seed", "data.seed"),
+    Flag("--deterministic_mode"),
     Flag("--distributed_timeout_minutes"),
     Flag("--num_threads"),
 )
@@ -290,6 +314,10 @@ def validate(config: TrainConfig, world_size: int) -> None:
     problems += _lora_problems(config.model)
     problems += _medusa_problems(config.model, parallel)
     problems += _batch_problems(config, world_size)
+    problems += samples_problems(
+        config.samples, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
+    )
+    problems += profile_problems(config.profile_steps, config.max_steps)
     check(config, flag_names(FLAGS), problems)
 
 
@@ -350,6 +378,8 @@ def _medusa_problems(model: ModelSourceConfig, parallel: ParallelConfig) -> list
     if not model.num_medusa_heads:
         return []
     problems = []
+    if parallel.virtual_pipeline_model_parallel_size > 1:
+        problems.append("--medusa_num_heads needs --virtual_pipeline_model_parallel_size 1")
     if parallel.context_parallel_size > 1:
         problems.append("--medusa_num_heads needs --context_parallel_size 1")
     if model.lora_rank is not None:
@@ -381,10 +411,33 @@ def _batch_problems(config: TrainConfig, world_size: int) -> list[str]:
     )
     data_parallel = max(world_size // max(model_size, 1), 1)
     per_step = config.micro_batch_size * data_parallel
-    if per_step < 1 or config.global_batch_size % per_step == 0:
+    if per_step < 1:
         return []
+    if config.global_batch_size % per_step == 0:
+        return _interleaving_problems(config, per_step)
     return [
         f"--global_batch_size {config.global_batch_size} is not a multiple of "
         f"--micro_batch_size {config.micro_batch_size} times {data_parallel} data-parallel "
         f"ranks; use a multiple of {per_step}"
+    ]
+
+
+def _interleaving_problems(config: TrainConfig, per_step: int) -> list[str]:
+    parallel = config.parallel
+    chunks, stages = (
+        parallel.virtual_pipeline_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+    )
+    if chunks == 1:
+        return []
+    if stages == 1:
+        return [
+            f"--virtual_pipeline_model_parallel_size {chunks} needs --pipeline_model_parallel_size "
+            "above 1"
+        ]
+    if config.global_batch_size // per_step % stages == 0:
+        return []
+    return [
+        f"--virtual_pipeline_model_parallel_size {chunks} takes {stages} micro-batches at a time: "
+        f"--global_batch_size {config.global_batch_size} must be a multiple of {per_step * stages}"
     ]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
@@ -20,6 +19,7 @@ from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint.pieces import MASTER, OwnPart
 from cosmos_posttrain.checkpoint.torch_dist import AVERAGE
 from cosmos_posttrain.distributed.cpu_device import cpu_device, cuda_calls_mean_cpu
+from cosmos_posttrain.models.chunks import chunks_of
 from cosmos_posttrain.training.config import TrainConfig
 from cosmos_posttrain.training.schedule import BODY, min_lr, row_rates
 
@@ -45,7 +45,7 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module, dtype: torch.dt
     )
     with cpu_device():
         optimizer = get_megatron_optimizer(
-            megatron_config, [model], use_gloo_process_groups=torch.cuda.is_available()
+            megatron_config, chunks_of(model), use_gloo_process_groups=torch.cuda.is_available()
         )
     for part in parts_of(optimizer):
         _fuse(part.optimizer)
@@ -72,7 +72,7 @@ def is_fused(optimizer: Any) -> bool:
     return _counts_in_state(optimizer) and all(g["fused"] for g in optimizer.param_groups)
 
 
-def _is_row(parameter: Tensor) -> bool:
+def is_row(parameter: Tensor) -> bool:
     """Whether it is the embedding or the output layer, as Megatron's models mark them."""
     return getattr(parameter, "is_embedding_or_output_parameter", False)
 
@@ -81,47 +81,15 @@ def _tell_body_from_rows(optimizer: Any) -> None:
     """Marks this rank's parameter groups for the schedule."""
     for part in parts_of(optimizer):
         for parameter, (number, _) in part.model_param_group_index_map.items():
-            part.optimizer.param_groups[number][BODY] = not _is_row(parameter)
+            part.optimizer.param_groups[number][BODY] = not is_row(parameter)
 
 
 def drop_body_gradients(optimizer: Any) -> None:
     """Zeroes the gradients of all but embedding and output rows, before their norm is taken."""
     for part in parts_of(optimizer):
         for parameter in part.model_param_group_index_map:
-            if not _is_row(parameter):
+            if not is_row(parameter):
                 parameter.main_grad.zero_()
-
-
-@torch.no_grad()
-def gradient_norm(optimizer: Any) -> Tensor:
-    """Norm of the whole model's gradient, made ready for an update.
-
-    Not finite wherever any rank's gradient is not: Megatron's norm looks at the first
-    tensor-parallel rank's copy of those weights that every rank has, so the other copies go in
-    with a factor of zero, which NaN and infinity survive.
-
-    Returns:
-        A float32 scalar on the parameters' device, the same on every rank.
-    """
-    counted: list[Tensor] = []
-    copied: list[Tensor] = []
-    for part in parts_of(optimizer):
-        part.prepare_grads()
-        for parameter in part.get_parameters():
-            if parameter.grad is not None:
-                is_own = param_is_not_tensor_parallel_duplicate(parameter)
-                (counted if is_own else copied).append(parameter.grad)
-    total = _sum_of_squares(counted) + 0 * _sum_of_squares(copied)
-    group = optimizer.get_grad_stats_parallel_group()
-    if torch.distributed.get_world_size(group) > 1:
-        torch.distributed.all_reduce(total, group=group)
-    return total.sqrt()
-
-
-def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
-    if not gradients:
-        return torch.zeros((), device=launch.device())
-    return torch.stack(torch._foreach_norm(gradients)).square().sum()
 
 
 def apply_gradients(optimizer: Any, norm: float) -> None:

@@ -23,12 +23,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from cosmos_posttrain import environment, files
 from cosmos_posttrain.checkpoint import context, dist
 from cosmos_posttrain.config import to_yaml
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import CheckpointError, ConfigError, OutputFolderError, SaveError
-from cosmos_posttrain.models.builder import CosmosGPTModel
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.training.config import TrainConfig
 from cosmos_posttrain.training.fallback import Candidates
@@ -98,7 +99,27 @@ class RunFolder:
         newest, self.data = groups.decide(self._open)
         return newest
 
+    def look(self) -> Path | None:
+        """As ``open``, but holds nothing, changes nothing, and asks no other rank."""
+        self._check()
+        newest = Candidates(self.log_dir).newest()
+        if newest is not None:
+            self.data = self._same_data(newest)
+        return newest
+
     def _open(self) -> tuple[Path | None, context.TrainingData]:
+        self._check()
+        self._held.enter_context(files.locked(self.log_dir))
+        self._candidates = Candidates(self.log_dir)
+        newest = self._candidates.newest()
+        return newest, self.data if newest is None else self._same_data(newest)
+
+    def _check(self) -> None:
+        """Refuses a folder that no run could write to.
+
+        Raises:
+            OutputFolderError: it holds something else, or cannot be written to.
+        """
         files.check_writable(self.log_dir, "--log_dir")
         known = self.run.is_dir() and any(
             (self.run / name).exists() for name in ("config.yaml", "checkpoints")
@@ -108,10 +129,6 @@ class RunFolder:
                 f"--log_dir {self.log_dir} holds something else than a run of this script; name "
                 "an empty or new folder."
             )
-        self._held.enter_context(files.locked(self.log_dir))
-        self._candidates = Candidates(self.log_dir)
-        newest = self._candidates.newest()
-        return newest, self.data if newest is None else self._same_data(newest)
 
     def close(self) -> None:
         """Lets other runs write here again."""
@@ -157,7 +174,7 @@ class RunFolder:
     def _start(self, config: TrainConfig, num_bytes: int, resumed: Path | None) -> None:
         assert self._candidates is not None
         self._candidates.set_aside(resumed)
-        files.check_free_space(self.log_dir, self._size(num_bytes), "a checkpoint of this run")
+        files.check_free_space(self.log_dir, self.size(num_bytes), "a checkpoint of this run")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(self.checkpoints)
         files.write_text(self.run / "config.yaml", to_yaml(config))
@@ -172,7 +189,7 @@ class RunFolder:
         with (self.run / context.LAUNCHES_FILE).open("a", encoding="utf-8") as file:
             file.write(files.json_text(row) + "\n")
 
-    def _size(self, estimate: int) -> int:
+    def size(self, estimate: int) -> int:
         """Bytes of the newest checkpoint, which the next one will have too; else the estimate."""
         checkpoints = context.list_checkpoints(self.log_dir)
         return files.num_bytes_in(checkpoints[-1]) if checkpoints else estimate
@@ -193,7 +210,7 @@ class RunFolder:
 
     def _make_room(self, temporary: Path, num_bytes: int) -> None:
         try:
-            files.check_free_space(self.log_dir, self._size(num_bytes), f"{temporary.parent}")
+            files.check_free_space(self.log_dir, self.size(num_bytes), f"{temporary.parent}")
         except OutputFolderError as error:
             raise SaveError(
                 f"no checkpoint was written: {error} The same command then goes on from the "
@@ -250,14 +267,14 @@ class RunFolder:
     def _prune(self, config: TrainConfig) -> None:
         """Removes what need not be kept; each under a hidden name first, so that none is half."""
         checkpoints = context.list_checkpoints(self.log_dir)
-        losses = [saved_row(checkpoint).get("val_loss") for checkpoint in checkpoints]
+        losses = [_validation_loss(checkpoint) for checkpoint in checkpoints]
         for number in to_remove(losses, config.save_top_k, config.keep_last_n):
             hidden = files.temporary_path(checkpoints[number])
             checkpoints[number].rename(hidden)
             files.remove(hidden)
 
     def restore(
-        self, checkpoint: Path, model: CosmosGPTModel, optimizer: CheckpointableOptimizer
+        self, checkpoint: Path, model: nn.Module, optimizer: CheckpointableOptimizer
     ) -> dict[str, Any]:
         """Loads weights and optimizer, at any layout; returns the state that was saved.
 
@@ -296,7 +313,19 @@ def _saving(function: Callable[[], None], what: Path) -> None:
         ) from error
 
 
+def _validation_loss(checkpoint: Path) -> float | None:
+    """Of a checkpoint's last step; None where it has none, or none that can be read any more."""
+    try:
+        return saved_row(checkpoint).get("val_loss")
+    except CheckpointError:
+        return None
+
+
 def saved_row(checkpoint: Path) -> dict[str, Any]:
-    """The row of a checkpoint's last step; empty where it has none."""
+    """The row of a checkpoint's last step; empty where it has none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     path = checkpoint / "context" / METRICS_FILE
     return context.read_json(path) if path.is_file() else {}

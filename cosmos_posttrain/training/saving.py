@@ -22,6 +22,7 @@ from cosmos_posttrain.checkpoint.host_copy import HostCopy
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import SaveError
 from cosmos_posttrain.models.builder import CosmosGPTModel
+from cosmos_posttrain.models.chunks import ModelChunks
 from cosmos_posttrain.training.background import Background
 from cosmos_posttrain.training.config import TrainConfig
 from cosmos_posttrain.training.optimizer import CheckpointableOptimizer
@@ -42,7 +43,7 @@ class Saver:
         self,
         config: TrainConfig,
         folder: RunFolder,
-        model: CosmosGPTModel,
+        model: CosmosGPTModel | ModelChunks,
         optimizer: CheckpointableOptimizer,
     ) -> None:
         self._config, self._folder = config, folder

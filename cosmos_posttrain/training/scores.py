@@ -19,6 +19,7 @@ from cosmos_posttrain import launch
 from cosmos_posttrain.data.batch import Batch
 from cosmos_posttrain.models.builder import CosmosGPTModel
 from cosmos_posttrain.models.rope import context_parallel_positions
+from cosmos_posttrain.models.token_losses import losses_and_guesses
 from cosmos_posttrain.models.token_scores import TokenScores, score_hidden
 from cosmos_posttrain.training.step import forward, run_schedule
 
@@ -54,6 +55,41 @@ def _outcome(
     """As Megatron's schedules want it: two numbers that nobody asks for, and the scores."""
     nothing = torch.zeros((), dtype=torch.int, device=hidden.device)
     return nothing.float(), nothing, score_hidden(model, hidden, labels)
+
+
+def guess(module: CosmosGPTModel, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (B, S) and most likely tokens (B, S) of what ``hidden_states_only`` gives."""
+    return losses_and_guesses(
+        hidden,
+        module.output_layer.weight,
+        labels,
+        module.model_config.vocab_size,
+        module.config.sequence_parallel,
+    )
+
+
+@torch.no_grad()
+def guess_batch(model: CosmosGPTModel, batch: Batch) -> Tensor:
+    """The most likely tokens of one micro-batch, each behind true ones; (B, S) int64.
+
+    Only without pipeline and context parallelism; the ranks that share the model call it together.
+
+    Args:
+        model: this rank's part, in evaluation mode.
+        batch: the same on all of those ranks, on any device.
+    """
+
+    def step(batches: Iterator[Batch], model: CosmosGPTModel) -> tuple[Tensor, Any]:
+        with model.hidden_states_only():
+            hidden, own = forward(batches, model, with_labels=False)
+        return hidden, partial(outcome, own.labels)
+
+    def outcome(labels: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        nothing = torch.zeros((), dtype=torch.int, device=hidden.device)
+        return nothing.float(), nothing, guess(model, hidden, labels)[1]
+
+    found: Tensor = run_schedule(model, [batch], step, forward_only=True)[0]
+    return found
 
 
 def _on_every_rank(

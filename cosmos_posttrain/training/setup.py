@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint import context
@@ -27,17 +27,19 @@ from cosmos_posttrain.data.order import Order, make_order
 from cosmos_posttrain.data.serial import to_plain
 from cosmos_posttrain.data.splits import parse_split_string
 from cosmos_posttrain.distributed import groups
-from cosmos_posttrain.distributed.cpu_device import cpu_device
+from cosmos_posttrain.distributed.determinism import deterministic
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.geometry import parse_latent_shape
-from cosmos_posttrain.models.builder import CosmosGPTModel, build_model
+from cosmos_posttrain.models.builder import CosmosGPTModel
+from cosmos_posttrain.models.chunks import ModelChunks
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.lora_config import LoraConfig
 from cosmos_posttrain.models.lora_shapes import lora_for, num_trained_parameters
 from cosmos_posttrain.runlog import wants_wandb
 from cosmos_posttrain.training import heads, texts
+from cosmos_posttrain.training.building import check_division, training_dtype
 from cosmos_posttrain.training.config import DataConfig, TrainConfig, validate
-from cosmos_posttrain.training.gradients import fuse_weight_gradients, skip_exchange_with_oneself
+from cosmos_posttrain.training.films import check_samples
 from cosmos_posttrain.training.run_folder import RunFolder
 from cosmos_posttrain.transfer import advice
 from cosmos_posttrain.transfer.embedding import Transfer, plan_transfer
@@ -77,13 +79,29 @@ class Inputs:
         start = self.source.config if self.transfer is None else self.transfer.config
         return dataclasses.replace(start, lora=self.lora, num_medusa_heads=self.num_medusa_heads)
 
-    def load_weights(self, model: CosmosGPTModel) -> None:
+    def load_weights(self, model: CosmosGPTModel | ModelChunks) -> None:
         """Fills a built model at the start of a run."""
         (self.transfer or self.source).load_weights(model)
 
 
+@dataclass(frozen=True)
+class DryRun:
+    """A look at what a run would do, in which nothing is written or downloaded.
+
+    Attributes:
+        world_size: processes of the run.
+        open_source: finds a model without a network.
+    """
+
+    world_size: int
+    open_source: Callable[[str | Path], CheckpointSource]
+
+
 def open_inputs(
-    config: TrainConfig, closing: contextlib.ExitStack, takes_text: bool = False
+    config: TrainConfig,
+    closing: contextlib.ExitStack,
+    takes_text: bool = False,
+    dry: DryRun | None = None,
 ) -> Inputs:
     """Opens everything and checks that it fits together.
 
@@ -91,6 +109,7 @@ def open_inputs(
         config: the run's.
         closing: gets what must be closed at the run's end.
         takes_text: whether data and model must be of Video2World, or must not.
+        dry: only looks; makes no process groups and holds no folder.
 
     Raises:
         UserError: the first thing that does not fit.
@@ -98,23 +117,32 @@ def open_inputs(
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     quiet_megatron_logging()
-    validate(config, launch.world_size())
+    world_size = launch.world_size() if dry is None else dry.world_size
+    validate(config, world_size)
+    if dry is None:
+        training_dtype(config)
+        if config.deterministic_mode:
+            closing.enter_context(deterministic())
     wants_wandb()
     sizes = groups.Parallelism(
         config.parallel.tensor_model_parallel_size,
         config.parallel.pipeline_model_parallel_size,
         config.parallel.context_parallel_size,
+        config.parallel.virtual_pipeline_model_parallel_size,
     )
     train_data = open_split(config.data, "train")
     order = training_order(config.data, train_data)
     val_data = _open_validation(config, train_data)
     texts.check_data(config, train_data, takes_text)
-    groups.start()
+    if dry is None:
+        groups.start()
+        check_samples(config.samples, val_data or train_data, config.num_condition_latents)
     folder = RunFolder(config.log_dir, describe(train_data, config.data))
     closing.callback(folder.close)
-    resume_from = folder.open()
+    resume_from = folder.open() if dry is None else folder.look()
     settings = config.model
-    source = open_source(resume_from or settings.path).at_grid(
+    find = open_source if dry is None else dry.open_source
+    source = find(resume_from or settings.path).at_grid(
         train_data.latent_shape,
         settings.rope_scaling,
         settings.rope_scale,
@@ -140,7 +168,7 @@ def open_inputs(
         *(train_data, order, val_data, folder, resume_from, source, transfer, sizes, lora),
         settings.num_medusa_heads,
     )
-    check_division(inputs.model_config, sizes, config.parallel.sequence_parallel)
+    check_division(inputs.model_config, sizes, config.parallel.sequence_parallel, world_size)
     return inputs
 
 
@@ -261,73 +289,6 @@ def _describe_start(
     return described
 
 
-def check_division(model: ModelConfig, sizes: groups.Parallelism, sequence_parallel: bool) -> None:
-    """Refuses sizes that do not divide the model or a clip, before Megatron's groups exist.
-
-    Raises:
-        ConfigError: names the sizes.
-    """
-    model.check_tensor_parallel(sizes.tensor)
-    model.check_pipeline_parallel(sizes.pipeline)
-    groups.check_world(sizes)
-    pieces = (sizes.tensor if sequence_parallel else 1) * (
-        2 * sizes.context if sizes.context > 1 else 1
-    )
-    if model.seq_length % pieces:
-        raise ConfigError(
-            f"a sequence of {model.seq_length} tokens cannot be cut into {pieces} equal pieces for "
-            "sequence and context parallelism; choose smaller sizes."
-        )
-
-
-def training_dtype(config: TrainConfig) -> torch.dtype:
-    """The config's dtype, or this machine's usual one."""
-    usual = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return launch.parse_dtype(config.model.dtype) or usual
-
-
-def build(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> CosmosGPTModel:
-    """This rank's part of the model, with fresh weights."""
-    recompute: dict[str, Any] = {}
-    if config.model.recompute:
-        recompute = {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
-    module = build_model(
-        model,
-        dtype=dtype,
-        layer_spec=config.model.layer_spec,
-        sequence_parallel=config.parallel.sequence_parallel,
-        seed=config.model.seed,
-        calculate_per_token_loss=True,
-        gradient_accumulation_fusion=fuse_weight_gradients(),
-        **recompute,
-    )
-    module.z_loss_coefficient = config.z_loss_coefficient
-    if model.num_medusa_heads and config.model.medusa_freeze_backbone:
-        module.train_heads_alone()
-    return module
-
-
-def wrap(model: CosmosGPTModel) -> DistributedDataParallel:
-    """The model with Megatron's gradient buffers; on a GPU they are summed behind the backward."""
-    num_ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-    with cpu_device():
-        ddp = DistributedDataParallel(
-            model.config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                use_distributed_optimizer=True,
-                overlap_grad_reduce=torch.cuda.is_available() and num_ranks > 1,
-            ),
-            model,
-        )
-    skip_exchange_with_oneself(ddp)
-    return ddp
-
-
 def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
     """Says what is about to run."""
     sizes, data, say = inputs.parallelism, inputs.train_data, launch.say
@@ -337,10 +298,12 @@ def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
     trained = ""
     if model.lora is not None:
         trained = f" ({num_trained_parameters(model) / 1e6:,.1f}M trained: LoRA of {model.lora})"
+    count = sizes.virtual_pipeline
+    chunks = f" (interleaved, {count} parts each)" if count > 1 else ""
     say(
         f"{model.num_parameters / 1e6:,.1f}M parameters{trained}, {len(data)} training clips "
         f"of {data.seq_length} tokens {tuple(data.latent_shape)}, TP {sizes.tensor} PP "
-        f"{sizes.pipeline} CP {sizes.context} DP "
+        f"{sizes.pipeline}{chunks} CP {sizes.context} DP "
         f"{parallel_state.get_data_parallel_world_size()}, {dtype}"
     )
     heads.announce(config, inputs.source, inputs.transfer is not None)

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, nn
 
 from cosmos_posttrain.data.batch import Batch
 from cosmos_posttrain.distributed.cpu_device import cpu_device, cuda_calls_mean_cpu, plain_torch
-from cosmos_posttrain.models.builder import CosmosGPTModel
+from cosmos_posttrain.models.chunks import chunks_of
 from cosmos_posttrain.models.rope import context_parallel_positions
 from cosmos_posttrain.training.gradients import complete_gradients
 
@@ -89,17 +89,20 @@ def _mean_loss(shares: list[Tensor], device: torch.device) -> Tensor:
     return loss
 
 
-def wire_gradients(ddp: DistributedDataParallel, optimizer: Any) -> None:
+def wire_gradients(ddp: nn.Module, optimizer: Any) -> None:
     """Tells Megatron's schedules how gradients are scaled, summed and finished."""
-    config = ddp.module.config
-    config.grad_scale_func = optimizer.scale_loss
-    config.no_sync_func = ddp.no_sync
-    config.finalize_model_grads_func = _finish_gradients
+    chunks = chunks_of(ddp)
+    for chunk in chunks:
+        config = chunk.module.config
+        config.grad_scale_func = optimizer.scale_loss
+        config.no_sync_func = [x.no_sync for x in chunks] if len(chunks) > 1 else chunk.no_sync
+        config.finalize_model_grads_func = _finish_gradients
 
 
 def _finish_gradients(models: list[Any], _num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     """Megatron's; gradients were divided by the number of tokens before they were made."""
-    complete_gradients(models[0])
+    for model in models:
+        complete_gradients(model)
     with plain_torch():
         finalize_model_grads(models, None, **kwargs)
 
@@ -116,21 +119,26 @@ def run_schedule(
         What ``forward_step``'s second part made of each, on the last stage; empty on others.
     """
     micro_batch_size, seq_length = batches[0].tokens.shape
+    chunks, count = chunks_of(model), len(batches)
+    if len(chunks) > 1 and forward_only:
+        # An interleaved pipeline takes as many at a time as it has stages.
+        surplus = -count % parallel_state.get_pipeline_model_parallel_world_size()
+        batches = [*batches, *batches[-1:] * surplus]
     with cpu_device():
         outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[model],
+            data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+            model=chunks,
             num_microbatches=len(batches),
             seq_length=seq_length,
             micro_batch_size=micro_batch_size,
             forward_only=forward_only,
         )
-    return outputs
+    return outputs[:count]
 
 
 def run_batches(
-    ddp: DistributedDataParallel, batches: list[Batch], forward_only: bool = False
+    ddp: nn.Module, batches: list[Batch], forward_only: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Runs all micro-batches of a global batch.
 
@@ -144,8 +152,7 @@ def run_batches(
         predicted tokens: float32 scalars on the model's device, the same on every rank. A GPU may
         not have computed them yet.
     """
-    model: CosmosGPTModel = ddp.module
-    device = next(model.parameters()).device
+    device = next(ddp.parameters()).device
     num_tokens = _num_predicted(batches, device)
     step = partial(_forward_step, num_tokens)
     return _mean_loss(run_schedule(ddp, batches, step, forward_only), device), num_tokens

@@ -25,15 +25,17 @@ from cosmos_posttrain.data.prefetch import prefetched
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.watch import RankWatch
 from cosmos_posttrain.errors import CheckpointError, NonFiniteLossError, StoppedError
+from cosmos_posttrain.models.chunks import chunks_of
 from cosmos_posttrain.models.sequence import sequence_layout
+from cosmos_posttrain.training import building, setup
 from cosmos_posttrain.training import optimizer as optimizers
-from cosmos_posttrain.training import setup
 from cosmos_posttrain.training.callbacks import Callback, make_callbacks
 from cosmos_posttrain.training.callbacks.log import Log
+from cosmos_posttrain.training.callbacks.samples import make_samples
 from cosmos_posttrain.training.callbacks.save import Save
 from cosmos_posttrain.training.config import TrainConfig
 from cosmos_posttrain.training.gradients import forget_gradients
-from cosmos_posttrain.training.metrics import model_flops_utilization
+from cosmos_posttrain.training.metrics import StepMeter
 from cosmos_posttrain.training.run_folder import TrainState, saved_row
 from cosmos_posttrain.training.saving import Saver
 from cosmos_posttrain.training.schedule import Schedule
@@ -87,14 +89,20 @@ class Trainer:
         config, inputs = self.config, self.inputs
         self.train_data, self.folder = inputs.train_data, inputs.folder
         groups.initialize(inputs.parallelism, config.model.seed)
-        self.dtype = setup.training_dtype(config)
-        self.model = setup.build(config, inputs.model_config, self.dtype)
-        self.ddp = setup.wrap(self.model)
+        self.dtype = building.training_dtype(config)
+        self.model = building.build(config, inputs.model_config, self.dtype)
+        self.ddp = building.wrap(self.model, not config.optimizer.grad_reduce_in_bf16)
         self.optimizer = optimizers.CheckpointableOptimizer(
             optimizers.build_optimizer(config, self.ddp, self.dtype),
             has_average=config.optimizer.ema_decay is not None,
         )
         self.schedule = Schedule(config, self.optimizer.optimizer)
+        self.meter = StepMeter(
+            self.optimizer.optimizer,
+            self.model.model_config,
+            config.global_batch_size,
+            self.train_data.seq_length,
+        )
         wire_gradients(self.ddp, self.optimizer.optimizer)
         self.layout = sequence_layout(self.model.model_config, config.num_condition_latents)
         self.sizes = BatchSizes(
@@ -113,7 +121,8 @@ class Trainer:
         if inputs.val_data is not None:
             limit = config.limit_val_batches
             validation = Validation(self.ddp, inputs.val_data, self.layout, self.sizes, limit)
-        self.callbacks = make_callbacks(config, self.optimizer, validation, self.log)
+        samples = make_samples(config.samples, inputs, self.ddp, self.layout, self.log)
+        self.callbacks = make_callbacks(config, self.optimizer, validation, samples, self.log)
         for callback in self.callbacks:
             callback.state = kept.get(type(callback).__name__, {})
         setup.announce(config, inputs, self.dtype)
@@ -185,9 +194,11 @@ class Trainer:
         while not self.is_last_step:
             step = self.completed_steps
             watch.at(f"before step {step}, where it reads clips")
+            started = time.monotonic()
             batch = next(batches)
+            waited_seconds = time.monotonic() - started
             watch.at(f"in step {step}")
-            row = self.train_step(batch)
+            row = self.train_step(batch, waited_seconds)
             for callback in self.callbacks:
                 watch.at(f"after step {step}, in {type(callback).__name__}")
                 callback.after_step(self, row)
@@ -218,39 +229,32 @@ class Trainer:
             )
         )
 
-    def train_step(self, batches: list[Batch]) -> dict[str, Any]:
+    def train_step(self, batches: list[Batch], waited_seconds: float = 0.0) -> dict[str, Any]:
         """One optimizer step on one global batch; returns what metrics.jsonl records of it.
 
         Where the loss or the gradient is not finite nothing is updated, and the row says so.
+
+        Args:
+            batches: of this rank.
+            waited_seconds: for them.
         """
         started = time.monotonic()
         self.ddp.train()
-        forget_gradients(self.ddp)
+        for chunk in chunks_of(self.ddp):
+            forget_gradients(chunk)
         self.optimizer.optimizer.zero_grad()
         rates = self.schedule.rates()
         mean, _ = run_batches(self.ddp, batches)
         if self.schedule.body_is_frozen:
             optimizers.drop_body_gradients(self.optimizer.optimizer)
-        # The one moment of a step at which the CPU waits for the GPU.
-        loss, norm = torch.stack(
-            [mean, optimizers.gradient_norm(self.optimizer.optimizer)]
-        ).tolist()
-        step, clips = self.completed_steps, self.config.global_batch_size
-        if math.isfinite(loss) and math.isfinite(norm):
+        step = self.completed_steps
+        row = {"step": step} | self.meter.fetch(step, mean, waited_seconds)
+        norm = row["grad_norm"]
+        if math.isfinite(row["reduced_train_loss"]) and math.isfinite(norm):
             optimizers.apply_gradients(self.optimizer.optimizer, norm)
             self._advance()
-        seconds = time.monotonic() - started
-        rate = clips * self.train_data.seq_length / seconds
-        return {
-            "step": step,
-            "reduced_train_loss": loss,
-            **rates,
-            "grad_norm": norm,
-            **self._counts(),
-            "train_step_seconds": seconds,
-            "tokens_per_second": rate,
-            "mfu": model_flops_utilization(rate, self.model.model_config),
-        }
+        row |= rates | self._counts()
+        return row | self.meter.speed(time.monotonic() - started, row["data_wait_seconds"])
 
     def _advance(self) -> None:
         """A batch is behind the run; the schedule counts it too."""
@@ -261,6 +265,7 @@ class Trainer:
     def _counts(self) -> dict[str, int]:
         return {
             "consumed_samples": self.state.consumed_samples,
+            "consumed_tokens": self.state.consumed_samples * self.train_data.seq_length,
             "epoch": self.state.epoch(self.inputs.order.num_samples),
         }
 

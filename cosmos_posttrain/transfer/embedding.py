@@ -28,7 +28,8 @@ from cosmos_posttrain.transfer.cooccurrence import Cooccurrence
 from cosmos_posttrain.transfer.rows import aligned_input_rows, aligned_output_rows
 
 if TYPE_CHECKING:
-    from cosmos_posttrain.models.builder import CosmosGPTModel
+    from cosmos_posttrain.models.chunks import ModelChunks
+    from cosmos_posttrain.models.gpt_model import CosmosGPTModel
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
@@ -95,7 +96,7 @@ class Transfer:
             rows, size = torch.cat([rows, special]), after.padded_input_vocab_size
         return torch.nn.functional.pad(rows, (0, 0, 0, size - rows.shape[0]))
 
-    def load_weights(self, model: CosmosGPTModel) -> None:
+    def load_weights(self, model: CosmosGPTModel | ModelChunks) -> None:
         """Fills a built model of the new vocabulary on this rank, at any layout.
 
         Raises:

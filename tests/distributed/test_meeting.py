@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch.distributed
+from helpers.distributed_run import run_script
 
 from cosmos_posttrain.distributed import meeting
 from cosmos_posttrain.errors import RankError
@@ -50,3 +52,32 @@ def test_who_is_missing_is_said() -> None:
     store.set(f"met/{word}", json.dumps(["another answer"]))
     with pytest.raises(RankError, match="rank 0 did not come"):
         meeting._answer(store, 1, time.monotonic() + 0.1)
+
+
+STARTS = {
+    "preparation": "from cosmos_posttrain.prepare.runners import PreparationRanks as Ranks\n"
+    "Ranks().decide(lambda: None, gather_first=True)",
+    "tokenizer training": "import torch\n"
+    "from cosmos_posttrain.tokenizer_training.parallel import DataParallelRanks as Ranks\n"
+    "Ranks.from_environment().start(torch.device('cpu'))",
+}
+RESTARTED = """
+import os, signal, time
+is_first_start = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+if os.environ["RANK"] == "0" and not is_first_start:
+    time.sleep(2)  # the other is quicker, and finds what the killed ones left
+{start}
+if is_first_start:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("room", STARTS)
+def test_restarted_processes_meet_anew(tmp_path: Path, room: str) -> None:
+    script = tmp_path / "restarted.py"
+    script.write_text(RESTARTED.format(start=STARTS[room]))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    finished = run_script([*launcher, "--max-restarts=1", script], timeout_seconds=300)
+    assert finished.returncode == 0, finished.stderr

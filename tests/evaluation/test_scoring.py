@@ -20,7 +20,7 @@ from cosmos_posttrain.models import token_scores
 from cosmos_posttrain.models.builder import build_model
 from cosmos_posttrain.models.presets import preset
 from cosmos_posttrain.models.sequence import sequence_layout
-from cosmos_posttrain.training.setup import wrap
+from cosmos_posttrain.training.building import wrap
 from cosmos_posttrain.training.step import run_batches
 
 SHAPE = LatentShape(3, 2, 4)

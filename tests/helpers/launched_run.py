@@ -61,8 +61,9 @@ class LaunchedRun:
         with contextlib.suppress(psutil.NoSuchProcess):
             for worker in psutil.Process(self.process.pid).children():
                 with contextlib.suppress(psutil.Error):
-                    if worker.status() != psutil.STATUS_ZOMBIE:
-                        found[int(worker.environ()["RANK"])] = worker
+                    rank = worker.environ().get("RANK")  # none between fork and exec
+                    if rank is not None and worker.status() != psutil.STATUS_ZOMBIE:
+                        found[int(rank)] = worker
         return found
 
     def num_rows(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from helpers.distributed_run import run_distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cosmos_posttrain import generate, load_model
+from cosmos_posttrain import generate, launch, load_model
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.inference import sampling, static_step
 from cosmos_posttrain.inference.decode_job import DecodeJob
@@ -188,6 +188,33 @@ def test_what_cannot_run_says_so_once_and_tells_nobody(capsys: pytest.CaptureFix
         "CUDA graphs are not used, tokens are decoded without: operation not permitted when stream "
         "is capturing; --no-cuda_graphs leaves them out.\n"
     )
+
+
+def refused_on_one_rank(where: str) -> tuple[bool, list[list[int]]]:
+    """Whether static steps were refused, and what is decoded next on the same groups."""
+    model = tiny("tiny", 2)
+    one, (prompt, told) = job(model, 2, {"temperature": 0.0})
+    make = static_step.StaticState.__init__
+
+    def refuse(*arguments: Any) -> Any:
+        if launch.rank() == 1:
+            raise RuntimeError("out of memory")
+        return make(*arguments) if where == "state" else arguments[0]
+
+    if where == "state":
+        static_step.StaticState.__init__ = refuse  # type: ignore[method-assign]
+    with torch.inference_mode():
+        found = one.by_static_steps(5, refuse if where == "runner" else None, BLOCK)
+    return found is None, generate(model, prompt, NUM_TOKENS, **told).tolist()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("where", ["state", "runner"])
+def test_what_one_rank_cannot_run_none_does(where: str) -> None:
+    one, (prompt, told) = job(tiny("tiny"), 2, {"temperature": 0.0})
+    expected = generate(one.model, prompt, NUM_TOKENS, **told).tolist()
+    found = run_distributed(refused_on_one_rank, 2, where, timeout_seconds=60)
+    assert found == [(True, expected)] * 2
 
 
 def test_attention_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,9 @@ from cosmos_posttrain.models.presets import preset
 from cosmos_posttrain.plan.memory import (
     Layout,
     Workload,
+    checkpoint_bytes,
     gradient_bytes,
+    host_bytes,
     layer_activation_bytes,
     logits_bytes,
     memory,
@@ -30,6 +32,8 @@ from cosmos_posttrain.plan.memory import (
     stage_activation_bytes,
     weight_bytes,
 )
+from cosmos_posttrain.plan.parameters import parameter_groups
+from cosmos_posttrain.training.trainer import train
 
 # The formulas leave out a few masks and what DDP adds to divide its buffers evenly.
 TOLERANCE = 0.002
@@ -100,7 +104,8 @@ def write_tokens(folder: Path) -> Path:
     return folder / "tokens"
 
 
-def training_config(tokens: Path, log_dir: Path, dtype: str, layout: Layout) -> Any:
+def training_config(tokens: Path, log_dir: Path, dtype: str, layout: Layout, **changes: Any) -> Any:
+    """``changes`` are dotted keys with double underscores for dots."""
     from cosmos_posttrain.config import merge
     from cosmos_posttrain.training.config import TrainConfig
 
@@ -119,6 +124,7 @@ def training_config(tokens: Path, log_dir: Path, dtype: str, layout: Layout) -> 
         "log_dir": str(log_dir),
         "max_steps": 1,
         "global_batch_size": 2,
+        **{name.replace("__", "."): value for name, value in changes.items()},
     }
     return merge(TrainConfig, None, list(settings.items()))
 
@@ -137,17 +143,15 @@ def optimizer_state_bytes(optimizer: Any) -> int:
 
 
 def measure(
-    tokens: Path, log_dir: Path, dtype: str, layout: Layout, lora_rank: int | None = None
+    tokens: Path, log_dir: Path, dtype: str, layout: Layout, **changes: Any
 ) -> dict[str, float]:
-    """One training step; bytes of what it holds on this rank."""
+    """One training step; bytes of what it holds on this rank, and of a checkpoint."""
     from megatron.core import parallel_state
 
     from cosmos_posttrain.training.trainer import Trainer
 
     torch.set_num_threads(1)
-    config = training_config(tokens, log_dir, dtype, layout)
-    config.model.lora_rank = lora_rank
-    trainer = Trainer(config)
+    trainer = Trainer(training_config(tokens, log_dir, dtype, layout, **changes))
     batches = next(trainer.batches())
     frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
     saved = SavedTensors(weights_and_tables(trainer.ddp.module))
@@ -162,6 +166,22 @@ def measure(
         "gradients": sum(buffer.grad_data.nbytes for buffer in trainer.ddp.buffers),
         "optimizer": optimizer_state_bytes(trainer.optimizer.optimizer),
         "activations": saved.num_bytes,
+    }
+
+
+def kept_beside(tokens: Path, log_dir: Path, dtype: str, **changes: Any) -> dict[str, float]:
+    """Of one process: averages of the weights on the device, and what a checkpoint copies."""
+    from cosmos_posttrain.checkpoint import dist
+    from cosmos_posttrain.training.trainer import Trainer
+
+    trainer = Trainer(training_config(tokens, log_dir, dtype, Layout(), **changes))
+    pieces = dist.own_part(trainer.model, trainer.optimizer).pieces
+    averages = trainer.optimizer._averages or {}
+    trainer.close()
+    return {
+        "optimizer": optimizer_state_bytes(trainer.optimizer.optimizer)
+        + sum(average.nbytes for average in averages.values()),
+        "host": sum(piece.box[1].nbytes for piece in pieces),
     }
 
 
@@ -227,7 +247,7 @@ def test_two_processes(tokens: Path, tmp_path: Path) -> None:
 
 def measure_lora(tokens: Path, log_dir: Path, dtype: str, layout: Layout) -> dict[str, float]:
     """At the top level, for ``run_distributed``."""
-    return measure(tokens, log_dir, dtype, layout, lora_rank=8)
+    return measure(tokens, log_dir, dtype, layout, model__lora_rank=8)
 
 
 def assert_as_planned_with_lora(measured: dict[str, float], dtype: str, layout: Layout) -> None:
@@ -245,6 +265,59 @@ def test_lora_in_one_process(tokens: Path, tmp_path: Path, recompute: bool) -> N
     layout = Layout(recompute=recompute)
     measured = measure_lora(tokens, tmp_path / "run", "bfloat16", layout)
     assert_as_planned_with_lora(measured, "bfloat16", layout)
+
+
+@pytest.mark.parametrize(("dtype", "alone"), [("float32", False), ("bfloat16", True)])
+def test_medusa_heads(tokens: Path, tmp_path: Path, dtype: str, alone: bool) -> None:
+    settings: dict[str, Any] = {
+        "model__num_medusa_heads": 2,
+        "model__medusa_freeze_backbone": alone,
+    }
+    if alone:  # heads of fresh weights would learn nothing
+        train(training_config(tokens, tmp_path / "model", "float32", Layout()))
+        settings["model__path"] = str(tmp_path / "model")
+    measured = measure(tokens, tmp_path / "run", dtype, Layout(), **settings)
+    model = dataclasses.replace(preset("tiny"), num_medusa_heads=2)
+    work = Workload(model, 1, 2, dtype, heads_alone=alone, gpu_kernels=False)
+    stage = work, Layout(), 0
+    plan = {
+        "weights": weight_bytes(*stage),
+        "gradients": gradient_bytes(*stage),
+        "optimizer": optimizer_bytes(*stage),
+        "activations": stage_activation_bytes(*stage) + logits_bytes(*stage),
+    }
+    assert {name: measured[name] for name in plan} == pytest.approx(plan, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        ("float32", {"optimizer__ema_decay": 0.9}),
+        ("bfloat16", {}),
+        ("bfloat16", {"optimizer__ema_decay": 0.9, "model__lora_rank": 8}),
+    ],
+    ids=["average", "alone", "average-lora"],
+)
+def test_what_a_checkpoint_copies(
+    tokens: Path, tmp_path: Path, dtype: str, settings: dict[str, Any]
+) -> None:
+    """The average on the device, the host memory of --async_save, and the size on disk."""
+    measured = kept_beside(tokens, tmp_path / "run", dtype, **settings)
+    lora = lora_for(preset("tiny"), settings.get("model__lora_rank"), None, None)
+    model = dataclasses.replace(preset("tiny"), lora=lora)
+    work = Workload(model, 1, 2, dtype, keeps_average="optimizer__ema_decay" in settings)
+    assert measured["optimizer"] == pytest.approx(optimizer_bytes(work, Layout(), 0), rel=TOLERANCE)
+    assert measured["host"] == host_bytes(work, Layout()) == checkpoint_bytes(work)
+
+
+def test_shares_of_a_checkpoint_add_up() -> None:
+    """What the ranks copy is what lies on disk, but for norms, which tensor parallelism repeats."""
+    work = Workload(preset("12B"), keeps_average=True)
+    whole = checkpoint_bytes(work)
+    assert whole == 18 * sum(parameter_groups(preset("12B")).values())
+    for layout in (Layout(data=8), Layout(4, data=2), Layout(context=2, data=4)):
+        assert 8 * host_bytes(work, layout) == pytest.approx(whole, rel=1e-3)
+    assert 8 * host_bytes(work, Layout(2, 2, data=2)) == pytest.approx(whole, rel=0.01)
 
 
 @pytest.mark.distributed

@@ -54,6 +54,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "missing state": lambda folder: (folder / "context" / "state.json").unlink(),
     "empty state": lambda folder: (folder / "context" / "state.json").write_text("{}"),
     "damaged data": lambda folder: (folder / "context" / "data.json").write_bytes(b"\0" * 9),
+    "truncated row": lambda folder: cut(folder / "context" / "metrics.json"),
     "nothing in it": lambda folder: [shutil.rmtree(path) for path in folder.iterdir()],
 }
 
@@ -103,6 +104,19 @@ def test_a_truncated_checkpoint_costs_only_its_steps(
     run(config)
     assert aside.with_name(f"{newest.name}.2").is_dir() and pieces(aside).read_bytes() == left
     assert losses(log_dir) == losses(finished)
+
+
+def test_a_damaged_row_of_an_older_checkpoint_ends_no_run(
+    tokens: Path, finished: Path, tmp_path: Path
+) -> None:
+    """Its validation loss is unknown then: it is not among the best."""
+    log_dir = tmp_path / "run"
+    shutil.copytree(finished, log_dir)
+    cut(checkpoint(log_dir, 1) / "context" / "metrics.json")
+    run(make_config(tokens, log_dir, max_steps=8, save_every_n_steps=2, save_top_k=3))
+    assert len(losses(log_dir)) == 8
+    left = {path.name.split("=")[-1] for path in checkpoint(log_dir, 7).parent.iterdir()}
+    assert left == {"3", "5", "7"}
 
 
 @pytest.mark.distributed

@@ -135,11 +135,11 @@ def test_steps_are_saved_before_they_are_validated(
     config = make_config(tokens, tmp_path / "run", max_steps=4, save_every_n_steps=2)
     run(make_config(tokens, tmp_path / "whole", max_steps=4, save_every_n_steps=2))
 
-    def fail(self: Validation) -> float:
+    def fail(self: Validation) -> dict[str, float]:
         raise LostPowerError
 
     with monkeypatch.context() as patch, pytest.raises(LostPowerError):
-        patch.setattr(Validation, "loss", fail)
+        patch.setattr(Validation, "figures", fail)
         run(config)
     assert checkpoints(tmp_path / "run") == ["epoch=1-step=1"]
     assert [row["step"] for row in rows(tmp_path / "run")] == [0]

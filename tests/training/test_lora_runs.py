@@ -36,13 +36,14 @@ from cosmos_posttrain.training.config import TrainConfig, validate
 from cosmos_posttrain.training.flops import flops_per_token
 
 RANK = 4
-# (processes, TP, PP, CP, sequence parallelism); DP is what is left.
+# (processes, TP, PP, parts on each pipeline stage, CP, sequence parallelism); DP is what is left.
 LAYOUTS = {
-    "TP2": (2, 2, 1, 1, False),
-    "TP2 SP": (2, 2, 1, 1, True),
-    "PP2": (2, 1, 2, 1, False),
-    "CP2": (2, 1, 1, 2, False),
-    "DP2": (2, 1, 1, 1, False),
+    "TP2": (2, 2, 1, 1, 1, False),
+    "TP2 SP": (2, 2, 1, 1, 1, True),
+    "PP2": (2, 1, 2, 1, 1, False),
+    "PP2, interleaved": (2, 1, 2, 2, 1, False),
+    "CP2": (2, 1, 1, 1, 2, False),
+    "DP2": (2, 1, 1, 1, 1, False),
 }
 
 
@@ -69,11 +70,12 @@ def _config(tokens: Path, start: Path, log_dir: Path, **changes: Any) -> TrainCo
     return make_config(tokens, log_dir, **(settings | changes))
 
 
-def _at(layout: tuple[int, int, int, int, bool]) -> dict[str, Any]:
-    _, tensor, pipeline, context, sequence_parallel = layout
+def _at(layout: tuple[int, int, int, int, int, bool]) -> dict[str, Any]:
+    _, tensor, pipeline, chunks, context, sequence_parallel = layout
     return {
         "parallel__tensor_model_parallel_size": tensor,
         "parallel__pipeline_model_parallel_size": pipeline,
+        "parallel__virtual_pipeline_model_parallel_size": chunks,
         "parallel__context_parallel_size": context,
         "parallel__sequence_parallel": sequence_parallel,
     }
@@ -175,7 +177,7 @@ def test_a_run_goes_on_at_another_layout(
     even_tokens: Path, start: Path, trained: Path, tmp_path: Path
 ) -> None:
     expected = losses(trained)
-    for name in ("TP2 SP", "PP2", "DP2"):
+    for name in ("TP2 SP", "PP2, interleaved", "DP2"):
         log_dir = tmp_path / name
         shutil.copytree(trained, log_dir)
         shutil.rmtree(_checkpoint(log_dir, 19))

@@ -18,13 +18,15 @@ from helpers.run_case import losses, make_config, run
 from cosmos_posttrain.checkpoint.torch_dist import TorchDistReader
 from cosmos_posttrain.training.config import TrainConfig
 
-# (processes, TP, PP, CP); DP is what is left. Each starts from what the one before saved.
+# (processes, TP, PP, CP, parts on each pipeline stage); DP is what is left. Each starts from what
+# the one before saved.
 LAYOUTS = {
-    "PP2": (2, 1, 2, 1),
-    "DP2": (2, 1, 1, 1),
-    "CP2": (2, 1, 1, 2),
-    "one process": (1, 1, 1, 1),
-    "TP2": (2, 2, 1, 1),
+    "PP2": (2, 1, 2, 1, 1),
+    "DP2": (2, 1, 1, 1, 1),
+    "PP2, interleaved": (2, 1, 2, 1, 2),
+    "CP2": (2, 1, 1, 2, 1),
+    "one process": (1, 1, 1, 1, 1),
+    "TP2": (2, 2, 1, 1, 1),
 }
 
 
@@ -51,12 +53,13 @@ def save_again_and_go_on(config: TrainConfig) -> str:
 
 
 def _configure(
-    tokens: Path, log_dir: Path, tensor: int, pipeline: int, context: int
+    tokens: Path, log_dir: Path, tensor: int, pipeline: int, context: int, chunks: int
 ) -> TrainConfig:
     config = make_config(tokens, log_dir, max_steps=15, global_batch_size=2)
     config.parallel.tensor_model_parallel_size = tensor
     config.parallel.pipeline_model_parallel_size = pipeline
     config.parallel.context_parallel_size = context
+    config.parallel.virtual_pipeline_model_parallel_size = chunks
     return config
 
 
@@ -67,7 +70,7 @@ def _checkpoint(log_dir: Path, step: int) -> Path:
 @pytest.mark.distributed
 def test_the_next_losses_are_those_of_the_unmoved_run(even_tokens: Path, tmp_path: Path) -> None:
     unmoved, moved = tmp_path / "unmoved", tmp_path / "moved"
-    run_distributed(run, 2, _configure(even_tokens, unmoved, 2, 1, 1), timeout_seconds=300)
+    run_distributed(run, 2, _configure(even_tokens, unmoved, 2, 1, 1, 1), timeout_seconds=300)
     expected = losses(unmoved)
     shutil.copytree(unmoved, moved)
     first = TorchDistReader(_checkpoint(unmoved, 9) / "weights")

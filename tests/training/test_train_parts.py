@@ -10,7 +10,7 @@ import pytest
 
 from cosmos_posttrain.checkpoint import context
 from cosmos_posttrain.errors import ConfigError
-from cosmos_posttrain.models.presets import PRESETS
+from cosmos_posttrain.models.presets import PRESETS, preset
 from cosmos_posttrain.training.config import TrainConfig, validate
 from cosmos_posttrain.training.flops import flops_per_token
 from cosmos_posttrain.training.run_folder import TrainState
@@ -35,6 +35,24 @@ def test_batch_must_divide_over_ranks() -> None:
     validate(config, world_size=3)
     with pytest.raises(ConfigError, match="use a multiple of 4"):
         validate(config, world_size=2)
+
+
+def test_an_interleaved_pipeline_needs_stages_layers_and_batches() -> None:
+    config = TrainConfig(global_batch_size=8)
+    config.data.path = "x"
+    parallel = config.parallel
+    parallel.tensor_model_parallel_size, parallel.virtual_pipeline_model_parallel_size = 1, 2
+    with pytest.raises(ConfigError, match="needs --pipeline_model_parallel_size above 1"):
+        validate(config, world_size=1)
+    parallel.pipeline_model_parallel_size = 4
+    validate(config, world_size=8)
+    with pytest.raises(ConfigError, match=r"takes 4 micro-batches at a time: .* a multiple of 16"):
+        validate(config, world_size=16)
+    config.model.num_medusa_heads, config.model.medusa_freeze_backbone = 2, False
+    with pytest.raises(ConfigError, match="needs --virtual_pipeline_model_parallel_size 1"):
+        validate(config, world_size=8)
+    with pytest.raises(ConfigError, match="size 3 does not divide the 4 layers of each of 4 pi"):
+        preset("4B").check_pipeline_parallel(4, 3)
 
 
 class ParameterGroups:

@@ -72,21 +72,23 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp2": {"parallel__context_parallel_size": 2},
     "dp2": {},
     "pp2": {"parallel__pipeline_model_parallel_size": 2},
+    "pp2-interleaved": {
+        "parallel__pipeline_model_parallel_size": 2,
+        "parallel__virtual_pipeline_model_parallel_size": 2,
+    },
 }
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "layout",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("tp2", "dp2", "cp2", "pp2")))
-        for name in LAYOUTS
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "tp2-sp")) for name in LAYOUTS],
 )
 def test_same_curve_at_every_layout(prompts, reference_run, tmp_path, layout) -> None:
     settings = SETTINGS
     expected = reference_run
-    if layout == "pp2":  # from a checkpoint, since fresh weights of later stages have other seeds
+    if layout.startswith("pp2"):
+        # From a checkpoint, since fresh weights of later stages have other seeds.
         settings = SETTINGS | {"model__path": str(reference_run)}
         expected = tmp_path / "one"
         run(make_config(prompts, expected, **settings))

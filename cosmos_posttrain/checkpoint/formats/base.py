@@ -16,8 +16,9 @@ from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.models.config import ModelConfig
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from cosmos_posttrain.checkpoint.weights import WholeWeights
-    from cosmos_posttrain.models.builder import CosmosGPTModel
 
 
 class CheckpointFormat(ABC):
@@ -88,7 +89,7 @@ class CheckpointFormat(ABC):
             "weights; leave out --weights ema."
         )
 
-    def load(self, checkpoint: Path, config: ModelConfig, model: CosmosGPTModel) -> None:
+    def load(self, checkpoint: Path, config: ModelConfig, model: nn.Module) -> None:
         """Fills a built model's parameters on this rank, at any layout.
 
         Raises:

@@ -16,8 +16,9 @@ from cosmos_posttrain.checkpoint.formats.base import Contents, WritableFormat
 from cosmos_posttrain.models.config import ModelConfig
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from cosmos_posttrain.checkpoint.torch_dist_weights import TorchDistWeights
-    from cosmos_posttrain.models.builder import CosmosGPTModel
 
 WEIGHTS, CONTEXT = "weights", "context"
 # Everything that a context says about the model, whoever wrote it.
@@ -57,7 +58,7 @@ class MegatronFormat(WritableFormat):
         lora = context.read_model_config(checkpoint).lora
         return TorchDistWeights(checkpoint / WEIGHTS, config, lora, averaged=True)
 
-    def load(self, checkpoint: Path, config: ModelConfig, model: CosmosGPTModel) -> None:
+    def load(self, checkpoint: Path, config: ModelConfig, model: nn.Module) -> None:
         from cosmos_posttrain.checkpoint import dist
         from cosmos_posttrain.checkpoint.fill import fill
 

@@ -18,7 +18,7 @@ from cosmos_posttrain.evaluation.report.curves import is_number
 from cosmos_posttrain.evaluation.report.runs import ReportedRun
 from cosmos_posttrain.evaluation.result_folder import METRICS_FILE
 
-_NO_EVALUATIONS = {"checkpoints", "tb_logs", "wandb", "clips"}
+_NO_EVALUATIONS = {"checkpoints", "tb_logs", "wandb", "clips", "samples", "profile"}
 _FIX = "evaluate again, or leave it out"
 _USUAL = Path("evaluation")
 

@@ -11,6 +11,8 @@ from cosmos_posttrain.training.callbacks.base import Callback
 from cosmos_posttrain.training.callbacks.ema import Ema
 from cosmos_posttrain.training.callbacks.guard import Guard
 from cosmos_posttrain.training.callbacks.log import Log
+from cosmos_posttrain.training.callbacks.profile import Profile
+from cosmos_posttrain.training.callbacks.samples import Samples
 from cosmos_posttrain.training.callbacks.save import Save
 from cosmos_posttrain.training.callbacks.signals import Signals
 from cosmos_posttrain.training.callbacks.validate import Validate
@@ -25,6 +27,7 @@ def make_callbacks(
     config: TrainConfig,
     optimizer: CheckpointableOptimizer,
     validation: Validation | None,
+    samples: Samples | None,
     log: Log,
 ) -> list[Callback]:
     """The callbacks of a run, in their order.
@@ -37,4 +40,9 @@ def make_callbacks(
     callbacks += [Signals(), Save(config)]
     if validation is not None:
         callbacks.append(Validate(config, validation))
-    return [*callbacks, log]
+    if samples is not None:
+        callbacks.append(samples)
+    callbacks.append(log)
+    if config.profile_steps is not None:
+        callbacks.append(Profile(config.profile_steps, log.folder, log.first_step))
+    return callbacks

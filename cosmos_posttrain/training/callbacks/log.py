@@ -18,11 +18,15 @@ class Log(Callback):
         completed_steps: steps that the run had when it was started or resumed.
 
     Attributes:
+        folder: the same.
+        first_step: number of the first step that this process makes.
         last_step: number of the last row that was there before; None on other ranks than 0.
     """
 
     def __init__(self, config: TrainConfig, folder: Path, completed_steps: int) -> None:
+        self.folder, self.first_step = folder, completed_steps
         self._log = RunLog(folder, config, completed_steps)
+        self.write_video = self._log.write_video
         self._progress = ProgressDisplay(config.max_steps, "steps", done=completed_steps)
         self.last_step = self._log.last_step
 

@@ -1,4 +1,4 @@
-"""The validation loss at fixed steps."""
+"""The figures of the validation split at fixed steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Validate(Callback):
         is_due = run.completed_steps % self._every == 0 or run.is_last_step
         if not is_due or run.stop_reason is not None:  # who asks a run to end does not wait long
             return
-        row["val_loss"] = loss = self._validation.loss()
+        row |= self._validation.figures()
+        loss = row["val_loss"]
         if not math.isfinite(loss):
             raise NonFiniteLossError(
                 f"the validation loss is {loss} after step {row['step']}; nothing more is saved. "

@@ -1,0 +1,94 @@
+"""Stand-ins for Slurm's commands on one machine.
+
+Flows in: a folder. Flows out: its ``bin`` for PATH, and the environment of a job.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+SRUN = """
+import os, signal, subprocess, sys, time
+
+words, output, folder = sys.argv[1:], None, None
+count = int(os.environ["SLURM_NTASKS"])
+while words[0].startswith("-"):
+    word = words.pop(0)
+    name, _, value = word.partition("=")
+    if name in ("--output", "--chdir", "-w") and not value:
+        value = words.pop(0)
+    if name == "--ntasks":
+        count = int(value)
+    output = value if name == "--output" else output
+    folder = value if name == "--chdir" else folder
+stream = open(output, "ab") if output else None
+tasks = [
+    subprocess.Popen(
+        words, cwd=folder, stdout=stream, stderr=stream,
+        env={**os.environ, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n), "SLURM_NODEID": "0"},
+    )
+    for n in range(count)
+]
+for number in (signal.SIGUSR1, signal.SIGTERM):  # passed on, as srun's manual says
+    signal.signal(number, lambda n, _: [task.send_signal(n) for task in tasks])
+while any(task.poll() is None for task in tasks):
+    if any(task.returncode for task in tasks):  # --kill-on-bad-exit
+        time.sleep(5)
+        [task.kill() for task in tasks]
+    time.sleep(0.05)
+sys.exit(max(abs(task.returncode) for task in tasks))
+"""
+SCONTROL = """
+import os, sys
+if sys.argv[1] == "show":
+    print("127.0.0.1")
+else:
+    open(os.environ["FAKE_SLURM_LOG"], "a").write(" ".join(sys.argv[1:]) + "\\n")
+"""
+
+
+class FakeSlurm:
+    """Slurm's commands in a folder, and the job that they take part in.
+
+    Args:
+        folder: to write them to.
+        num_tasks: of the job, on one node.
+    """
+
+    def __init__(self, folder: Path, num_tasks: int) -> None:
+        self._bin, self._log = folder / "bin", folder / "scontrol.txt"
+        self._num_tasks = num_tasks
+        self._bin.mkdir(parents=True)
+        for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+            path = self._bin / name
+            path.write_text(f"#!{sys.executable}\n{text}")
+            path.chmod(0o755)
+
+    @property
+    def asked(self) -> list[str]:
+        """What scontrol was told to do."""
+        return self._log.read_text().splitlines() if self._log.exists() else []
+
+    def environment(self) -> dict[str, str]:
+        """Of the batch script, as sbatch would set it."""
+        job = {"JOB_ID": "4711", "JOB_NODELIST": "node", "NTASKS": str(self._num_tasks)}
+        path = f"{self._bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return {
+            **os.environ,
+            **{f"SLURM_{name}": value for name, value in job.items()},
+            "PATH": path,
+            "PYTHON": sys.executable,
+            "FAKE_SLURM_LOG": str(self._log),
+            "OMP_NUM_THREADS": "1",
+        }
+
+
+def directives(script: str) -> dict[str, str]:
+    """The options in an sbatch script's head."""
+    return {
+        name: value.strip("'")
+        for name, value in re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", script, re.M)
+    }
