@@ -32,7 +32,7 @@ from cosmos_posttrain.models.cross_attention import CrossAttention, CrossAttenti
 from cosmos_posttrain.models.lora import with_factors
 from cosmos_posttrain.models.lora_config import ROW_PARALLEL, LoraConfig
 from cosmos_posttrain.models.norm import RMSNorm
-from cosmos_posttrain.models.swiglu import SwiGLUMLP
+from cosmos_posttrain.models.swiglu import GatedColumnLinear, SwiGLUMLP
 from cosmos_posttrain.models.video2world import Video2WorldLayer
 
 # Transformer Engine fuses a norm into the linear layer behind it and names it after that layer.
@@ -45,7 +45,7 @@ NAMES_ON_DISK = {
 
 def _torch_linear(lora: LoraConfig | None, name: str) -> type:
     base = RowParallelLinear if name in ROW_PARALLEL else ColumnParallelLinear
-    return with_factors(base, lora, name)
+    return with_factors(GatedColumnLinear if name == "linear_fc1" else base, lora, name)
 
 
 def _mlp(linear: Callable[[str], type]) -> Any:
