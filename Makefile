@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart quickstart-video2world test test-all check clean
+.PHONY: help setup quickstart quickstart-video2world test test-all test-matrix check clean
 
 # The interpreter that makes .venv; Python 3.11 or newer.
 PYTHON ?= python3
@@ -54,6 +54,10 @@ test-all: setup  ## Also the slow ones, and those for a GPU and the network wher
 	@export OMP_NUM_THREADS=1
 	$(PYTEST) -m "not gpu"
 	python -m pytest -m gpu
+
+# PAIRS="3.11/0.15.3 3.12/0.19.2" names some of them.
+test-matrix: setup  ## Other versions of Python and megatron-core: what they might break (docs/versions.md)
+	@python scripts/test_matrix.py $(PAIRS)
 
 check: setup  ## Lint, format and types
 	@ruff check .

@@ -3,12 +3,14 @@
 Imported by the package's ``__init__``, so before any module of ours imports megatron.
 """
 
+import logging
 import warnings
 
 _HIDDEN = (
     # Megatron says on import which optional packages it does not find.
     (UserWarning, "Transformer Engine and Apex are not installed"),
     (UserWarning, "Apex is not installed"),
+    (UserWarning, "Failed to create unified memory mempool"),
     # Megatron warns about defaults of its own.
     (UserWarning, "full scope is deprecated"),
     (UserWarning, "The .grad attribute of a Tensor that is not a leaf Tensor"),
@@ -20,3 +22,7 @@ _HIDDEN = (
 )
 for _category, _message in _HIDDEN:
     warnings.filterwarnings("ignore", message=_message, category=_category)
+
+# Megatron's own functions, and the base class of its language models, call themselves outdated.
+for _name in ("megatron.core.utils", "megatron.core.models.gpt.gpt_model"):
+    logging.getLogger(_name).setLevel(logging.ERROR)

@@ -55,6 +55,8 @@ _PATCHES: dict[str, Callable] = {
     "torch.cuda.set_device": _nothing,
     "torch.cuda.synchronize": _nothing,
     "torch.cuda.empty_cache": _nothing,
+    # Reducing gradients, megatron-core 0.19 waits for what CUDA graphs may still compute.
+    "torch.cuda.current_stream": torch.cpu.current_stream,
     # Recomputation saves and restores the CUDA generator beside the CPU's.
     "megatron.core.tensor_parallel.random._get_cuda_rng_state": lambda *_, **__: None,
     "megatron.core.tensor_parallel.random._set_cuda_rng_state": _nothing,

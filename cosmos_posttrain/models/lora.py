@@ -120,6 +120,6 @@ def with_factors(base: type, lora: LoraConfig | None, name: str) -> type:
         return base
     if issubclass(base, ColumnParallelLinear):
         members = {"lora": lora, "num_parts": 2 if name == "linear_fc1" else 1}
-        return type("LoraColumnParallelLinear", (_ColumnParallelWithFactors,), members)
+        return type("LoraColumnParallelLinear", (_ColumnParallelWithFactors, base), members)
     assert issubclass(base, RowParallelLinear), base
     return type("LoraRowParallelLinear", (_RowParallelWithFactors,), {"lora": lora})

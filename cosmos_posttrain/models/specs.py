@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -31,7 +32,7 @@ from cosmos_posttrain.models.cross_attention import CrossAttention, CrossAttenti
 from cosmos_posttrain.models.lora import with_factors
 from cosmos_posttrain.models.lora_config import ROW_PARALLEL, LoraConfig
 from cosmos_posttrain.models.norm import RMSNorm
-from cosmos_posttrain.models.swiglu import SwiGLUMLP
+from cosmos_posttrain.models.swiglu import GatedColumnLinear, SwiGLUMLP
 from cosmos_posttrain.models.video2world import Video2WorldLayer
 
 # Transformer Engine fuses a norm into the linear layer behind it and names it after that layer.
@@ -44,7 +45,14 @@ NAMES_ON_DISK = {
 
 def _torch_linear(lora: LoraConfig | None, name: str) -> type:
     base = RowParallelLinear if name in ROW_PARALLEL else ColumnParallelLinear
-    return with_factors(base, lora, name)
+    return with_factors(GatedColumnLinear if name == "linear_fc1" else base, lora, name)
+
+
+def _mlp(linear: Callable[[str], type]) -> Any:
+    submodules = MLPSubmodules(linear_fc1=linear("linear_fc1"), linear_fc2=linear("linear_fc2"))
+    if hasattr(SwiGLUMLP, "as_mlp_submodule"):  # from megatron-core 0.18 on
+        return partial(SwiGLUMLP.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=SwiGLUMLP, submodules=submodules)
 
 
 def _torch_layer(lora: LoraConfig | None) -> ModuleSpec:
@@ -66,12 +74,7 @@ def _torch_layer(lora: LoraConfig | None) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=SwiGLUMLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=linear("linear_fc1"), linear_fc2=linear("linear_fc2")
-                ),
-            ),
+            mlp=_mlp(linear),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=NAMES_ON_DISK,
         ),

@@ -9,11 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 from torch.nn.functional import silu
 
 from cosmos_posttrain.models.blocks import row_blocks
+
+
+class GatedColumnLinear(ColumnParallelLinear):
+    """The first of its two linear layers: every rank has its part of gates and of gated.
+
+    Megatron-Core 0.15 cuts fresh weights as if they were one piece, so that which ones a model
+    begins with would depend on the tensor parallel size; later ones say ``stride`` themselves.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "stride": 2})
 
 
 class SwiGLUMLP(MLP):

@@ -15,6 +15,8 @@ from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.naming import parameters_by_disk_name
 
+pytestmark = pytest.mark.compat
+
 
 @pytest.fixture(scope="module", params=["tiny", "tiny-video2world"])
 def model(request: pytest.FixtureRequest) -> ARModel:

@@ -36,6 +36,8 @@ from cosmos_posttrain.models.builder import build_model
 from cosmos_posttrain.models.config import ROPE_SCALINGS, YarnConfig
 from cosmos_posttrain.models.rope import context_parallel_positions
 
+pytestmark = pytest.mark.compat
+
 # Saved at one tensor parallel size and loaded at the other.
 RESHARDED = cases_of("base_12b_like", "video2world_13b_like")
 DATA = data_of(make_tokenizer("codes", 512))

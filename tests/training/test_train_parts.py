@@ -16,6 +16,8 @@ from cosmos_posttrain.training.flops import flops_per_token
 from cosmos_posttrain.training.run_folder import TrainState
 from cosmos_posttrain.training.schedule import Schedule
 
+pytestmark = pytest.mark.compat
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

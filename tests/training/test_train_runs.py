@@ -16,6 +16,8 @@ from helpers.run_case import losses, make_config, run
 
 from cosmos_posttrain.errors import ConfigError, OutputFolderError
 
+pytestmark = pytest.mark.compat
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
