@@ -6,20 +6,21 @@ error; the same numbers in every place. Only rank 0 says and writes anything.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from cosmos_posttrain import files, launch
 from cosmos_posttrain.config import to_dict
-from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.errors import ConfigError, SaveError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -140,6 +141,7 @@ class RunLog:
 
     def __init__(self, folder: Path, config: object, completed_steps: int) -> None:
         self._is_active = launch.is_rank_zero()
+        self._tensorboard_failed = False
         self.last_step: int | None = None
         if not self._is_active:
             return
@@ -158,15 +160,20 @@ class RunLog:
         """Records a row, whose ``step`` counts from 0; curves are made of its numbers."""
         if not self._is_active:
             return
-        self._file.write(files.json_text(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(files.json_text(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise SaveError(
+                f"{self._file.name} cannot be written ({error.strerror or error}); make room, then "
+                "give the same command again."
+            ) from error
         numbers = {
             key: value
             for key, value in row.items()
             if key != "step" and isinstance(value, (int, float)) and math.isfinite(value)
         }
-        for key, value in numbers.items():
-            self._tensorboard.add_scalar(key, value, row["step"])
+        self._show(lambda board: [board.add_scalar(k, v, row["step"]) for k, v in numbers.items()])
         if self._wandb is not None:
             self._wandb.log(numbers, step=row["step"])
 
@@ -174,7 +181,7 @@ class RunLog:
         """Records a picture, (H, W, 3) uint8, in TensorBoard and W&B."""
         if not self._is_active:
             return
-        self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
+        self._show(lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
         if self._wandb is not None:
             import wandb
 
@@ -199,17 +206,32 @@ class RunLog:
         # What add_video writes, which would need moviepy for it.
         image = Summary.Image(height=size[0], width=size[1], colorspace=3, encoded_image_string=gif)
         summary = Summary(value=[Summary.Value(tag=name, image=image)])
-        self._tensorboard._get_file_writer().add_summary(summary, step)
+        self._show(lambda board: board._get_file_writer().add_summary(summary, step))
         if self._wandb is not None:
             import wandb
 
             self._wandb.log({name: wandb.Video(str(path))}, step=step)
 
+    def _show(self, write: Callable[[Any], object]) -> None:
+        """A full disk ends TensorBoard's curves, since its writer never recovers; not the run."""
+        if self._tensorboard_failed:
+            return
+        try:
+            write(self._tensorboard)
+        except OSError as error:
+            self._tensorboard_failed = True
+            launch.say(
+                "warning: nothing more for TensorBoard in this launch "
+                f"({error.strerror or error}); {METRICS_FILE} has every number.",
+                error=True,
+            )
+
     def close(self) -> None:
         """Flushes and closes everything."""
         if self._is_active:
-            self._file.close()
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # a full disk, and a half-written last row
+                self._file.close()
+            self._show(lambda board: board.close())
             if self._wandb is not None:
                 self._wandb.finish()
 

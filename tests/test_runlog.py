@@ -21,7 +21,7 @@ from typing import Any, TextIO
 import pytest
 
 from cosmos_posttrain import launch, runlog
-from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.errors import ConfigError, SaveError
 from cosmos_posttrain.runlog import ProgressDisplay, RunLog, duration, read_rows, start_wandb
 
 
@@ -216,3 +216,29 @@ def test_a_run_is_named_after_its_folder_and_keeps_its_curves(
     ids = [values["id"] for values in started]
     assert ids[1] == ids[2] != ids[0] == ids[3]
     assert started[0]["config"] == {"lr": 0.1}
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, Settings(), 0)
+    log.write({"step": 0, "loss": 1.0})
+    log._file.close()
+    with Path("/dev/full").open("w", encoding="utf-8") as log._file:
+        with pytest.raises(SaveError, match=r"/dev/full cannot be written \(No space left"):
+            log.write({"step": 1, "loss": 1.0})
+        log.close()
+
+
+def test_tensorboard_without_room_ends_its_curves_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def no_room(*_args: Any, **_kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    log = RunLog(tmp_path, Settings(), 0)
+    monkeypatch.setattr(log._tensorboard, "add_scalar", no_room)
+    for step in range(3):
+        log.write({"step": step, "loss": 1.0})
+    log._tensorboard.close()
+    log.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert capsys.readouterr().err.count("nothing more for TensorBoard") == 1

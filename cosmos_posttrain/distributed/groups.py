@@ -209,6 +209,6 @@ def any_rank(value: int) -> int:
     """The largest of the ranks' whole numbers, on all of them."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return value
-    box = torch.tensor([value], device=launch.device())
+    box = torch.tensor([value])  # gloo takes it, so that nobody waits for a GPU
     torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
     return int(box)

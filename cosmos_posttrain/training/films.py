@@ -109,11 +109,13 @@ class FilmMaker:
                 f"{str(error).rstrip('.')}; name it with --sample_tokenizer_path, or leave samples "
                 "out."
             ) from error
-        if videos is not None and not (Path(videos) / self._dataset.source(0)).is_file():
-            raise ConfigError(
-                f"--sample_videos_dir {videos} has no {self._dataset.source(0)}; give the folder "
-                "that prepare_dataset.py read, or leave it out."
-            )
+        for number in range(min(self._config.num_clips, len(self._dataset)) if videos else 0):
+            source = self._dataset.source(number)
+            if not (Path(videos or "") / source).is_file():
+                raise ConfigError(
+                    f"--sample_videos_dir {videos} has no {source}; give the folder that "
+                    "prepare_dataset.py read, or leave it out."
+                )
 
     def films(self, clips: list[ContinuedClip]) -> Iterator[SampleFilm]:
         """One clip's after another.

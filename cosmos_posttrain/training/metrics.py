@@ -72,7 +72,7 @@ class StepMeter:
 
         Args:
             seconds: of the step.
-            waited_seconds: for its batch, the slowest rank's.
+            waited_seconds: of this rank, for its batch; waiting for others is part of the step.
         """
         clips = self._num_clips / (seconds + waited_seconds)
         clips_each = clips / launch.world_size()

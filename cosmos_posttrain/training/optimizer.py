@@ -104,6 +104,8 @@ def apply_gradients(optimizer: Any, norm: float) -> None:
         optimizer.step_with_ready_grads()
     for part in parts_of(optimizer):
         part.optimizer.grad_scale = None
+        for parameter in part.get_parameters():
+            parameter.grad = None  # of gradients in bfloat16 a float32 copy
 
 
 def _scale(optimizer: Any, gradients: list[Tensor], factor: float) -> None:

@@ -7,6 +7,8 @@ the most likely token behind true ones. Weights, gradients and random numbers st
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +19,7 @@ from torch import Tensor
 from cosmos_posttrain.data.batch import SequenceLayout
 from cosmos_posttrain.data.dataset import TokenDataset
 from cosmos_posttrain.distributed import groups
-from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError, UserError
 from cosmos_posttrain.inference.engine import generate
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.builder import CosmosGPTModel
@@ -59,6 +61,18 @@ def num_given_latents(num_condition_latents: int, num_latents: int) -> int:
     return given
 
 
+@contextlib.contextmanager
+def _as_it_comes() -> Iterator[None]:
+    """Decoding adds up probabilities by a function that has no deterministic form on a GPU."""
+    was_asked = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_asked, warn_only=only_warned)
+
+
 class SampleMaker:
     """Continues the first clips of a split; data-parallel ranks share them out.
 
@@ -82,10 +96,14 @@ class SampleMaker:
         self._num_clips = min(num_clips, len(dataset))
         self._num_given = num_given * dataset.latent_shape.tokens_per_frame
 
-    def make(self) -> list[ContinuedClip]:
+    def make(self, tell: Callable[[str], None] = lambda place: None) -> list[ContinuedClip]:
         """The clips as the model continues them now; every rank calls it.
 
+        Args:
+            tell: called before each clip, as often on every rank.
+
         Raises:
+            UserError: on every rank, where one could not generate its clips.
             CosmosPosttrainError: the model's scores are not finite.
         """
         rank, num_ranks = groups.data_parallel_place()
@@ -93,11 +111,19 @@ class SampleMaker:
         own = [min(rank * each + place, self._num_clips - 1) for place in range(each)]
         device = next(self._ddp.module.parameters()).device
         self._ddp.eval()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            rows = [torch.stack(self._tokens(number)).cpu().numpy() for number in own]
+        rows, problem = [], ""
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), _as_it_comes():
+                for place, number in enumerate(own):
+                    tell(f"sample {place + 1} of {each}")
+                    rows.append(torch.stack(self._tokens(number)).cpu().numpy())
+        except (CosmosPosttrainError, RuntimeError) as error:  # no room on the GPU, say
+            problem = str(error) or repr(error)
         self._ddp.train()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # or its blocks would lie between those of a step
+        if groups.any_rank(int(bool(problem))):
+            raise UserError(problem or "another rank could not generate its clips.")
         shape = tuple(self._dataset.latent_shape)
         found = torch.from_numpy(gather_clips(np.stack(rows))).view(-1, 3, *shape)
         return [ContinuedClip(number, *found[number]) for number in range(self._num_clips)]

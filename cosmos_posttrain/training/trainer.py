@@ -213,7 +213,13 @@ class Trainer:
             return
         number = next(i for i, item in enumerate(self.callbacks) if isinstance(item, Save))
         for callback in self.callbacks[number + 1 :]:
+            self.tell(f"in {type(callback).__name__}")
             callback.after_step(self, row)
+
+    def tell(self, place: str) -> None:
+        """The loop goes on within a callback; all ranks tell the same places in the same order."""
+        assert self.watch is not None
+        self.watch.at(f"after step {self.completed_steps - 1}, {place}")
 
     def batches(self) -> Iterator[list[Batch]]:
         """Global batches of this rank, from where the run is, without end; one is made ahead."""
@@ -254,7 +260,7 @@ class Trainer:
             optimizers.apply_gradients(self.optimizer.optimizer, norm)
             self._advance()
         row |= rates | self._counts()
-        return row | self.meter.speed(time.monotonic() - started, row["data_wait_seconds"])
+        return row | self.meter.speed(time.monotonic() - started, waited_seconds)
 
     def _advance(self) -> None:
         """A batch is behind the run; the schedule counts it too."""

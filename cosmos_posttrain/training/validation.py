@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -61,9 +62,12 @@ class Validation:
         )
         self._ddp.eval()
         with torch.no_grad():
-            for batches in prefetched(
+            ahead = prefetched(
                 validation_batches(self._dataset, self._layout, self._sizes, self._limit)
-            ):
+            )
+            # As many at a time as a pipeline has stages, so that all of them work.
+            count = parallel_state.get_pipeline_model_parallel_world_size()
+            while batches := [batch for some in islice(ahead, count) for batch in some]:
                 for part in run_schedule(self._model, batches, self._forward_step, True):
                     sums += part
         self._ddp.train()

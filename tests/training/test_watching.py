@@ -28,6 +28,7 @@ from cosmos_posttrain.evaluation.report.curves import read_curves
 from cosmos_posttrain.inference.engine import generate
 from cosmos_posttrain.prepare.prepare import prepare
 from cosmos_posttrain.tokenizer import load_tokenizer
+from cosmos_posttrain.training import sample_clips
 from cosmos_posttrain.training.callbacks.samples import Samples
 from cosmos_posttrain.training.config import TrainConfig, validate
 from cosmos_posttrain.training.sample_clips import SampleMaker, num_given_latents
@@ -264,6 +265,28 @@ def test_a_film_that_cannot_be_made_does_not_end_the_run(
     trainer.fit()
     trainer.close()
     assert "warning: no samples of step 1: " in capsys.readouterr().err
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_clips_that_cannot_be_generated_do_not_end_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As where a GPU has no room; the loop tells where it is before each clip."""
+
+    def no_room(*_args: Any, **_kwargs: Any) -> Any:
+        raise RuntimeError("out of memory (made up)")
+
+    monkeypatch.setattr(sample_clips, "generate", no_room)
+    changes = {"samples__every_n_steps": 2, "samples__num_clips": 2}
+    trainer = Trainer(settings(folder, tmp_path / "run", max_steps=2, **changes))
+    told: list[str] = []
+    monkeypatch.setattr(Trainer, "tell", lambda _, place: told.append(place))
+    try:
+        trainer.fit()
+    finally:
+        trainer.close()
+    assert told[0] == "sample 1 of 2"
+    assert "no samples of step 1: out of memory" in capsys.readouterr().err
     assert len(losses(tmp_path / "run")) == 2
 
 

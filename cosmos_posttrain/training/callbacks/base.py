@@ -24,6 +24,10 @@ class Run(Protocol):
         """True after the last step, and where the run was asked to end."""
         ...
 
+    def tell(self, place: str) -> None:
+        """The loop goes on at a place within a callback; every rank tells the same in turn."""
+        ...
+
     def skip_batch(self, row: Row) -> list[str]:
         """Goes on behind a batch that made no update, as if it had; names its clips.
 

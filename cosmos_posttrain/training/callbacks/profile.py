@@ -59,7 +59,12 @@ class Profile(Callback):
         try:
             self._folder.mkdir(exist_ok=True)
             with files.replacing(self._folder / f"{name}.pt.trace.json") as temporary:
-                profiler.export_chrome_trace(str(temporary))
+                # The profiler writes beside it, and says nothing where that fails.
+                beside = temporary.with_name(f"{temporary.name}.tmp")
+                try:
+                    profiler.export_chrome_trace(str(temporary))
+                finally:
+                    beside.unlink(missing_ok=True)
             if torch.cuda.is_available():
                 with files.replacing(self._folder / f"{name}.memory.pickle") as temporary:
                     torch.cuda.memory._dump_snapshot(str(temporary))

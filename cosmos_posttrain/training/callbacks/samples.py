@@ -39,7 +39,11 @@ class Samples(Callback):
         is_due = run.completed_steps % self._every == 0 or run.is_last_step
         if not is_due or run.stop_reason is not None:  # who asks a run to end does not wait long
             return
-        clips = self._maker.make()
+        try:
+            clips = self._maker.make(run.tell)
+        except UserError as error:  # on every rank
+            launch.say(f"warning: no samples of step {row['step']}: {error}", error=True)
+            return
         if not launch.is_rank_zero():
             return
         try:
