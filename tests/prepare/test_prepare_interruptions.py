@@ -104,7 +104,7 @@ def test_a_second_preparation_of_the_folder_is_refused(videos, whole, tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("victim", ["launcher", "1"])
+@pytest.mark.parametrize("victim", ["launcher", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_killed_launcher_or_rank_ends_all_and_the_command_goes_on(
     videos, whole, tmp_path, victim, capsys
 ):

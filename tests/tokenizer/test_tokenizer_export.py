@@ -66,7 +66,14 @@ def run_alone(code: str, *arguments: object, cwd: Path) -> list[str]:
     return result.stdout.split()
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize(
+    "name",
+    [
+        # The same layers as of the tiny ones, and ten seconds each; one of them stays.
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("full-dv8x8x8", "full-dv4x8x8")))
+        for name in GOLDEN
+    ],
+)
 def test_golden_parity_of_the_export_and_of_its_import(name: str, tmp_path: Path) -> None:
     folder = GOLDEN[name]
     export_torchscript(load_native(folder, torch.device("cpu"), None).network, tmp_path)
@@ -116,7 +123,9 @@ def write_autoencoder(network: DVNetwork, folder: Path) -> Path:
     return folder / "autoencoder.jit"
 
 
-@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize(
+    "rate", [pytest.param(rate, marks=[pytest.mark.slow] * (rate != "dv8x8x8")) for rate in RATES]
+)
 def test_autoencoder_alone_is_a_tokenizer(rate: str, tmp_path: Path) -> None:
     file = write_autoencoder(small_network(rate), tmp_path)
     # Hugging Face repositories hold such a file, which says nothing about the network.
