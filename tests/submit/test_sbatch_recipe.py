@@ -81,7 +81,8 @@ def test_a_failing_run_is_not_queued_again(tmp_path: Path) -> None:
         text=True,
     )
     assert finished.returncode == 2, finished.stderr
-    assert finished.stderr.count("error:") == 1 and "absent" in finished.stderr
+    assert finished.stderr.count("does not exist") == 1, finished.stderr
+    assert finished.stderr.count("error") == 1 and "error: " in finished.stderr
     assert slurm.asked == []
 
 
