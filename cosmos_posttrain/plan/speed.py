@@ -19,6 +19,9 @@ from cosmos_posttrain.training.flops import PEAK_FLOPS, flops_per_token
 # NVLink bandwidth per direction in bytes/s, from the vendors' data sheets.
 LINK_BYTES_PER_SECOND = {"A100": 300e9, "H100": 450e9, "H200": 450e9, "B200": 900e9}
 
+# Peak of float32 without TF32, which training does not use, from the same sheets.
+FLOAT32_PEAK_FLOPS = {"A100": 19.5e12, "H100": 67e12, "H200": 67e12, "B200": 75e12}
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -26,7 +29,7 @@ class Hardware:
 
     Attributes:
         name: as in the tables, or any other name.
-        peak_flops: dense bfloat16 peak in FLOP/s.
+        peak_flops: dense peak in FLOP/s, in the dtype that is trained in.
         link_bytes_per_second: bandwidth between two GPUs of a node, per direction.
         mfu: share of the peak that computation reaches without bubble, recomputation and transfers.
     """
@@ -55,21 +58,26 @@ class Speed:
 
 
 def hardware(
-    name: str, mfu: float, peak_flops: float | None = None, link_bytes: float | None = None
+    name: str,
+    mfu: float,
+    peak_flops: float | None = None,
+    link_bytes: float | None = None,
+    dtype: str = "bfloat16",
 ) -> Hardware:
     """Looks a GPU up.
 
     Raises:
         ConfigError: a GPU without a known peak, and none was given.
     """
-    if peak_flops is None and name not in PEAK_FLOPS:
+    peaks = FLOAT32_PEAK_FLOPS if dtype == "float32" else PEAK_FLOPS
+    if peak_flops is None and name not in peaks:
         raise ConfigError(
-            f"the peak of --gpu {name} is not known; use one of {', '.join(PEAK_FLOPS)}, or give "
+            f"the peak of --gpu {name} is not known; use one of {', '.join(peaks)}, or give "
             "--peak_tflops."
         )
     return Hardware(
         name,
-        peak_flops or PEAK_FLOPS[name],
+        peak_flops or peaks[name],
         link_bytes or LINK_BYTES_PER_SECOND.get(name, min(LINK_BYTES_PER_SECOND.values())),
         mfu,
     )
@@ -128,7 +136,7 @@ def speed(work: Workload, layout: Layout, gpu: Hardware) -> Speed:
     layers_per_stage = model.num_layers // layout.pipeline
     seconds += layers_per_stage * _transfer_bytes(work, layout) / gpu.link_bytes_per_second
     num_microbatches = work.num_microbatches(layout)
-    slots = num_microbatches + layout.pipeline - 1
+    slots = num_microbatches + (layout.pipeline - 1) / layout.virtual
     step_seconds = slots * seconds
     rate = work.global_batch_size * model.seq_length / step_seconds
     return Speed(

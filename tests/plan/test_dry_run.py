@@ -84,6 +84,20 @@ def test_12b_on_64_gpus(
     assert shown == command.run_config
 
 
+def test_what_changes_memory_and_time(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture, much_room: None
+) -> None:
+    sizes = "--pipeline_model_parallel_size 4 --global_batch_size 64"
+    words = twelve_b(clips, tmp_path / "run", *sizes.split(), "--gpu_memory_gb", "180")
+    more = "--virtual_pipeline_model_parallel_size 2 --grad_reduce_in_bf16".split()
+    plain, changed = look(capsys, words), look(capsys, [*words, *more])
+    assert "interleaved" not in plain.partition("memory")[0]
+    assert "PP 4, CP 1, DP 4, sequence parallelism, interleaved in 2 parts" in changed
+    of = [dict(re.findall(r"(gradients|activations) ([\d.]+)", text)) for text in (plain, changed)]
+    assert float(of[1]["gradients"]) == pytest.approx(float(of[0]["gradients"]) / 2, abs=0.1)
+    assert float(of[1]["activations"]) > float(of[0]["activations"])
+
+
 def test_stages_and_slow_links(
     clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture, much_room: None
 ) -> None:
