@@ -9,6 +9,7 @@ is written, downloaded or started, and no weights are read.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,8 +18,7 @@ from cosmos_posttrain import files, launch
 from cosmos_posttrain.checkpoint import context
 from cosmos_posttrain.config import to_yaml
 from cosmos_posttrain.errors import ConfigError
-from cosmos_posttrain.plan import command as assumptions
-from cosmos_posttrain.plan.command import TrainCommand
+from cosmos_posttrain.plan.command import TrainCommand, validate
 from cosmos_posttrain.plan.config import GPU_MEMORY_GB, RESERVE
 from cosmos_posttrain.plan.layouts import GIB
 from cosmos_posttrain.plan.looking import look_at_source
@@ -79,7 +79,7 @@ def show(command: TrainCommand, takes_text: bool = False) -> int:
     Raises:
         UserError: with what the run would end, or what its GPUs or its disk could not hold.
     """
-    assumptions.validate(command)
+    validate(dataclasses.replace(command, dry_run=True))
     with contextlib.ExitStack() as closing:
         look = _look(command, closing, takes_text)
         disk, problems = _disk_lines(look)

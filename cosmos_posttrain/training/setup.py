@@ -1,7 +1,7 @@
 """Setting a run up: what is opened and checked, in the order in which it can fail.
 
 Flows in: a ``TrainConfig``. Flows out: ``Inputs`` (data, the model to start from, the run folder),
-and the model built and wrapped for training. Nothing is written before all of it fits.
+of which ``building.py`` makes the model. Nothing is written before all of it fits.
 """
 
 from __future__ import annotations
