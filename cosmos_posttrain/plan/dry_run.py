@@ -240,7 +240,9 @@ def _data_lines(look: Look) -> list[str]:
 
 def _time_lines(look: Look) -> list[str]:
     command = look.command
-    gpu = hardware(command.gpu, MFU, dtype=look.work.dtype) if command.gpu in GPU_MEMORY_GB else None
+    gpu = (
+        hardware(command.gpu, MFU, dtype=look.work.dtype) if command.gpu in GPU_MEMORY_GB else None
+    )
     if gpu is None:
         return [f"the speed of {command.gpu} is not known"]
     expected: Speed = speed(look.work, look.layout, gpu)

@@ -90,7 +90,7 @@ class TokenFlops:
     Attributes:
         layers: the layers' matrices; frozen ones (LoRA) cost two thirds.
         attention: scores and values, halved by causality.
-        output: the output layer.
+        output: the output layer, and Medusa heads with their logits.
     """
 
     layers: float
@@ -98,12 +98,17 @@ class TokenFlops:
     output: float
 
 
-def token_flops(model: ModelConfig) -> TokenFlops:
+def token_flops(model: ModelConfig, heads_alone: bool = False) -> TokenFlops:
     """Splits the FLOPs that the training metrics report."""
     width = model.num_attention_heads * model.kv_channels
-    attention = 6.0 * model.num_layers * width * model.seq_length
-    output = 6.0 * model.vocab_size * model.hidden_size
-    return TokenFlops(flops_per_token(model) - attention - output, attention, output)
+    each = 2.0 if heads_alone else 6.0
+    attention = each * model.num_layers * width * model.seq_length
+    output = each * model.vocab_size * model.hidden_size
+    head = (4.0 if heads_alone else 6.0) * model.hidden_size**2
+    head += 4.0 * model.vocab_size * model.hidden_size
+    output += model.num_medusa_heads * head
+    whole = flops_per_token(model, heads_alone)
+    return TokenFlops(whole - attention - output, attention, output)
 
 
 def _transfer_bytes(work: Workload, layout: Layout) -> float:
@@ -114,7 +119,7 @@ def _transfer_bytes(work: Workload, layout: Layout) -> float:
     """
     model, e = work.model, work.element_bytes
     tokens = work.micro_batch_size * model.seq_length / layout.context
-    passes = 3 if layout.recompute else 2
+    passes = 1 if work.heads_alone else 3 if layout.recompute else 2
     hidden = e * tokens * model.hidden_size
     tensor = 4 * passes * hidden * (layout.tensor - 1) / layout.tensor
     keys = 2 * e * tokens * model.num_query_groups * model.kv_channels / layout.tensor
@@ -125,9 +130,11 @@ def _transfer_bytes(work: Workload, layout: Layout) -> float:
 def speed(work: Workload, layout: Layout, gpu: Hardware) -> Speed:
     """Expected speed of one layout."""
     model = work.model
-    flops = token_flops(model)
+    flops = token_flops(model, work.heads_alone)
     layers = flops.layers + flops.attention
-    if layout.recompute:  # forward again, which is half of the work on a frozen matrix
+    if (
+        layout.recompute and not work.heads_alone
+    ):  # forward again, which is half of the work on a frozen matrix
         layers += flops.layers / (3 if model.lora is None else 2) + flops.attention / 3
     tokens = work.micro_batch_size * model.seq_length
     # The last stage has the output layer beside its layers.
@@ -142,6 +149,6 @@ def speed(work: Workload, layout: Layout, gpu: Hardware) -> Speed:
     return Speed(
         step_seconds,
         rate,
-        rate * flops_per_token(model) / (gpu.peak_flops * layout.num_gpus),
+        rate * flops_per_token(model, work.heads_alone) / (gpu.peak_flops * layout.num_gpus),
         1 - num_microbatches / slots,
     )

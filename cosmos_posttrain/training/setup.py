@@ -136,7 +136,9 @@ def open_inputs(
     texts.check_data(config, train_data, takes_text)
     if dry is None:
         groups.start()
-        check_samples(config.samples, val_data or train_data, config.num_condition_latents)
+    check_samples(
+        config.samples, val_data or train_data, config.num_condition_latents, dry is not None
+    )
     folder = RunFolder(config.log_dir, describe(train_data, config.data))
     closing.callback(folder.close)
     resume_from = folder.open() if dry is None else folder.look()

@@ -119,6 +119,11 @@ def test_stages_and_slow_links(
         ("--tensor_model_parallel_size 16", "--tensor_model_parallel_size 16 does not divide"),
         ("--model_path no/such-model", "no/such-model is not in the Hugging Face cache"),
         ("--model_path random:5B-Video2World", "the model takes a text"),
+        ("--sample_every_n_steps 10", "the tokenizer 'given' is named by the checkpoint"),
+        (
+            "--sample_every_n_steps 10 --sample_tokenizer_path tiny --sample_videos_dir /absent",
+            "--sample_videos_dir /absent has no",
+        ),
         ("--vocab_size 0", "--vocab_size 0 must be at least 1"),
     ],
 )

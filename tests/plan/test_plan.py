@@ -157,6 +157,23 @@ def test_the_update_of_gradients_in_bf16() -> None:
     assert less.working + less.activations + less.logits == pytest.approx(8 * updated)
 
 
+def test_heads_alone_are_trained_in_less_time() -> None:
+    """The frozen backbone only goes forward: a third of a full run, and what the heads take."""
+    model = dataclasses.replace(preset("4B"), num_medusa_heads=2)
+    alone, whole, plain = (
+        flops_per_token(model, True),
+        flops_per_token(model),
+        flops_per_token(preset("4B")),
+    )
+    square, logits = 2 * 4096**2, 2 * 4 * 64000 * 4096
+    assert whole == pytest.approx(plain + 6 * square + logits)
+    assert alone == pytest.approx(plain / 3 + 4 * square + logits)
+    for heads_alone, flops in ((True, alone), (False, whole)):
+        work = Workload(model, heads_alone=heads_alone)
+        seconds = speed.speed(work, Layout(), H100).step_seconds
+        assert seconds == pytest.approx(32 * 12800 * flops / (0.4 * 989e12))
+
+
 def test_float32_is_slower() -> None:
     work = Workload(preset("4B"), dtype="float32")
     gpu = speed.hardware("H100", 0.4, dtype="float32")
@@ -284,8 +301,8 @@ def test_the_script_of_video2world() -> None:
 def test_flags_of_the_training_script(
     frozen: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    arguments = "--ema_decay 0.999 --grad_reduce_in_bf16 --async_save --medusa_num_heads 2 --json".split()
-    arguments += ["--no-medusa_freeze_backbone"] * (not frozen)
+    arguments = "--ema_decay 0.999 --async_save --medusa_num_heads 2 --json".split()
+    arguments += ["--grad_reduce_in_bf16", *["--no-medusa_freeze_backbone"] * (not frozen)]
     plan = json.loads(run_main(arguments, monkeypatch, capsys))
     arguments = shlex.split(plan["command"].partition(".py ")[2])
     config: Any = parse(TrainConfig, FLAGS, arguments, "train", "")

@@ -203,9 +203,7 @@ def planned(
 ) -> dict[str, float]:
     lora = lora_for(preset("tiny"), lora_rank, None, None)
     model = dataclasses.replace(preset("tiny"), lora=lora)
-    work = Workload(
-        model, 1, 2, dtype, gpu_kernels=False, grad_reduce_in_bf16=grad_reduce_in_bf16
-    )
+    work = Workload(model, 1, 2, dtype, gpu_kernels=False, grad_reduce_in_bf16=grad_reduce_in_bf16)
     in_flight = min(layout.pipeline - stage, work.num_microbatches(layout))
     # The plan is that of the rank that needs most; the first one's first chunk needs no mask.
     chunk = work.model.seq_length / (2 * layout.context)

@@ -68,7 +68,10 @@ def test_a_key_in_place_of_its_name_is_not_repeated() -> None:
         ([*TRAINING, "--dry_run"], "--dry_run needs no launcher"),
         ([*TRAINING, "--num_gpus", "2"], "--num_gpus has no effect without --dry_run"),
         ([*TRAINING, "--context_parallel_size", "2"], "2 x 1 x 2 needs a multiple of 4 processes"),
-        ([*TRAINING, "--dtype", "float32", "--grad_reduce_in_bf16"], "this one is in float32: give"),
+        (
+            [*TRAINING, "--dtype", "float32", "--grad_reduce_in_bf16"],
+            "this one is in float32",
+        ),
         ([*TRAINING, "--lr", "-1"], "--lr -1.0 must be above 0"),
         ([*TRAINING, "--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
         ([*TRAINING, "--config", "absent.yaml"], "--config absent.yaml does not exist"),
