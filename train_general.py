@@ -1,12 +1,13 @@
 """Post-trains a Cosmos autoregressive base model (4B, 12B) on prepared video tokens."""
 
 from cosmos_posttrain import cli, launch
-from cosmos_posttrain.plan.command import FLAGS, TrainCommand
+from cosmos_posttrain.plan.command import FLAGS, TrainCommand, validate
 
 
 def main() -> int:
     """Parses the command line, and trains or says what that would do."""
     command = cli.parse(TrainCommand, FLAGS, None, "train_general.py", __doc__)
+    validate(command)
     if command.dry_run:
         from cosmos_posttrain.plan.dry_run import show
 

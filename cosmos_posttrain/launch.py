@@ -31,6 +31,8 @@ DEVICES = ("auto", "cpu", "cuda")
 _PR_SET_PDEATHSIG = 1
 # How long another rank waits for rank 0 to say the same before it speaks.
 _PATIENCE_SECONDS = 2.0
+# The same where nothing but the processes themselves keeps a store, and they start one by one.
+_PATIENCE_WITHOUT_LAUNCHER_SECONDS = 10.0
 
 
 def _variable(name: str, default: int) -> int:
@@ -215,16 +217,53 @@ def print_once(sentence: str) -> None:
     if "torch" not in sys.modules or world_size() == 1:
         say(f"error: {sentence}", error=True)
         return
-    store = launcher_store()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     key = f"cosmos_posttrain/{attempt}/{hashlib.sha256(sentence.encode()).hexdigest()}"
+    where = "" if number == 0 else f" on rank {number}"
+    line = f"error{where}: {sentence}"
+    if "TORCHELASTIC_RUN_ID" not in os.environ and is_launched() and _group() is None:
+        _print_without_launcher(line, key)
+        return
+    store = launcher_store()
     if store is not None and number != 0:
         end = time.monotonic() + _PATIENCE_SECONDS
         while time.monotonic() < end and not _said(store, key):
             time.sleep(0.1)
     if store is None or _claim(store, key):
-        where = "" if number == 0 else f" on rank {number}"
-        _print(f"error{where}: {sentence}", sys.stderr)
+        _print(line, sys.stderr)
+
+
+def _print_without_launcher(line: str, key: str) -> None:
+    """``print_once`` under srun, before the processes met: rank 0 keeps a store for a while.
+
+    There the others find that it said the same. Where they find nothing, they have an error of
+    their own, or rank 0 is not to be reached, and they speak.
+    """
+    end = time.monotonic() + _PATIENCE_WITHOUT_LAUNCHER_SECONDS
+    if rank() == 0:
+        _print(line, sys.stderr)
+        _tell_others(key, end)
+        return
+    while time.monotonic() < end:
+        store = launcher_store()
+        if store is not None and _said(store, key):
+            _claim(store, f"{key}/heard")
+            return
+        time.sleep(0.5)
+    _print(line, sys.stderr)
+
+
+def _tell_others(key: str, end: float) -> None:
+    import torch.distributed
+
+    try:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(*address, is_master=True, wait_for_workers=False)
+        store.set(key, "")
+        while store.add(f"{key}/heard", 0) < world_size() - 1 and time.monotonic() < end:
+            time.sleep(0.05)
+    except Exception:  # the others then say it too
+        return
 
 
 def launcher_store(timeout_seconds: float = _PATIENCE_SECONDS) -> Any:

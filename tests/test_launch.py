@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers.distributed_run import free_port, kill_tree, run_script
+from helpers.distributed_run import REPOSITORY_DIR, free_port, kill_tree, run_script
 
 from cosmos_posttrain import launch
 from cosmos_posttrain.errors import ConfigError, PartialFailureError
@@ -228,13 +228,41 @@ def test_an_error_of_another_rank_is_printed_with_its_number(tmp_path: Path) -> 
     assert "error on rank 1: this went wrong." in finished.stderr
 
 
-def test_without_a_store_to_meet_at_the_error_is_printed_at_once(tmp_path: Path) -> None:
+def test_without_a_store_to_meet_at_the_error_is_printed(tmp_path: Path) -> None:
     """As where processes are started without torchrun, and the first is gone or not there yet."""
     env = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1"}
     env["MASTER_PORT"] = str(free_port())
     finished = run_script([script(tmp_path, FAILING), "one"], env=env)
     assert finished.returncode == 1
     assert finished.stderr == "error on rank 1: this went wrong.\n"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["all", "one"])
+def test_errors_without_a_launcher(kind: str, tmp_path: Path) -> None:
+    """As under srun: once for all, and not lost where it is one rank's alone."""
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(script(tmp_path, FAILING)), kind]
+    said = [tmp_path / "said 0", tmp_path / "said 1"]
+    processes = []
+    for number in range(2):
+        rank = {"RANK": str(number), "PYTHONPATH": str(REPOSITORY_DIR)}
+        with said[number].open("w") as stream:
+            processes.append(
+                subprocess.Popen(command, env={**os.environ, **env, **rank}, stderr=stream)
+            )
+    try:
+        assert processes[1].wait(timeout=60) == (2 if kind == "all" else 1)
+        if kind == "all":
+            assert processes[0].wait(timeout=60) == 2
+            assert said[0].read_text() == "error: this does not fit.\n"
+            assert said[1].read_text() == ""
+        else:
+            assert said[1].read_text() == "error on rank 1: this went wrong.\n"
+    finally:
+        for process in processes:
+            kill_tree(process.pid)
+            process.wait()
 
 
 # The end.

@@ -78,7 +78,7 @@ def _cluster(config: PlanConfig) -> Cluster:
 
     peak = None if config.peak_tflops is None else config.peak_tflops * 1e12
     link = None if config.link_gb_per_second is None else config.link_gb_per_second * 1e9
-    gpu = hardware(config.gpu, config.mfu, peak, link)
+    gpu = hardware(config.gpu, config.mfu, peak, link, DTYPE_NAMES[config.dtype])
     gigabytes = config.gpu_memory_gb or GPU_MEMORY_GB[config.gpu]
     return Cluster(config.gpus, gigabytes * GIB, config.gpus_per_node, gpu, config.reserve)
 
@@ -131,6 +131,7 @@ def main() -> int:
         config.distributed_optimizer,
         config.ema_decay is not None,
         config.num_medusa_heads > 0 and config.medusa_freeze_backbone,
+        grad_reduce_in_bf16=config.grad_reduce_in_bf16,
     )
     cluster = _cluster(config)
     fitting, smallest = layouts.search(work, cluster)

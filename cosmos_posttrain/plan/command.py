@@ -53,12 +53,17 @@ FLAGS = (
 
 
 def validate(command: TrainCommand) -> None:
-    """Lists what is wrong with the assumptions of a dry run; changes nothing.
+    """Lists what is wrong with the assumptions of a dry run, or with some where there is none.
 
     Raises:
         ConfigError: one sentence with all of it.
     """
     problems = []
-    if command.gpu_memory_gb is None and command.gpu not in GPU_MEMORY_GB:
+    if not command.dry_run:
+        usual = TrainCommand()
+        names = ("num_gpus", "gpus_per_node", "gpu", "gpu_memory_gb")
+        changed = [name for name in names if getattr(command, name) != getattr(usual, name)]
+        problems += [f"--{name} has no effect without --dry_run" for name in changed]
+    elif command.gpu_memory_gb is None and command.gpu not in GPU_MEMORY_GB:
         problems.append(f"the memory of --gpu {command.gpu} is not known: give --gpu_memory_gb")
     check(command, flag_names(FLAGS), problems)

@@ -38,7 +38,7 @@ class PlanConfig:
         gpus_per_node: GPUs of one machine.
         gpu: kind of GPU, which gives peak and link speed: A100, H100, H200, B200, or any with
             ``peak_tflops``.
-        peak_tflops: dense bfloat16 peak of one GPU in TFLOP/s; None means that of ``gpu``.
+        peak_tflops: dense peak of one GPU in ``dtype``, in TFLOP/s; None means that of ``gpu``.
         link_gb_per_second: bandwidth between GPUs of a node and direction, in GB/s; None means
             that of ``gpu``.
         mfu: share of the peak before recomputation, bubble and transfers.
@@ -52,6 +52,7 @@ class PlanConfig:
         lora_rank: train low-rank factors beside frozen matrices, and embedding and output rows in
             full; None trains everything.
         ema_decay: keep an average of the weights; its number changes nothing here.
+        grad_reduce_in_bf16: keep and sum gradients in bfloat16.
         async_save: write checkpoints from copies in host memory.
         num_medusa_heads: heads that guess tokens further ahead.
         medusa_freeze_backbone: train the Medusa heads alone.
@@ -78,6 +79,7 @@ class PlanConfig:
     distributed_optimizer: bool = True
     lora_rank: int | None = setting(None, at_least=1)
     ema_decay: float | None = setting(None, at_least=0, below=1)
+    grad_reduce_in_bf16: bool = False
     async_save: bool = False
     num_medusa_heads: int = setting(0, at_least=0)
     medusa_freeze_backbone: bool = True
@@ -109,6 +111,7 @@ FLAGS = (
     Flag("--distributed_optimizer"),
     Flag("--lora_rank"),
     Flag("--ema_decay"),
+    Flag("--grad_reduce_in_bf16"),
     Flag("--async_save"),
     Flag("--medusa_num_heads", "num_medusa_heads"),
     Flag("--medusa_freeze_backbone"),
@@ -133,4 +136,6 @@ def validate(config: PlanConfig) -> None:
         problems.append(f"the memory of --gpu {config.gpu} is not known: give --gpu_memory_gb")
     if config.num_medusa_heads and config.lora_rank is not None:
         problems.append("--medusa_num_heads and --lora_rank do not go together")
+    if config.grad_reduce_in_bf16 and DTYPE_NAMES.get(config.dtype) == "float32":
+        problems.append(f"--grad_reduce_in_bf16 does not go with --dtype {config.dtype}")
     check(config, flag_names(FLAGS), problems)

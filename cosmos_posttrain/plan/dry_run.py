@@ -9,6 +9,7 @@ is written, downloaded or started, and no weights are read.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,8 +18,7 @@ from cosmos_posttrain import files, launch
 from cosmos_posttrain.checkpoint import context
 from cosmos_posttrain.config import to_yaml
 from cosmos_posttrain.errors import ConfigError
-from cosmos_posttrain.plan import command as assumptions
-from cosmos_posttrain.plan.command import TrainCommand
+from cosmos_posttrain.plan.command import TrainCommand, validate
 from cosmos_posttrain.plan.config import GPU_MEMORY_GB, RESERVE
 from cosmos_posttrain.plan.layouts import GIB
 from cosmos_posttrain.plan.looking import look_at_source
@@ -79,7 +79,7 @@ def show(command: TrainCommand, takes_text: bool = False) -> int:
     Raises:
         UserError: with what the run would end, or what its GPUs or its disk could not hold.
     """
-    assumptions.validate(command)
+    validate(dataclasses.replace(command, dry_run=True))
     with contextlib.ExitStack() as closing:
         look = _look(command, closing, takes_text)
         disk, problems = _disk_lines(look)
@@ -119,6 +119,7 @@ def _look(command: TrainCommand, closing: contextlib.ExitStack, takes_text: bool
         config.model.dtype or "bfloat16",
         keeps_average=config.optimizer.ema_decay is not None,
         heads_alone=config.model.num_medusa_heads > 0 and config.model.medusa_freeze_backbone,
+        grad_reduce_in_bf16=config.optimizer.grad_reduce_in_bf16,
     )
     stages = [stage_memory(work, layout, stage) for stage in range(layout.pipeline)]
     return Look(command, inputs, layout, work, stages)
@@ -132,7 +133,8 @@ def _layout(config: TrainConfig, num_gpus: int) -> Layout:
         parallel.context_parallel_size,
     )
     data = num_gpus // math.prod(sizes)
-    return Layout(*sizes, data, parallel.sequence_parallel, config.model.recompute)
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    return Layout(*sizes, data, parallel.sequence_parallel, config.model.recompute, virtual)
 
 
 def _layout_lines(look: Look) -> list[str]:
@@ -145,6 +147,7 @@ def _layout_lines(look: Look) -> list[str]:
         f"TP {layout.tensor}, PP {layout.pipeline}, CP {layout.context}, DP {layout.data}"
         + (", sequence parallelism" if layout.sequence_parallel else "")
         + (", recomputation" if layout.recompute else "")
+        + (f", interleaved in {layout.virtual} parts" if layout.virtual > 1 else "")
     ]
     stride = 1
     for name, size in (
@@ -237,7 +240,9 @@ def _data_lines(look: Look) -> list[str]:
 
 def _time_lines(look: Look) -> list[str]:
     command = look.command
-    gpu = hardware(command.gpu, MFU) if command.gpu in GPU_MEMORY_GB else None
+    gpu = (
+        hardware(command.gpu, MFU, dtype=look.work.dtype) if command.gpu in GPU_MEMORY_GB else None
+    )
     if gpu is None:
         return [f"the speed of {command.gpu} is not known"]
     expected: Speed = speed(look.work, look.layout, gpu)

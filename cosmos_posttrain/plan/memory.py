@@ -45,6 +45,7 @@ class Layout:
         data: data parallel size.
         sequence_parallel: activations between the tensor-parallel layers are split too.
         recompute: only layer inputs are kept; the rest is computed again in the backward pass.
+        virtual: parts of the layers that a pipeline stage takes in turn (interleaved); 1 is none.
     """
 
     tensor: int = 1
@@ -53,6 +54,7 @@ class Layout:
     data: int = 1
     sequence_parallel: bool = False
     recompute: bool = False
+    virtual: int = 1
 
     @property
     def num_gpus(self) -> int:
@@ -75,6 +77,7 @@ class Workload:
         gpu_kernels: False counts the CPU's kernels: context parallelism needs masks there, float32
             attention takes grouped keys and values as they are, and the loss takes fewer positions
             at once.
+        grad_reduce_in_bf16: gradients are kept in two bytes.
     """
 
     model: ModelConfig
@@ -85,6 +88,7 @@ class Workload:
     keeps_average: bool = False
     heads_alone: bool = False
     gpu_kernels: bool = True
+    grad_reduce_in_bf16: bool = False
 
     @property
     def element_bytes(self) -> int:
@@ -107,7 +111,7 @@ class Memory:
 
     Attributes:
         weights: parameters, and the tables of positions.
-        gradients: Megatron's float32 gradient buffer.
+        gradients: Megatron's gradient buffer.
         optimizer: float32 master weights, Adam's two moments, and the average where one is kept.
         activations: what the layers keep for the backward pass, over all batches in flight.
         logits: float32 softmax over the vocabulary, where it is small enough to be kept.
@@ -142,8 +146,8 @@ def table_bytes(work: Workload) -> float:
 
 
 def gradient_bytes(work: Workload, layout: Layout, stage: int) -> float:
-    """Megatron's gradient buffer: float32 whatever the dtype, and whole on every rank."""
-    return 4 * _trained(work, layout, stage)
+    """Megatron's gradient buffer: float32 unless asked for less, and whole on every rank."""
+    return (2 if work.grad_reduce_in_bf16 else 4) * _trained(work, layout, stage)
 
 
 def _trained(work: Workload, layout: Layout, stage: int) -> int:
@@ -335,21 +339,33 @@ def _working_bytes(work: Workload, layout: Layout, stage: int) -> float:
     return max(layer, loss)
 
 
+def in_flight(work: Workload, layout: Layout, stage: int) -> float:
+    """Micro-batches of which a stage keeps activations, in shares where it is interleaved.
+
+    One forward, one backward: as many as there are stages from here. Interleaved, a stage takes
+    more parts forward before its first backward (Narayanan et al., 2021, arXiv:2104.04473).
+    """
+    batches, virtual = work.num_microbatches(layout), layout.virtual
+    if virtual == 1:
+        return min(layout.pipeline - stage, batches)
+    warm_up = 2 * (layout.pipeline - stage - 1) + (virtual - 1) * layout.pipeline
+    return min(warm_up + 1, batches * virtual) / virtual
+
+
 def stage_memory(work: Workload, layout: Layout, stage: int) -> Memory:
     """Memory of a GPU of one pipeline stage.
 
     A step has two peaks: the backward pass, with activations, and the optimizer's, when torch's
-    AdamW holds one more float32 number for each parameter that it updates. The larger one counts.
+    AdamW holds one more float32 number for each parameter that it updates, and a float32 copy of
+    its gradient where that is bfloat16. The larger one counts.
     """
     weights = weight_bytes(work, layout, stage) + table_bytes(work)
     gradients = gradient_bytes(work, layout, stage)
     optimizer = optimizer_bytes(work, layout, stage)
-    # One forward, one backward: as many micro-batches are under way as there are stages from here.
-    in_flight = min(layout.pipeline - stage, work.num_microbatches(layout))
-    activations = in_flight * stage_activation_bytes(work, layout, stage)
+    activations = in_flight(work, layout, stage) * stage_activation_bytes(work, layout, stage)
     logits = logits_bytes(work, layout, stage)
     working = _working_bytes(work, layout, stage)
-    update = 4 * _updated(work, layout, stage)
+    update = (8 if work.grad_reduce_in_bf16 else 4) * _updated(work, layout, stage)
     working += max(0.0, update - activations - logits - working)
     held = weights + gradients + optimizer + activations + logits + working
     overhead = FRAMEWORK_BYTES + FRAGMENTATION * held

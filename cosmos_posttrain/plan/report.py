@@ -83,6 +83,7 @@ def train_arguments(plan: TrainingPlan, layout: Layout) -> list[str]:
         arguments += ["--no-medusa_freeze_backbone"] * (not work.heads_alone)
     if settings.ema_decay is not None:
         arguments += ["--ema_decay", str(settings.ema_decay)]
+    arguments += ["--grad_reduce_in_bf16"] * work.grad_reduce_in_bf16
     arguments += ["--async_save"] * settings.async_save
     arguments += ["--micro_batch_size", str(work.micro_batch_size)]
     arguments += ["--global_batch_size", str(work.global_batch_size)]
@@ -129,6 +130,7 @@ def to_json(plan: TrainingPlan) -> dict[str, Any]:
         "micro_batch_size": plan.work.micro_batch_size,
         "global_batch_size": plan.work.global_batch_size,
         "dtype": plan.work.dtype,
+        "grad_reduce_in_bf16": plan.work.grad_reduce_in_bf16,
         "distributed_optimizer": plan.work.distributed_optimizer,
         "checkpoint_bytes": checkpoint_bytes(plan.work),
         "num_gpus": plan.cluster.num_gpus,

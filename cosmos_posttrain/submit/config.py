@@ -13,6 +13,7 @@ from cosmos_posttrain.config import check, setting
 
 EXECUTORS = ("local", "slurm", "kubernetes")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
+_TIME = re.compile(r"(\d+-)?\d{1,2}:\d\d:\d\d")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -33,7 +34,7 @@ class SubmitConfig:
         container_mounts: HOST:CONTAINER folders of a Slurm job's container, with commas between.
         account: Slurm's account.
         partition: Slurm's partition.
-        time: Slurm's limit, HH:MM:SS.
+        time: Slurm's limit, HH:MM:SS or D-HH:MM:SS; in YAML in quotes.
         signal_seconds: how long before Slurm's limit the run is asked to save and end.
         retries: how often Slurm queues a job that ended early again, or torchrun restarts the
             processes of a Kubernetes job.
@@ -102,13 +103,41 @@ def validate(config: SubmitConfig) -> None:
         problems.append(f"--name {config.name} must be small letters, digits and hyphens")
     if config.executor == "local" and config.nodes > 1:
         problems.append(f"--nodes {config.nodes} needs --executor slurm or kubernetes")
+    problems += _executor_problems(config)
     if config.executor == "slurm":
         problems += [] if config.account else ["--executor slurm needs --account"]
+        if not _TIME.fullmatch(config.time):
+            problems.append(
+                f"--time {config.time} must be HH:MM:SS or D-HH:MM:SS; in YAML put it in quotes"
+            )
         wrong = [item for item in config.sbatch_option if not re.fullmatch(r"[\w-]+=.*", item)]
         problems += [f"--sbatch_option {item} must be name=value" for item in wrong]
     if config.executor == "kubernetes":
         problems += _kubernetes_problems(config)
     check(config, flag_names(FLAGS), problems)
+
+
+def _executor_problems(config: SubmitConfig) -> list[str]:
+    """What has no effect with this executor, and would be taken for granted."""
+    wrong = []
+    for name, executors in (
+        ("container_image", ("slurm", "kubernetes")),
+        ("container_mounts", ("slurm",)),
+        ("account", ("slurm",)),
+        ("partition", ("slurm",)),
+        ("sbatch_option", ("slurm",)),
+        ("volume", ("kubernetes",)),
+        ("secret", ("kubernetes",)),
+        ("secret_env", ("kubernetes",)),
+    ):
+        if getattr(config, name) and config.executor not in executors:
+            wrong.append(
+                f"--{name} has no effect with --executor {config.executor}: it is for "
+                + " and ".join(executors)
+            )
+    if config.container_mounts and not config.container_image and config.executor == "slurm":
+        wrong.append("--container_mounts needs --container_image")
+    return wrong
 
 
 def _kubernetes_problems(config: SubmitConfig) -> list[str]:

@@ -59,7 +59,14 @@ def submit(config: SubmitConfig, job: TrainingJob) -> int:
     run = _nemo_run()
     if config.executor == "kubernetes":
         executor = _kubeflow(config, connect=True)
-        name, _ = executor.launch(config.name, _torchrun(config, job))
+        try:
+            name, _ = executor.launch(config.name, _torchrun(config, job))
+        except Exception as error:  # the cluster's answer, of a class of its client's
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                f"the cluster takes no TrainJob ({reason}); check --namespace and --runtime, that "
+                "Kubeflow Trainer is there and that you may make jobs, or give --render."
+            ) from error
         say(f"submitted the TrainJob {name} in the namespace {config.namespace}")
         return 0
     is_local = config.executor == "local"

@@ -5,12 +5,14 @@ Flows in: the words behind ``--``. Flows out: a ``TrainingJob``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from cosmos_posttrain import cli
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.plan.command import FLAGS, TrainCommand
+from cosmos_posttrain.plan.command import validate as check_assumptions
 from cosmos_posttrain.submit.config import SubmitConfig
 from cosmos_posttrain.training.config import validate
 
@@ -54,7 +56,50 @@ def make_job(config: SubmitConfig, command: list[str]) -> TrainingJob:
     training = cli.parse(TrainCommand, FLAGS, arguments, script, "")
     if training.dry_run:
         raise ConfigError("--dry_run needs no launcher; call the training script by itself.")
-    validate(training.run_config, config.nodes * config.gpus_per_node)
+    check_assumptions(training)
+    num_processes = config.nodes * config.gpus_per_node
+    validate(training.run_config, num_processes)
+    _check_world(training, num_processes)
     in_container = config.executor == "kubernetes" or config.container_image is not None
     repository = config.repository or (CONTAINER_REPOSITORY if in_container else REPOSITORY_DIR)
-    return TrainingJob(str(repository), (config.python, "-u", *command))
+    if config.repository is None and not in_container:
+        arguments = _absolute_config(arguments)
+    words = [script, *arguments]
+    return TrainingJob(str(repository), (config.python, "-u", *words))
+
+
+def _check_world(training: TrainCommand, num_processes: int) -> None:
+    """As the run itself, which would wait in a queue for it.
+
+    Raises:
+        ConfigError: names the sizes.
+    """
+    parallel = training.parallel
+    sizes = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    if num_processes % math.prod(sizes):
+        raise ConfigError(
+            f"tensor x pipeline x context parallel size {' x '.join(map(str, sizes))} needs a "
+            f"multiple of {math.prod(sizes)} processes, but --nodes x --gpus_per_node makes "
+            f"{num_processes}; give other numbers, or choose smaller sizes."
+        )
+
+
+def _absolute_config(arguments: list[str]) -> list[str]:
+    """With ``--config`` where it was read, unless the repository's folder has the same file."""
+    found = []
+    for before, word in zip(["", *arguments[:-1]], arguments, strict=True):
+        name, equals, value = word.partition("=")
+        if name == "--config" and equals:
+            found.append(f"{name}={_where_it_was_read(value)}")
+        else:
+            found.append(_where_it_was_read(word) if before == "--config" else word)
+    return found
+
+
+def _where_it_was_read(path: str) -> str:
+    read = Path(path).resolve()
+    return path if read == (REPOSITORY_DIR / path).resolve() else str(read)

@@ -311,6 +311,11 @@ def validate(config: TrainConfig, world_size: int) -> None:
     parallel = config.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         problems.append("--sequence_parallel needs --tensor_model_parallel_size above 1")
+    if config.optimizer.grad_reduce_in_bf16 and config.model.dtype == "float32":
+        problems.append(
+            "--grad_reduce_in_bf16 keeps the gradients of a model in bfloat16, but this one is in "
+            "float32: give --dtype bfloat16, or leave it out"
+        )
     problems += _embedding_problems(config.model)
     problems += _lora_problems(config.model)
     problems += _medusa_problems(config.model, parallel)

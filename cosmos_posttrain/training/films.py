@@ -92,8 +92,11 @@ class FilmMaker:
         """As given, else as the data set names it."""
         return self._config.tokenizer_path or _contract(self._dataset).tokenizer.id
 
-    def check(self) -> None:
+    def check(self, loads_tokenizer: bool = True) -> None:
         """Refuses what would fail after the first steps.
+
+        Args:
+            loads_tokenizer: False only looks at what lies beside its weights.
 
         Raises:
             DatasetError: the data set does not say what made its tokens.
@@ -102,7 +105,10 @@ class FilmMaker:
         """
         contract, videos = _contract(self._dataset), self._config.videos_dir
         try:
-            load_checked(self._config, contract)
+            if loads_tokenizer:
+                load_checked(self._config, contract)
+            elif self._config.tokenizer_path is None:
+                check_recorded(contract.tokenizer.id)
         except TokenizerError as error:
             raise TokenizerError(
                 f"--sample_every_n_steps needs the tokenizer that made the data, to decode: "
@@ -139,15 +145,30 @@ class FilmMaker:
             )
 
 
-def check_samples(config: SamplesConfig, dataset: TokenDataset, num_condition_latents: int) -> None:
+def check_samples(
+    config: SamplesConfig,
+    dataset: TokenDataset,
+    num_condition_latents: int,
+    is_dry: bool = False,
+) -> None:
     """Refuses samples that could not be made; every rank calls it, before anything is written.
+
+    Args:
+        config: the run's.
+        dataset: the split that the samples are of.
+        num_condition_latents: the run's.
+        is_dry: there are no process groups, and no weights are read.
 
     Raises:
         UserError: see ``FilmMaker.check`` and ``num_given_latents``.
     """
     if config.every_n_steps is not None:
         num_given_latents(num_condition_latents, dataset.latent_shape.time)
-        groups.decide(FilmMaker(config, dataset).check)
+        maker = FilmMaker(config, dataset)
+        if is_dry:
+            maker.check(loads_tokenizer=False)
+        else:
+            groups.decide(maker.check)
 
 
 def _contract(dataset: TokenDataset) -> Contract:

@@ -13,7 +13,7 @@ from cosmos_posttrain.models.lora_shapes import num_lora_parameters
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
-def flops_per_token(model: ModelConfig) -> float:
+def flops_per_token(model: ModelConfig, heads_alone: bool = False) -> float:
     """Model FLOPs of forward and backward for one token (PaLM, arXiv:2204.02311, appendix B).
 
     Six per parameter that multiplies (the embedding does not), and causal attention's scores and
@@ -24,6 +24,14 @@ def flops_per_token(model: ModelConfig) -> float:
 
     A Video2World model also attends to all ``context_len`` rows of its text, without a mask. It
     projects them to keys and values once per clip, not once per token.
+
+    A Medusa head takes its logits from the output layer, which learns nothing from it: four per
+    weight of that.
+
+    Args:
+        model: its numbers.
+        heads_alone: all but the Medusa heads is frozen: two per parameter of the backbone, whose
+            attention costs a third, and four per parameter of the heads, behind which nothing lies.
     """
     width = model.num_attention_heads * model.kv_channels
     matrices = float(model.num_parameters - model.input_vocab_size * model.hidden_size)
@@ -33,7 +41,11 @@ def flops_per_token(model: ModelConfig) -> float:
         projections = model.num_layers * 2 * model.context_dim * keys
         matrices -= projections * (1 - model.context_len / model.seq_length)
         attention += 12.0 * model.num_layers * width * model.context_len
+    heads = float(model.num_medusa_heads * model.hidden_size**2)
+    logits = 4.0 * model.num_medusa_heads * model.vocab_size * model.hidden_size
+    if heads_alone:
+        return 2.0 * (matrices - heads) + 4.0 * heads + attention / 3 + logits
     if model.lora is None:
-        return 6.0 * matrices + attention
+        return 6.0 * matrices + attention + logits
     output = float(model.vocab_size * model.hidden_size)
     return 4.0 * (matrices - output) + 6.0 * (output + num_lora_parameters(model)) + attention

@@ -35,12 +35,20 @@ class StepMeter:
         model: the model's numbers.
         num_clips: of a global batch.
         num_tokens: of a clip.
+        heads_alone: all but the Medusa heads is frozen.
     """
 
-    def __init__(self, optimizer: Any, model: ModelConfig, num_clips: int, num_tokens: int) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        model: ModelConfig,
+        num_clips: int,
+        num_tokens: int,
+        heads_alone: bool = False,
+    ) -> None:
         self._optimizer = optimizer
         self._num_clips, self._num_tokens = num_clips, num_tokens
-        self._flops_per_clip = flops_per_token(model) * num_tokens
+        self._flops_per_clip = flops_per_token(model, heads_alone) * num_tokens
         self._peak_flops = peak_flops()
         self._seconds: deque[float] = deque(maxlen=_WINDOW)
         self._num_steps = 0

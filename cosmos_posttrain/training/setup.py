@@ -1,7 +1,7 @@
 """Setting a run up: what is opened and checked, in the order in which it can fail.
 
 Flows in: a ``TrainConfig``. Flows out: ``Inputs`` (data, the model to start from, the run folder),
-and the model built and wrapped for training. Nothing is written before all of it fits.
+of which ``building.py`` makes the model. Nothing is written before all of it fits.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ def open_inputs(
     texts.check_data(config, train_data, takes_text)
     if dry is None:
         groups.start()
-        check_samples(config.samples, val_data or train_data, config.num_condition_latents)
+    check_samples(
+        config.samples, val_data or train_data, config.num_condition_latents, dry is not None
+    )
     folder = RunFolder(config.log_dir, describe(train_data, config.data))
     closing.callback(folder.close)
     resume_from = folder.open() if dry is None else folder.look()

@@ -102,6 +102,7 @@ class Trainer:
             self.model.model_config,
             config.global_batch_size,
             self.train_data.seq_length,
+            config.model.num_medusa_heads > 0 and config.model.medusa_freeze_backbone,
         )
         wire_gradients(self.ddp, self.optimizer.optimizer)
         self.layout = sequence_layout(self.model.model_config, config.num_condition_latents)

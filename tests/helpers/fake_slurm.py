@@ -13,7 +13,7 @@ from pathlib import Path
 SRUN = """
 import os, signal, subprocess, sys, time
 
-words, output, folder = sys.argv[1:], None, None
+words, output, folder, at_once, patience = sys.argv[1:], None, None, False, None
 count = int(os.environ["SLURM_NTASKS"])
 while words[0].startswith("-"):
     word = words.pop(0)
@@ -24,6 +24,8 @@ while words[0].startswith("-"):
         count = int(value)
     output = value if name == "--output" else output
     folder = value if name == "--chdir" else folder
+    at_once = value != "0" if name == "--kill-on-bad-exit" else at_once
+    patience = float(value) if name == "--wait" else patience
 stream = open(output, "ab") if output else None
 tasks = [
     subprocess.Popen(
@@ -32,12 +34,19 @@ tasks = [
     )
     for n in range(count)
 ]
-for number in (signal.SIGUSR1, signal.SIGTERM):  # passed on, as srun's manual says
-    signal.signal(number, lambda n, _: [task.send_signal(n) for task in tasks])
-while any(task.poll() is None for task in tasks):
-    if any(task.returncode for task in tasks):  # --kill-on-bad-exit
-        time.sleep(5)
-        [task.kill() for task in tasks]
+def kill(*_):
+    [task.kill() for task in tasks]
+# As the real one: SIGUSR1 is passed on; SIGTERM means "forcing job termination".
+signal.signal(signal.SIGUSR1, lambda n, _: [task.send_signal(n) for task in tasks])
+signal.signal(signal.SIGTERM, kill)
+first_end = None
+while None in [task.poll() for task in tasks]:
+    if any(task.returncode is not None for task in tasks):
+        first_end = first_end or time.monotonic()
+        if at_once and any(task.returncode for task in tasks):
+            kill()
+        if patience is not None and time.monotonic() - first_end > patience:
+            kill()
     time.sleep(0.05)
 sys.exit(max(abs(task.returncode) for task in tasks))
 """

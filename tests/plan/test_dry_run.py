@@ -84,6 +84,20 @@ def test_12b_on_64_gpus(
     assert shown == command.run_config
 
 
+def test_what_changes_memory_and_time(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture, much_room: None
+) -> None:
+    sizes = "--pipeline_model_parallel_size 4 --global_batch_size 64"
+    words = twelve_b(clips, tmp_path / "run", *sizes.split(), "--gpu_memory_gb", "180")
+    more = "--virtual_pipeline_model_parallel_size 2 --grad_reduce_in_bf16".split()
+    plain, changed = look(capsys, words), look(capsys, [*words, *more])
+    assert "interleaved" not in plain.partition("memory")[0]
+    assert "PP 4, CP 1, DP 4, sequence parallelism, interleaved in 2 parts" in changed
+    of = [dict(re.findall(r"(gradients|activations) ([\d.]+)", text)) for text in (plain, changed)]
+    assert float(of[1]["gradients"]) == pytest.approx(float(of[0]["gradients"]) / 2, abs=0.1)
+    assert float(of[1]["activations"]) > float(of[0]["activations"])
+
+
 def test_stages_and_slow_links(
     clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture, much_room: None
 ) -> None:
@@ -105,6 +119,11 @@ def test_stages_and_slow_links(
         ("--tensor_model_parallel_size 16", "--tensor_model_parallel_size 16 does not divide"),
         ("--model_path no/such-model", "no/such-model is not in the Hugging Face cache"),
         ("--model_path random:5B-Video2World", "the model takes a text"),
+        ("--sample_every_n_steps 10", "the tokenizer 'given' is named by the checkpoint"),
+        (
+            "--sample_every_n_steps 10 --sample_tokenizer_path tiny --sample_videos_dir /absent",
+            "--sample_videos_dir /absent has no",
+        ),
         ("--vocab_size 0", "--vocab_size 0 must be at least 1"),
     ],
 )

@@ -129,6 +129,59 @@ def test_a_pipeline_keeps_as_many_clips_as_it_has_stages() -> None:
     assert stage_memory(single, Layout(pipeline=4), 0).activations == first.activations / 4
 
 
+def test_an_interleaved_pipeline() -> None:
+    """Stages wait less and keep more: Megatron's warm-up, in parts of a micro-batch."""
+    work = Workload(preset("4B"), global_batch_size=8)
+    plain, cut = Layout(pipeline=4), Layout(pipeline=4, virtual=2)
+    kept = [
+        stage_memory(work, cut, stage).activations * 4 / stage_memory(work, plain, 0).activations
+        for stage in (0, 1)
+    ]
+    assert kept[0] == pytest.approx((2 * 3 + 4 + 1) / 2)
+    assert kept[1] == pytest.approx((2 * 2 + 4 + 1) / 2, rel=1e-3)
+    few = dataclasses.replace(work, global_batch_size=4)
+    assert stage_memory(few, cut, 0).activations == stage_memory(work, plain, 0).activations
+    times = [speed.speed(work, layout, H100) for layout in (plain, cut)]
+    assert times[1].step_seconds / times[0].step_seconds == pytest.approx((8 + 1.5) / (8 + 3))
+    assert times[1].bubble == pytest.approx(1.5 / 9.5)
+
+
+def test_the_update_of_gradients_in_bf16() -> None:
+    """Half the buffer; the optimizer's copy in float32 comes and goes."""
+    layout = Layout(tensor=8, recompute=True)
+    usual, less = (
+        memory(Workload(preset("12B"), grad_reduce_in_bf16=flag), layout) for flag in (False, True)
+    )
+    assert less.gradients == usual.gradients / 2
+    updated = usual.gradients / 4
+    assert less.working + less.activations + less.logits == pytest.approx(8 * updated)
+
+
+def test_heads_alone_are_trained_in_less_time() -> None:
+    """The frozen backbone only goes forward: a third of a full run, and what the heads take."""
+    model = dataclasses.replace(preset("4B"), num_medusa_heads=2)
+    alone, whole, plain = (
+        flops_per_token(model, True),
+        flops_per_token(model),
+        flops_per_token(preset("4B")),
+    )
+    square, logits = 2 * 4096**2, 2 * 4 * 64000 * 4096
+    assert whole == pytest.approx(plain + 6 * square + logits)
+    assert alone == pytest.approx(plain / 3 + 4 * square + logits)
+    for heads_alone, flops in ((True, alone), (False, whole)):
+        work = Workload(model, heads_alone=heads_alone)
+        seconds = speed.speed(work, Layout(), H100).step_seconds
+        assert seconds == pytest.approx(32 * 12800 * flops / (0.4 * 989e12))
+
+
+def test_float32_is_slower() -> None:
+    work = Workload(preset("4B"), dtype="float32")
+    gpu = speed.hardware("H100", 0.4, dtype="float32")
+    assert speed.speed(work, Layout(), gpu).tokens_per_second == pytest.approx(
+        0.4 * 67e12 / flops_per_token(preset("4B"))
+    )
+
+
 def test_speed_is_the_training_metrics_formula() -> None:
     """One GPU without recomputation reaches the stated share of its peak."""
     work = Workload(preset("4B"))
@@ -249,19 +302,20 @@ def test_flags_of_the_training_script(
     frozen: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     arguments = "--ema_decay 0.999 --async_save --medusa_num_heads 2 --json".split()
-    arguments += ["--no-medusa_freeze_backbone"] * (not frozen)
+    arguments += ["--grad_reduce_in_bf16", *["--no-medusa_freeze_backbone"] * (not frozen)]
     plan = json.loads(run_main(arguments, monkeypatch, capsys))
     arguments = shlex.split(plan["command"].partition(".py ")[2])
     config: Any = parse(TrainConfig, FLAGS, arguments, "train", "")
     validate(config, 8)
     assert (config.optimizer.ema_decay, config.async_save) == (0.999, True)
+    assert config.optimizer.grad_reduce_in_bf16
     assert config.model.num_medusa_heads == 2
     assert config.model.medusa_freeze_backbone == frozen
     layout, heads = plan["recommended"]["layout"], 2 * preset("4B").hidden_size ** 2
     assert layout["context"] == 1 and (layout["pipeline"] == 1 or not frozen)
     trained = heads if frozen else plan["parameters"]["total"]
     assert plan["checkpoint_bytes"] == 2 * plan["parameters"]["total"] + 16 * trained
-    assert plan["recommended"]["memory_bytes"]["gradients"] == 4 * trained / layout["tensor"] or (
+    assert plan["recommended"]["memory_bytes"]["gradients"] == 2 * trained / layout["tensor"] or (
         layout["tensor"] > 1
     )
 

@@ -194,11 +194,16 @@ def measure_all(tokens: Path, folder: Path, cases: list[tuple[str, Layout]]) -> 
 
 
 def planned(
-    dtype: str, layout: Layout, stage: int, context_rank: int, lora_rank: int | None = None
+    dtype: str,
+    layout: Layout,
+    stage: int,
+    context_rank: int,
+    lora_rank: int | None = None,
+    grad_reduce_in_bf16: bool = False,
 ) -> dict[str, float]:
     lora = lora_for(preset("tiny"), lora_rank, None, None)
     model = dataclasses.replace(preset("tiny"), lora=lora)
-    work = Workload(model, 1, 2, dtype, gpu_kernels=False)
+    work = Workload(model, 1, 2, dtype, gpu_kernels=False, grad_reduce_in_bf16=grad_reduce_in_bf16)
     in_flight = min(layout.pipeline - stage, work.num_microbatches(layout))
     # The plan is that of the rank that needs most; the first one's first chunk needs no mask.
     chunk = work.model.seq_length / (2 * layout.context)
@@ -234,6 +239,13 @@ def assert_as_planned(measured: dict[str, float], dtype: str, layout: Layout) ->
 )
 def test_one_process(tokens: Path, tmp_path: Path, dtype: str, layout: Layout) -> None:
     assert_as_planned(measure(tokens, tmp_path / "run", dtype, layout), dtype, layout)
+
+
+def test_gradients_in_bf16(tokens: Path, tmp_path: Path) -> None:
+    setting = {"optimizer__grad_reduce_in_bf16": True}
+    measured = measure(tokens, tmp_path / "run", "bfloat16", Layout(), **setting)
+    plan = planned("bfloat16", Layout(), 0, 0, grad_reduce_in_bf16=True)
+    assert measured == pytest.approx(plan, rel=TOLERANCE)
 
 
 @pytest.mark.slow

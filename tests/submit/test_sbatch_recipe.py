@@ -60,8 +60,9 @@ def test_a_container(tmp_path: Path) -> None:
         check=True,
     )
     words = finished.stdout.splitlines()
-    assert words[:4] == [
-        "--kill-on-bad-exit=1",
+    assert words[:5] == [
+        "--kill-on-bad-exit=0",
+        "--wait=60",
         "--container-image=a b.sqsh",
         "--container-workdir=/workspace/cosmos_posttrain",
         "--container-mounts=/d:/d,/r:/r",
@@ -80,8 +81,48 @@ def test_a_failing_run_is_not_queued_again(tmp_path: Path) -> None:
         text=True,
     )
     assert finished.returncode == 2, finished.stderr
-    assert finished.stderr.count("error:") == 1 and "absent" in finished.stderr
+    assert finished.stderr.count("does not exist") == 1, finished.stderr
+    assert finished.stderr.count("error") == 1 and "error: " in finished.stderr
     assert slurm.asked == []
+
+
+# Saves when it is asked, ends with 1 as a stopped run does; rank 0 ends later than the others.
+STOPPING = """
+import os, signal, sys, time
+from pathlib import Path
+
+folder, rank, asked = Path(sys.argv[1]), os.environ["RANK"], []
+signal.signal(signal.SIGUSR1, lambda number, _: asked.append(number))
+(folder / f"began {rank}").touch()
+end = time.monotonic() + 60
+while not asked and time.monotonic() < end:
+    time.sleep(0.02)
+time.sleep(0.5 if rank == "0" else 0)
+(folder / f"saved {rank}").touch()
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "asked"),
+    [(signal.SIGUSR1, 0, ["requeue 4711"]), (signal.SIGTERM, 1, [])],
+)
+def test_signals(number: signal.Signals, code: int, asked: list[str], tmp_path: Path) -> None:
+    """Of the time limit and of a preemption, after which Slurm itself queues again."""
+    slurm, script = FakeSlurm(tmp_path / "slurm", 2), tmp_path / "stopping.py"
+    script.write_text(STOPPING)
+    words = ["bash", str(RECIPE), str(script), str(tmp_path)]
+    with subprocess.Popen(words, env=slurm.environment()) as job:
+        try:
+            while len(list(tmp_path.glob("began *"))) < 2:
+                assert job.poll() is None
+                time.sleep(0.05)
+            job.send_signal(number)
+            assert job.wait(timeout=60) == code
+        finally:
+            kill_tree(job.pid)
+    assert {path.name for path in tmp_path.glob("saved *")} == {"saved 0", "saved 1"}
+    assert slurm.asked == asked
 
 
 @pytest.mark.slow

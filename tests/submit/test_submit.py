@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,14 @@ def config(**values: Any) -> SubmitConfig:
         ({"name": "My_Job"}, "--name My_Job must be"),
         ({"executor": "slurm", "account": "a", "sbatch_option": ["qos"]}, "qos must be name=value"),
         ({"executor": "kubernetes"}, "needs --container_image"),
+        ({"executor": "slurm", "account": "a", "time": "43200"}, "HH:MM:SS; in YAML put it in qu"),
+        ({"container_image": "i"}, "--container_image has no effect with --executor local"),
+        ({"partition": "p"}, "--partition has no effect with --executor local"),
+        ({"executor": "slurm", "account": "a", "volume": ["c:/d"]}, "--volume has no effect with"),
+        (
+            {"executor": "slurm", "account": "a", "container_mounts": "/d:/d"},
+            "--container_mounts needs --container_image",
+        ),
         (
             {"executor": "kubernetes", "container_image": "i", "volume": ["data"]},
             "--volume data must be CLAIM:/folder",
@@ -57,6 +66,12 @@ def test_a_key_in_place_of_its_name_is_not_repeated() -> None:
         ([], "there is none; write"),
         (["infer.py"], "infer.py is none"),
         ([*TRAINING, "--dry_run"], "--dry_run needs no launcher"),
+        ([*TRAINING, "--num_gpus", "2"], "--num_gpus has no effect without --dry_run"),
+        ([*TRAINING, "--context_parallel_size", "2"], "2 x 1 x 2 needs a multiple of 4 processes"),
+        (
+            [*TRAINING, "--dtype", "float32", "--grad_reduce_in_bf16"],
+            "this one is in float32",
+        ),
         ([*TRAINING, "--lr", "-1"], "--lr -1.0 must be above 0"),
         ([*TRAINING, "--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
         ([*TRAINING, "--config", "absent.yaml"], "--config absent.yaml does not exist"),
@@ -81,6 +96,28 @@ def test_the_command_is_called_in_the_repository() -> None:
     assert make_job(config(repository="/code"), TRAINING).repository == "/code"
     inside = make_job(config(executor="slurm", container_image="i.sqsh"), TRAINING)
     assert inside.repository == "/workspace/cosmos_posttrain"
+
+
+def test_the_time_of_a_yaml_file(tmp_path: Path) -> None:
+    """There 12:00:00 without quotes is a number to the base of 60."""
+    path = tmp_path / "job.yaml"
+    for text, fits in (("12:00:00", False), ("'1-12:00:00'", True), ("'12:00:00'", True)):
+        path.write_text(f"executor: slurm\naccount: a\ntime: {text}\n")
+        if fits:
+            validate(merge(SubmitConfig, path))
+            continue
+        with pytest.raises(ConfigError, match="time"):
+            validate(merge(SubmitConfig, path))
+
+
+def test_a_config_beside_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job runs in the repository's folder; in a container the path is the container's."""
+    (tmp_path / "my.yaml").write_text("max_steps: 3\n")
+    monkeypatch.chdir(tmp_path)
+    expected = str(tmp_path / "my.yaml")
+    assert make_job(config(), [*TRAINING, "--config", "my.yaml"]).words[-1] == expected
+    words = make_job(config(), [*TRAINING, "--config=my.yaml"]).words
+    assert words[-1] == f"--config={expected}"
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
