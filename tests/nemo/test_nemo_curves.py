@@ -40,7 +40,7 @@ if launch.is_rank_zero():
 
 
 def curve(engine: str, tokens: Path, folder: Path, size: int) -> list[float]:
-    program = folder.with_suffix(".py")
+    program = folder.with_name(f"run_{engine}.py")  # never nemo.py
     program.write_text(PROGRAM)
     words = [str(program), engine, str(tokens), str(folder), str(size)]
     if size > 1:
