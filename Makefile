@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart quickstart-video2world test test-all test-matrix check clean
+.PHONY: help setup nemo-env quickstart quickstart-video2world test test-all test-matrix check clean
 
 # The interpreter that makes .venv; Python 3.11 or newer.
 PYTHON ?= python3
@@ -13,6 +13,8 @@ PYTHON ?= python3
 TORCH_INDEX_URL ?=
 # Of make quickstart: --videos DIR, --output DIR; of quickstart-video2world: --output DIR. QUICK=1 makes it short.
 QUICKSTART_ARGS ?=
+# The environment of make nemo-env: NeMo wants older packages than the rest.
+NEMO_VENV ?= $(CURDIR)/.venv-nemo
 # Processes that run tests at the same time; one more than two cores, since tests wait for others, too.
 TEST_WORKERS ?= 3
 
@@ -39,6 +41,16 @@ $(STAMP): pyproject.toml constraints.txt
 	"$(VENV)/bin/python" -m pip install --constraint constraints.txt --editable '.[dev,samples]'
 	rm -f "$(STAMPS)"-*
 	touch "$@"
+
+# NeMo and modelopt come without what they ask for, which is CUDA packages and much that is not imported.
+nemo-env:  ## NeMo 2.7.3 for the CPU in an environment of its own, .venv-nemo (Python 3.11)
+	@if [ ! -x "$(NEMO_VENV)/bin/python" ]; then $(PYTHON) -m venv "$(NEMO_VENV)"; fi
+	if [ -n "$(TORCH_INDEX_URL)" ]; then
+	    "$(NEMO_VENV)/bin/python" -m pip install --index-url "$(TORCH_INDEX_URL)" --constraint constraints-nemo.txt torch
+	fi
+	"$(NEMO_VENV)/bin/python" -m pip install --constraint constraints-nemo.txt --editable '.[nemo-imports]' pytest
+	"$(NEMO_VENV)/bin/python" -m pip install --constraint constraints-nemo.txt --no-deps nemo_toolkit nvidia-modelopt
+	"$(NEMO_VENV)/bin/python" -W ignore -c 'from nemo import lightning; from nemo.collections import llm; llm.api.train'
 
 quickstart: setup  ## The whole job in miniature on the CPU: a video, a loss curve, a report (QUICK=1: in two minutes)
 	@bash recipes/quickstart.sh $(QUICKSTART_ARGS)
