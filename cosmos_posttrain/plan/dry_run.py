@@ -134,7 +134,14 @@ def _layout(config: TrainConfig, num_gpus: int) -> Layout:
     )
     data = num_gpus // math.prod(sizes)
     virtual = parallel.virtual_pipeline_model_parallel_size
-    return Layout(*sizes, data, parallel.sequence_parallel, config.model.recompute, virtual)
+    return Layout(
+        *sizes,
+        data,
+        parallel.sequence_parallel,
+        config.model.recompute,
+        virtual,
+        config.model.recompute_modules == "mlp",
+    )
 
 
 def _layout_lines(look: Look) -> list[str]:
@@ -147,6 +154,7 @@ def _layout_lines(look: Look) -> list[str]:
         f"TP {layout.tensor}, PP {layout.pipeline}, CP {layout.context}, DP {layout.data}"
         + (", sequence parallelism" if layout.sequence_parallel else "")
         + (", recomputation" if layout.recompute else "")
+        + (", recomputation of feed-forward networks" if layout.recompute_mlp else "")
         + (f", interleaved in {layout.virtual} parts" if layout.virtual > 1 else "")
     ]
     stride = 1

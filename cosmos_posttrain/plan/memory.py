@@ -46,6 +46,7 @@ class Layout:
         sequence_parallel: activations between the tensor-parallel layers are split too.
         recompute: only layer inputs are kept; the rest is computed again in the backward pass.
         virtual: parts of the layers that a pipeline stage takes in turn (interleaved); 1 is none.
+        recompute_mlp: the feed-forward networks' activations are computed again.
     """
 
     tensor: int = 1
@@ -55,6 +56,7 @@ class Layout:
     sequence_parallel: bool = False
     recompute: bool = False
     virtual: int = 1
+    recompute_mlp: bool = False
 
     @property
     def num_gpus(self) -> int:
@@ -240,17 +242,23 @@ def _mask_bytes(work: Workload, layout: Layout) -> float:
     return work.element_bytes * (2 * layout.context + 1) * chunk**2
 
 
+_MLP = ("linear_fc1", "linear_fc2")
+
+
 def layer_activation_bytes(work: Workload, layout: Layout) -> float:
     """What one layer keeps for its backward pass without recomputation."""
     model, e, t = work.model, work.element_bytes, layout.tensor
     p = t if layout.sequence_parallel else 1
     norms = 2 * model.hidden_size * _norm_width_bytes(work) / p
-    mlp = 3 * e * model.ffn_hidden_size / t  # the first linear's result, and the product
+    # The first linear's result, and the product; its input is counted with the norm.
+    mlp = 0 if layout.recompute_mlp else 3 * e * model.ffn_hidden_size / t
     heads, groups = model.num_attention_heads / t, model.num_query_groups / t
     statistics = 4 * (2 / p + 2 * heads + groups)  # of the norms, and attention's log-sum-exp
     per_token = norms + _attention_bytes(work, layout) + mlp + statistics
     if model.lora is not None:  # what lies between its factors; norms, frozen, keep less than this
-        per_token += e * model.lora.rank * len(target_shapes(model, model.lora))
+        names = [name for name, *_ in target_shapes(model, model.lora)]
+        kept = [name for name in names if not (layout.recompute_mlp and name in _MLP)]
+        per_token += e * model.lora.rank * len(kept)
     tokens = model.seq_length / layout.context
     per_clip = tokens * per_token + _cross_attention_bytes(work, layout)
     return work.micro_batch_size * per_clip + _mask_bytes(work, layout)
@@ -328,6 +336,8 @@ def _working_bytes(work: Workload, layout: Layout, stage: int) -> float:
     layer = 3 * e * tokens * model.ffn_hidden_size / t + 4 * full_hidden
     if layout.recompute or work.heads_alone:
         layer += layer_activation_bytes(work, layout)
+    elif layout.recompute_mlp:
+        layer += 3 * e * tokens * model.ffn_hidden_size / t
     loss = 0.0
     if stage == layout.pipeline - 1:
         # Logits of the positions that are taken at once, or only their copy in the model's dtype

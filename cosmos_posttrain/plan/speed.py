@@ -119,7 +119,9 @@ def _transfer_bytes(work: Workload, layout: Layout) -> float:
     """
     model, e = work.model, work.element_bytes
     tokens = work.micro_batch_size * model.seq_length / layout.context
-    passes = 1 if work.heads_alone else 3 if layout.recompute else 2
+    passes = (
+        1 if work.heads_alone else 3 if layout.recompute else 2.5 if layout.recompute_mlp else 2
+    )
     hidden = e * tokens * model.hidden_size
     tensor = 4 * passes * hidden * (layout.tensor - 1) / layout.tensor
     keys = 2 * e * tokens * model.num_query_groups * model.kv_channels / layout.tensor
@@ -136,6 +138,8 @@ def speed(work: Workload, layout: Layout, gpu: Hardware) -> Speed:
         layout.recompute and not work.heads_alone
     ):  # forward again, which is half of the work on a frozen matrix
         layers += flops.layers / (3 if model.lora is None else 2) + flops.attention / 3
+    elif layout.recompute_mlp and not work.heads_alone:
+        layers += 2 * 3 * model.hidden_size * model.ffn_hidden_size * model.num_layers
     tokens = work.micro_batch_size * model.seq_length
     # The last stage has the output layer beside its layers.
     stage_flops = tokens * (layers / layout.pipeline + flops.output)

@@ -83,6 +83,11 @@ def _build(
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
+    elif config.model.recompute_modules is not None:
+        recompute = {
+            "recompute_granularity": "selective",
+            "recompute_modules": [config.model.recompute_modules],
+        }
     module = build_model(
         model,
         dtype=dtype,

@@ -22,6 +22,8 @@ from cosmos_posttrain.training.watching_config import (
 from cosmos_posttrain.transfer.config import COOCCURRENCE_INITS
 
 EMBEDDING_INITS = ("keep", "reset", "mean", "aligned", "omp", "digits")
+# Attention and norms keep little: see models/sdpa.py and models/norm.py.
+RECOMPUTE_MODULES = ("mlp",)
 LR_DECAY_STYLES = ("cosine", "linear", "constant", "wsd")
 WSD_DECAY_STYLES = ("minus_sqrt", "linear", "cosine", "exponential")
 # Not float16, whose gradients would need a loss scaler.
@@ -70,6 +72,7 @@ class ModelSourceConfig:
         dtype: ``bfloat16`` or ``float32``; None means bfloat16 on a GPU and float32 on the CPU.
         seed: of fresh weights.
         recompute: keep only layer inputs and compute activations again in the backward pass.
+        recompute_modules: ``mlp`` computes only the feed-forward networks' again.
         rope_scaling: ``none``, ``interpolate`` or ``yarn``, where the data's grid is larger than
             the checkpoint's.
         rope_scale: replaces the ratio of the two grids.
@@ -93,6 +96,7 @@ class ModelSourceConfig:
     dtype: str | None = setting(None, choices=TRAINING_DTYPES)
     seed: int = 1234
     recompute: bool = False
+    recompute_modules: str | None = setting(None, choices=RECOMPUTE_MODULES)
     rope_scaling: str = setting("none", choices=ROPE_SCALINGS)
     rope_scale: float | None = setting(None, at_least=1)
     embedding_init: str = setting("keep", choices=EMBEDDING_INITS)
@@ -276,6 +280,7 @@ FLAGS = (
     Flag("--layer_spec", "model.layer_spec"),
     Flag("--dtype", "model.dtype"),
     Flag("--recompute", "model.recompute"),
+    Flag("--recompute_modules", "model.recompute_modules"),
     Flag("--rope_scaling", "model.rope_scaling"),
     Flag("--rope_scale", "model.rope_scale"),
     Flag("--embedding_init", "model.embedding_init"),
@@ -311,6 +316,11 @@ def validate(config: TrainConfig, world_size: int) -> None:
     parallel = config.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         problems.append("--sequence_parallel needs --tensor_model_parallel_size above 1")
+    if config.model.recompute and config.model.recompute_modules is not None:
+        problems.append(
+            f"--recompute_modules {config.model.recompute_modules} has no effect with --recompute, "
+            "which computes everything again: give one of them"
+        )
     if config.optimizer.grad_reduce_in_bf16 and config.model.dtype == "float32":
         problems.append(
             "--grad_reduce_in_bf16 keeps the gradients of a model in bfloat16, but this one is in "

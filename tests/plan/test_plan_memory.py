@@ -43,10 +43,12 @@ SERIAL = [
     ("bfloat16", Layout()),
     ("float32", Layout(recompute=True)),
     ("bfloat16", Layout(recompute=True)),
+    ("bfloat16", Layout(recompute_mlp=True)),
 ]
 PARALLEL = [
     ("bfloat16", Layout(tensor=2, sequence_parallel=True)),
     ("bfloat16", Layout(tensor=2, sequence_parallel=True, recompute=True)),
+    ("bfloat16", Layout(tensor=2, sequence_parallel=True, recompute_mlp=True)),
     ("float32", Layout(tensor=2)),
     ("bfloat16", Layout(context=2)),
     ("float32", Layout(context=2)),
@@ -117,6 +119,7 @@ def training_config(tokens: Path, log_dir: Path, dtype: str, layout: Layout, **c
         "model.path": "random:tiny",
         "model.dtype": dtype,
         "model.recompute": layout.recompute,
+        "model.recompute_modules": "mlp" if layout.recompute_mlp else None,
         "parallel.tensor_model_parallel_size": layout.tensor,
         "parallel.pipeline_model_parallel_size": layout.pipeline,
         "parallel.context_parallel_size": layout.context,
@@ -235,7 +238,9 @@ def assert_as_planned(measured: dict[str, float], dtype: str, layout: Layout) ->
 
 
 @pytest.mark.parametrize(
-    ("dtype", "layout"), SERIAL, ids=lambda v: v if isinstance(v, str) else str(v.recompute)
+    ("dtype", "layout"),
+    SERIAL,
+    ids=lambda v: v if isinstance(v, str) else f"{v.recompute}-{v.recompute_mlp}",
 )
 def test_one_process(tokens: Path, tmp_path: Path, dtype: str, layout: Layout) -> None:
     assert_as_planned(measure(tokens, tmp_path / "run", dtype, layout), dtype, layout)

@@ -145,8 +145,17 @@ def test_killed_run_goes_on_with_the_same_command(
     assert largest_difference(losses(reference_run), losses(log_dir)) <= 1e-6
 
 
-def test_recompute_changes_nothing(tokens: Path, reference_run: Path, tmp_path: Path) -> None:
-    run(make_config(tokens, tmp_path / "run", model__recompute=True, max_steps=3))
+@pytest.mark.parametrize(
+    "settings",
+    [{"model__recompute": True}, {"model__recompute_modules": "mlp"}],
+    ids=["all", "mlp"],
+)
+def test_recompute_changes_nothing(
+    tokens: Path, reference_run: Path, tmp_path: Path, settings: dict
+) -> None:
+    run(make_config(tokens, tmp_path / "run", **settings, max_steps=3))
+    run(make_config(tokens, tmp_path / "plain", max_steps=3))
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
     # A shorter run has another schedule: only the first loss is comparable.
     assert losses(tmp_path / "run")[0] == losses(reference_run)[0]
 
