@@ -103,13 +103,11 @@ def show(command: TrainCommand, takes_text: bool = False) -> int:
 def _look(command: TrainCommand, closing: contextlib.ExitStack, takes_text: bool) -> Look:
     config = command.run_config
     num_gpus = command.num_gpus or launch.world_size()
-    layout = _layout(config, num_gpus)
-    if layout.num_gpus != num_gpus:
-        model_size = layout.tensor * layout.pipeline * layout.context
+    layout = layout_of(config, num_gpus)
+    if misfit := config.parallel.misfit(num_gpus):
         raise ConfigError(
-            f"tensor x pipeline x context parallel size {layout.tensor} x {layout.pipeline} x "
-            f"{layout.context} needs a multiple of {model_size} processes, but this is a dry run "
-            f"of {num_gpus}; give --num_gpus {model_size} or a multiple, or choose smaller sizes."
+            f"{misfit}, but this is a dry run of {num_gpus}; give --num_gpus "
+            f"{math.prod(config.parallel.sizes)} or a multiple, or choose smaller sizes."
         )
     inputs = setup.open_inputs(config, closing, takes_text, setup.DryRun(num_gpus, look_at_source))
     work = Workload(
@@ -125,14 +123,11 @@ def _look(command: TrainCommand, closing: contextlib.ExitStack, takes_text: bool
     return Look(command, inputs, layout, work, stages)
 
 
-def _layout(config: TrainConfig, num_gpus: int) -> Layout:
+def layout_of(config: TrainConfig, num_gpus: int) -> Layout:
+    """How a run on so many processes is divided."""
     parallel = config.parallel
-    sizes = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
-    )
-    data = num_gpus // math.prod(sizes)
+    sizes = parallel.sizes
+    data = num_gpus // max(math.prod(sizes), 1)
     virtual = parallel.virtual_pipeline_model_parallel_size
     return Layout(
         *sizes,

@@ -5,7 +5,6 @@ Flows in: the words behind ``--``. Flows out: a ``TrainingJob``.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,33 +58,17 @@ def make_job(config: SubmitConfig, command: list[str]) -> TrainingJob:
     check_assumptions(training)
     num_processes = config.nodes * config.gpus_per_node
     validate(training.run_config, num_processes)
-    _check_world(training, num_processes)
+    if misfit := training.parallel.misfit(num_processes):  # before it waits in a queue for it
+        raise ConfigError(
+            f"{misfit}, but --nodes x --gpus_per_node makes {num_processes}; give other numbers, "
+            "or choose smaller sizes."
+        )
     in_container = config.executor == "kubernetes" or config.container_image is not None
     repository = config.repository or (CONTAINER_REPOSITORY if in_container else REPOSITORY_DIR)
     if config.repository is None and not in_container:
         arguments = _absolute_config(arguments)
     words = [script, *arguments]
     return TrainingJob(str(repository), (config.python, "-u", *words))
-
-
-def _check_world(training: TrainCommand, num_processes: int) -> None:
-    """As the run itself, which would wait in a queue for it.
-
-    Raises:
-        ConfigError: names the sizes.
-    """
-    parallel = training.parallel
-    sizes = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
-    )
-    if num_processes % math.prod(sizes):
-        raise ConfigError(
-            f"tensor x pipeline x context parallel size {' x '.join(map(str, sizes))} needs a "
-            f"multiple of {math.prod(sizes)} processes, but --nodes x --gpus_per_node makes "
-            f"{num_processes}; give other numbers, or choose smaller sizes."
-        )
 
 
 def _absolute_config(arguments: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ Flows in: defaults < YAML < flags < overrides (``cli.py``). Flows out: a ``Train
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +127,26 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int = setting(1, at_least=1)
     context_parallel_size: int = setting(1, at_least=1)
     sequence_parallel: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Tensor, pipeline and context parallel size."""
+        return (
+            self.tensor_model_parallel_size,
+            self.pipeline_model_parallel_size,
+            self.context_parallel_size,
+        )
+
+    def misfit(self, num_processes: int) -> str:
+        """What so many processes lack, as the first half of a sentence; empty where they fit."""
+        size = max(math.prod(self.sizes), 1)
+        if num_processes % size == 0:
+            return ""
+        sizes = " x ".join(map(str, self.sizes))
+        return (
+            f"tensor x pipeline x context parallel size {sizes} needs a multiple of {size} "
+            "processes"
+        )
 
 
 @dataclass
@@ -423,12 +444,7 @@ def _medusa_problems(model: ModelSourceConfig, parallel: ParallelConfig) -> list
 
 def _batch_problems(config: TrainConfig, world_size: int) -> list[str]:
     parallel = config.parallel
-    model_size = (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    )
-    data_parallel = max(world_size // max(model_size, 1), 1)
+    data_parallel = max(world_size // max(math.prod(parallel.sizes), 1), 1)
     per_step = config.micro_batch_size * data_parallel
     if per_step < 1:
         return []

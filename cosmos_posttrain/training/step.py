@@ -77,16 +77,21 @@ def _forward_step(num_tokens: Tensor, batches: Iterator[Batch], model: Any) -> t
 def _mean_loss(shares: list[Tensor], device: torch.device) -> Tensor:
     """Mean over all micro-batches and ranks, float32, on every rank; nothing waits for it."""
     loss = torch.stack(shares).sum() if shares else torch.zeros((), device=device)
+    return sum_of_all_ranks(loss)
+
+
+def sum_of_all_ranks(values: Tensor) -> Tensor:
+    """The sum, in place, over the ranks with other clips or positions; the last stage knows it."""
     if parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        torch.distributed.all_reduce(loss, group=group)
+        torch.distributed.all_reduce(values, group=group)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         torch.distributed.broadcast(
-            loss,
+            values,
             parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
-    return loss
+    return values
 
 
 def wire_gradients(ddp: nn.Module, optimizer: Any) -> None:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -25,7 +24,7 @@ from cosmos_posttrain.models.builder import CosmosGPTModel
 from cosmos_posttrain.models.chunks import ModelChunks, chunks_of
 from cosmos_posttrain.models.rope import context_parallel_positions
 from cosmos_posttrain.training.scores import guess
-from cosmos_posttrain.training.step import forward, run_schedule
+from cosmos_posttrain.training.step import forward, run_schedule, sum_of_all_ranks
 
 
 class Validation:
@@ -71,7 +70,7 @@ class Validation:
                 for part in run_schedule(self._model, batches, self._forward_step, True):
                     sums += part
         self._ddp.train()
-        return self._named(_of_all_ranks(sums))
+        return self._named(sum_of_all_ranks(sums))
 
     @property
     def _device(self) -> torch.device:
@@ -131,17 +130,3 @@ class Validation:
             if count:
                 found[f"val_loss_latent_{frame}"] = value / count
         return found
-
-
-def _of_all_ranks(sums: Tensor) -> Tensor:
-    """The sum over the ranks that have other clips or positions, which the last stage knows."""
-    if parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
-        group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        torch.distributed.all_reduce(sums, group=group)
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        torch.distributed.broadcast(
-            sums,
-            parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-    return sums

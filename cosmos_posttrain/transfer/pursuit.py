@@ -18,11 +18,12 @@ from torch import Tensor
 
 from cosmos_posttrain.transfer.cooccurrence import Cooccurrence
 from cosmos_posttrain.transfer.rows import (
-    PRIOR_SIGHTINGS,
     common_direction,
     log_shares,
     new_log_shares,
     old_token_shares,
+    pair_volumes,
+    trust_in,
 )
 
 # Anchors of one new token (k in the paper).
@@ -63,14 +64,8 @@ def anchors_of(pairs: Cooccurrence) -> tuple[Tensor, Tensor]:
     Returns:
         (A,) int64 distinct new tokens and (A,) int64 distinct old ones, the most common first.
     """
-    new = torch.from_numpy(pairs.new_tokens).long()
-    old = torch.from_numpy(pairs.old_tokens).long()
-    volumes = torch.from_numpy(pairs.volumes).double()
-    seen = torch.from_numpy(pairs.occurrences).double()
-    by_new = torch.zeros(pairs.new.vocab_size, dtype=torch.float64).index_add_(0, new, volumes)
-    by_old = torch.zeros(pairs.old.vocab_size, dtype=torch.float64).index_add_(0, old, volumes)
-    trust = seen / (seen + PRIOR_SIGHTINGS)
-    close = volumes * (by_new[new] * by_old[old]).rsqrt() * trust[new]
+    new, old, volumes, by_new, by_old = pair_volumes(pairs)
+    close = volumes * (by_new[new] * by_old[old]).rsqrt() * trust_in(pairs)[new]
     is_best = _is_first_best(close, new, pairs.new.vocab_size)
     is_best &= _is_first_best(close, old, pairs.old.vocab_size)
     chosen = is_best.nonzero()[:, 0]
@@ -126,10 +121,9 @@ def _pursue_portion(products: Tensor, gram: Tensor, num_terms: int) -> tuple[Ten
     """``pursue`` by products alone: (N, A) of targets and unit atoms, (A, A) among the atoms."""
     indices = torch.empty(len(products), 0, dtype=torch.int64)
     factors = products.new_empty(len(products), 0)
-    left = products.clone()
+    left = products
     for _ in range(min(num_terms, len(gram))):
-        left.scatter_(1, indices, 0)
-        best = left.abs().masked_fill_(_taken(left, indices), -1).argmax(1, keepdim=True)
+        best = left.abs().scatter_(1, indices, -1).argmax(1, keepdim=True)
         indices = torch.cat([indices, best], 1)
         system = gram[indices[:, :, None], indices[:, None]].double()
         system.diagonal(dim1=1, dim2=2).add_(RIDGE)
@@ -137,11 +131,6 @@ def _pursue_portion(products: Tensor, gram: Tensor, num_terms: int) -> tuple[Ten
         factors = torch.linalg.solve(system, wanted).to(products.dtype)
         left = torch.baddbmm(products[:, None], factors[:, None], gram[indices], alpha=-1)[:, 0]
     return indices, factors
-
-
-def _taken(like: Tensor, indices: Tensor) -> Tensor:
-    """Which atoms a target has already: (N, A) bool."""
-    return torch.zeros_like(like, dtype=torch.bool).scatter_(1, indices, True)
 
 
 def pursued_input_rows(old_rows: Tensor, pairs: Cooccurrence, combinations: Tensor) -> Tensor:

@@ -29,6 +29,26 @@ SMOOTHING = 0.5
 RIDGE = 1.0
 
 
+def pair_volumes(pairs: Cooccurrence) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of N pairs the new and the old token (N,) int64 and C[v, o]; and its sums C[v], C[o].
+
+    Returns:
+        Volumes are float64; the sums have a number for every token of the vocabulary.
+    """
+    new = torch.from_numpy(pairs.new_tokens).long()
+    old = torch.from_numpy(pairs.old_tokens).long()
+    volumes = torch.from_numpy(pairs.volumes).double()
+    by_new = volumes.new_zeros(pairs.new.vocab_size).index_add_(0, new, volumes)
+    by_old = volumes.new_zeros(pairs.old.vocab_size).index_add_(0, old, volumes)
+    return new, old, volumes, by_new, by_old
+
+
+def trust_in(pairs: Cooccurrence) -> Tensor:
+    """How much is known of each new token, n / (n + k): (new vocabulary,) float64."""
+    seen = torch.from_numpy(pairs.occurrences).double()
+    return seen / (seen + PRIOR_SIGHTINGS)
+
+
 def old_token_shares(pairs: Cooccurrence) -> tuple[Tensor, Tensor]:
     """Q(o|v), and P(o).
 
@@ -36,14 +56,8 @@ def old_token_shares(pairs: Cooccurrence) -> tuple[Tensor, Tensor]:
         (new vocabulary, old vocabulary) sparse float32 without the part that all rows share, and
         (old vocabulary,) float32. A row v of the first adds up to n / (n + k).
     """
-    new = torch.from_numpy(pairs.new_tokens).long()
-    old = torch.from_numpy(pairs.old_tokens).long()
-    volumes = torch.from_numpy(pairs.volumes).double()
-    seen = torch.from_numpy(pairs.occurrences).double()
-    by_new = torch.zeros(pairs.new.vocab_size, dtype=torch.float64).index_add_(0, new, volumes)
-    by_old = torch.zeros(pairs.old.vocab_size, dtype=torch.float64).index_add_(0, old, volumes)
-    trust = seen / (seen + PRIOR_SIGHTINGS)
-    values = (volumes * (trust / by_new.clamp(min=1e-30))[new]).float()
+    new, old, volumes, by_new, by_old = pair_volumes(pairs)
+    values = (volumes * (trust_in(pairs) / by_new.clamp(min=1e-30))[new]).float()
     sparse = torch.sparse_coo_tensor(
         torch.stack([new, old]),
         values,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.fed_tokens import FedTokens
 
 from cosmos_posttrain.inference.decoding import Decoded, decode_in_windows, decode_one_by_one
 from cosmos_posttrain.inference.noise import stream_keys
@@ -12,37 +13,21 @@ from cosmos_posttrain.inference.sampling import Draw
 VOCAB, FRAME = 40, 6
 
 
-class Repetition:
+class Repetition(FedTokens):
     """A model that mostly repeats the frame before; what it says depends on all tokens before.
 
-    Flows in: tokens behind others; out: scores, sharp where the sum of all before is even.
+    Scores are sharp unless the sum of all before is a multiple of five.
     """
 
     def __init__(self, batch_size: int, frame: int = FRAME) -> None:
-        self._tokens = torch.zeros(batch_size, 1000, dtype=torch.long)
+        super().__init__(batch_size)
         self._frame = frame
-        self.length, self.num_passes = 0, 0
 
-    def feed(
-        self, tokens: torch.Tensor, num_scores: int = 1, starts: list[int] | None = None
-    ) -> torch.Tensor:
-        batch, count = tokens.shape
-        if starts is None:
-            starts = [self.length] * batch
-            self.length += count
-        self.num_passes += 1
-        found = torch.zeros(batch, num_scores, VOCAB)
-        for clip, start in enumerate(starts):
-            self._tokens[clip, start : start + count] = tokens[clip]
-            for number in range(num_scores):
-                place = start + count - num_scores + number
-                seen = self._tokens[clip, : place + 1]
-                total = int((seen * torch.arange(1, place + 2)).sum())
-                found[clip, number] = torch.arange(VOCAB).add(total).mul(7).remainder(11) / 11
-                before = place + 1 - self._frame
-                if total % 5 and before >= 0:
-                    found[clip, number, seen[before]] += 6
-        return found
+    def scores_at(self, seen: torch.Tensor, total: int) -> torch.Tensor:
+        scores = torch.arange(VOCAB).add(total).mul(7).remainder(11) / 11
+        if total % 5 and len(seen) >= self._frame:
+            scores[seen[-self._frame]] += 6
+        return scores
 
 
 def prompts(batch_size: int) -> torch.Tensor:

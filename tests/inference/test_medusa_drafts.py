@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.distributed_run import run_distributed
+from helpers.fed_tokens import FedTokens
 
 from cosmos_posttrain import generate, load_model
 from cosmos_posttrain.geometry import LatentShape
@@ -24,40 +25,20 @@ GRID = LatentShape(4, 3, 4)
 SAMPLED = {"temperature": 1.0, "top_p": 0.9}
 
 
-class Sums:
+class Sums(FedTokens):
     """A model whose next token follows from all before it; its heads foretell what they are told.
 
     Flows in: tokens; out: scores, and of the heads scores of ``foretold`` (B, length).
     """
 
-    def __init__(self, batch_size: int) -> None:
-        self._tokens = torch.zeros(batch_size, 1000, dtype=torch.long)
-        self.length, self.num_passes = 0, 0
-        self.foretold: torch.Tensor | None = None
-        self._places = torch.zeros(batch_size, 1, dtype=torch.long)
+    foretold: torch.Tensor | None = None
 
-    def feed(
-        self, tokens: torch.Tensor, num_scores: int = 1, starts: list[int] | None = None
-    ) -> torch.Tensor:
-        batch, count = tokens.shape
-        if starts is None:
-            starts = [self.length] * batch
-            self.length += count
-        self.num_passes += 1
-        found = torch.zeros(batch, num_scores, VOCAB)
-        numbers = torch.arange(count - num_scores, count)
-        self._places = torch.tensor(starts)[:, None] + numbers
-        for clip, start in enumerate(starts):
-            self._tokens[clip, start : start + count] = tokens[clip]
-            for row, place in enumerate(self._places[clip].tolist()):
-                seen = self._tokens[clip, : place + 1]
-                total = int((seen * torch.arange(1, place + 2)).sum())
-                found[clip, row, total * 7 % VOCAB] = 9.0
-        return found
+    def scores_at(self, seen: torch.Tensor, total: int) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(total * 7 % VOCAB), VOCAB) * 9.0
 
     def head_scores(self, rows: torch.Tensor) -> torch.Tensor:
         assert self.foretold is not None
-        places = self._places[torch.arange(len(rows)), rows][:, None] + 2 + torch.arange(NUM_HEADS)
+        places = self.places[torch.arange(len(rows)), rows][:, None] + 2 + torch.arange(NUM_HEADS)
         wanted = self.foretold.gather(1, places.clamp(max=self.foretold.shape[1] - 1))
         return torch.nn.functional.one_hot(wanted, VOCAB) * 9.0
 

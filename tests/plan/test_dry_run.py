@@ -116,6 +116,7 @@ def test_stages_and_slow_links(
         ("--micro_batch_size 3", "--global_batch_size 64 is not a multiple of"),
         ("--gpu V100", "the memory of --gpu V100 is not known: give --gpu_memory_gb"),
         ("--gpu_memory_gb 40", r"a GPU would need 42.* of 40, 8% of which stay free"),
+        ("--tensor_model_parallel_size 0", "--tensor_model_parallel_size 0 must be at least 1"),
         ("--tensor_model_parallel_size 16", "--tensor_model_parallel_size 16 does not divide"),
         ("--model_path no/such-model", "no/such-model is not in the Hugging Face cache"),
         ("--model_path random:5B-Video2World", "the model takes a text"),

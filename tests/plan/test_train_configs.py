@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +13,10 @@ from helpers.distributed_run import REPOSITORY_DIR, run_distributed
 from helpers.full_size_data import write_full_size_clips, write_full_size_prompts
 
 from cosmos_posttrain.config import merge
+from cosmos_posttrain.plan.dry_run import layout_of
 from cosmos_posttrain.plan.layouts import GIB, RESERVE
 from cosmos_posttrain.plan.looking import look_at_source
-from cosmos_posttrain.plan.memory import Layout, Workload, checkpoint_bytes, host_bytes, memory
+from cosmos_posttrain.plan.memory import Workload, checkpoint_bytes, host_bytes, memory
 from cosmos_posttrain.plan.parameters import rank_parameters, rank_trained_parameters
 from cosmos_posttrain.training.config import TrainConfig
 
@@ -68,18 +68,6 @@ def read(name: str, data_path: str, log_dir: str) -> TrainConfig:
     if name == "train_4b_lora":  # its co-occurrence file is made of the user's own clips
         settings += [("model.embedding_init", "reset")]
     return merge(TrainConfig, CONFIGS_DIR / f"{name}.yaml", settings)
-
-
-def layout_of(config: TrainConfig, num_gpus: int) -> Layout:
-    parallel = config.parallel
-    sizes = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
-    )
-    data, rest = divmod(num_gpus, math.prod(sizes))
-    assert rest == 0
-    return Layout(*sizes, data, parallel.sequence_parallel, config.model.recompute)
 
 
 def build_on_meta(
