@@ -28,9 +28,10 @@ from cosmos_posttrain.evaluation.report.curves import read_curves
 from cosmos_posttrain.inference.engine import generate
 from cosmos_posttrain.prepare.prepare import prepare
 from cosmos_posttrain.tokenizer import load_tokenizer
-from cosmos_posttrain.training import sample_clips
+from cosmos_posttrain.training import metrics, sample_clips
 from cosmos_posttrain.training.callbacks.samples import Samples
 from cosmos_posttrain.training.config import TrainConfig, validate
+from cosmos_posttrain.training.optimizer import parts_of
 from cosmos_posttrain.training.sample_clips import SampleMaker, num_given_latents
 from cosmos_posttrain.training.trainer import Trainer
 from cosmos_posttrain.training.watching_config import parse_profile_steps
@@ -358,6 +359,38 @@ def test_waiting_for_data_is_told_and_counts(
     for row in rows_of(tmp_path / "run"):
         assert 0.3 <= row["data_wait_seconds"] < 2
         assert row["tokens_per_second"] < 18 * 4 / 0.3
+
+
+def test_speed_counts_what_this_rank_waited_and_no_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting for a rank whose data came late is in the step's own time."""
+    slowest = metrics._largest
+    monkeypatch.setattr(
+        metrics, "_largest", lambda device, waited, *more: slowest(device, waited + 100, *more)
+    )
+    trainer = Trainer(settings(folder, tmp_path / "run", max_steps=2))
+    row = trainer.train_step(next(trainer.batches()))
+    # Of gradients in bfloat16 the float32 copies would stay through saving and validation.
+    (part,) = parts_of(trainer.optimizer.optimizer)
+    assert all(parameter.grad is None for parameter in part.get_parameters())
+    trainer.close()
+    assert row["data_wait_seconds"] >= 100
+    assert row["tokens_per_second"] > 18 * 4 / 50
+
+
+def test_a_profile_that_cannot_be_written_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The profiler writes beside the file that it is told, and does not say that it failed."""
+
+    def fail(_self: Any, path: str) -> None:
+        Path(f"{path}.tmp").write_bytes(b"half of it")
+
+    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", fail)
+    run(settings(folder, tmp_path / "run", max_steps=3, profile_steps="1-1"))
+    assert "no profile was written" in capsys.readouterr().err
+    assert list((tmp_path / "run" / "default" / "profile").iterdir()) == []
 
 
 def test_a_profile_has_the_steps_that_were_asked_for(folder: Path, tmp_path: Path) -> None:
