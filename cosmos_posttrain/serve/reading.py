@@ -8,6 +8,7 @@ found or with the sentence that refuses the file. What a file makes of a decoder
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import resource
 import sys
@@ -91,30 +92,25 @@ def read(wanted: Wanted) -> tuple[Found, NDArray[np.uint8]]:
     import numpy as np
 
     from cosmos_posttrain.video import is_image
-    from cosmos_posttrain.video.decode import iter_frames
-    from cosmos_posttrain.video.pixels import FrameFitter
-    from cosmos_posttrain.video.streams import frame_rate, open_video, pixel_aspect
+    from cosmos_posttrain.video.backend import Fit
+    from cosmos_posttrain.video.choice import chosen
 
     path, is_still = Path(wanted.name), is_image(wanted.name)
     if is_still:
         _check_image(path, wanted.max_side)
     count = 1 if is_still else wanted.num_frames
-    with open_video(path) as (container, stream):
-        context = stream.codec_context
-        _check_side(path, context.width, context.height, wanted.max_side)
-        seconds = float((stream.duration or 0) * (stream.time_base or 0))
-        seconds = seconds or (container.duration or 0) / 1e6
-        if not is_still and seconds > wanted.max_seconds:
-            raise VideoError(
-                f"{path} lasts {seconds:.0f} s, and at most {wanted.max_seconds:g} s are let in; "
-                "cut its beginning out."
-            )
-        fps = 0.0 if is_still else frame_rate(stream)
-        fitter = FrameFitter(wanted.height, wanted.width, pixel_aspect(stream))
-    images = []
-    for _, frame in iter_frames(path, range(count)):
-        _check_side(path, frame.width, frame.height, wanted.max_side)
-        images.append(fitter(frame))
+    video = chosen()
+    header = video.read_header(path)
+    _check_side(path, header.width, header.height, wanted.max_side)
+    if not is_still and header.duration_seconds > wanted.max_seconds:
+        raise VideoError(
+            f"{path} lasts {header.duration_seconds:.0f} s, and at most {wanted.max_seconds:g} s "
+            "are let in; cut its beginning out."
+        )
+    fps = 0.0 if is_still else header.fps
+    check = functools.partial(_check_side, path, max_side=wanted.max_side)
+    fit = Fit(wanted.height, wanted.width, check=check)
+    images = [pixels for _, pixels in video.iter_pixels(path, range(count), fit)]
     if not images:
         raise VideoError(f"{path} has no frame that can be decoded.")
     num_repeated = count - len(images)

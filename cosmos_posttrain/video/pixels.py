@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-# FFmpeg's swscale flags: without the last four, white comes out as 253 and results differ between
-# kinds of CPU. (bicubic, full chroma both ways, accurate rounding, bit exact)
+BICUBIC = 0x4  # FFmpeg's swscale by default
+# Without the last four, white comes out as 253 and results differ between kinds of CPU. (bicubic,
+# full chroma both ways, accurate rounding, bit exact)
 SCALER_FLAGS = 0x4 | 0x2000 | 0x4000 | 0x40000 | 0x80000
 _BT709, _BT601 = 1, 5  # swscale's colour matrices
 _LIMITED, _FULL = 1, 2  # colour ranges: 16-235 and 0-255
