@@ -25,7 +25,7 @@ def chosen() -> VideoBackend:
     Raises:
         UserError: none is installed, or the one asked for cannot be loaded.
     """
-    return _load(_name())
+    return _load(decoder_name())
 
 
 def decoder_label() -> str:
@@ -37,7 +37,12 @@ def decoder_label() -> str:
     return chosen().label()
 
 
-def _name() -> str:
+def decoder_name() -> str:
+    """``pyav`` or ``torchcodec``: what decodes here, not loaded yet.
+
+    Raises:
+        UserError: none is installed, or ``COSMOS_VIDEO_DECODER`` names no such library.
+    """
     asked = os.environ.get(VARIABLE, "")
     if asked:
         if asked not in MODULES:
@@ -66,7 +71,7 @@ def _load(name: str) -> VideoBackend:
         from cosmos_posttrain.video import with_torchcodec
 
         return with_torchcodec
-    # torchcodec raises RuntimeError or OSError, over many lines, where FFmpeg's libraries are missing.
+    # torchcodec's, over many lines, where FFmpeg's libraries are missing: RuntimeError or OSError.
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(_why_not(name, error)) from error
 

@@ -2,9 +2,10 @@
 
 Flows in: paths and frame numbers; images. Flows out: fitted frames; H.264 in an mp4.
 
-torchcodec hands out RGB as FFmpeg makes it by default (nearest chroma, rounding that makes white 253
-or 254), so frames are near PyAV's and not the same: docs/data.md has the measured differences.
-It also does not say which frames FFmpeg had to patch up.
+Frames are counted while they are decoded, from the start of the file: torchcodec's own look-up by
+number gives wrong frames where a container's index does not tell the truth (ts, avi) and after a
+seek in video without keyframes. RGB is as FFmpeg makes it by default (nearest chroma, rounding
+downwards), so frames are near PyAV's and not the same: docs/data.md has the measured differences.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-# What torchcodec raises for a file, whatever is wrong with it: C++ errors, an index past the end.
+# What torchcodec raises for a file, whatever is wrong with it.
 _ERRORS = (RuntimeError, ValueError, IndexError, OSError, AssertionError)
+# Cover pictures of sound files; to FFmpeg they are streams of video.
+_PICTURE_CODECS = frozenset("png mjpeg bmp gif webp tiff".split())
+_NO_SEEKING = "could not seek file"  # what listing the frames of a cover picture ends with
+_ORIENTATION = 0x0112  # EXIF's tag
 _CRF = 17
 
 
@@ -37,8 +42,8 @@ def label() -> str:
     return f"torchcodec {torchcodec.__version__} (FFmpeg {torchcodec.ffmpeg_major_version})"
 
 
-def _open(path: str | Path) -> Any:
-    """A ``torchcodec.decoders.VideoDecoder``, which has listed the file's frames.
+def _open(path: str | Path, is_exact: bool = False) -> Any:
+    """A ``torchcodec.decoders.VideoDecoder``; an exact one has listed the file's frames.
 
     Raises:
         VideoError: one sentence on what is wrong with the file.
@@ -52,18 +57,26 @@ def _open(path: str | Path) -> Any:
     try:
         # One thread a video: results do not depend on timing, and files are read in parallel.
         decoder = VideoDecoder(
-            source, dimension_order="NHWC", num_ffmpeg_threads=1, device="cpu", seek_mode="exact"
+            source,
+            dimension_order="NHWC",
+            num_ffmpeg_threads=1,
+            device="cpu",
+            seek_mode="exact" if is_exact else "approximate",
         )
     except _ERRORS as error:
+        if not is_exact:  # the header alone may say too little
+            return _open(path, is_exact=True)
         text = error_text(error)
-        if "no valid stream" in text or "no video stream" in text:
+        if "no valid stream" in text or "no video stream" in text or _NO_SEEKING in text:
             raise VideoError(f"{path} has no video stream.") from error
         raise VideoError(f"{path} cannot be opened as video: {text}.") from error
+    if not (is_exact or is_image(path)) and decoder.metadata.codec in _PICTURE_CODECS:
+        return _open(path, is_exact=True)
     return decoder
 
 
 def error_text(error: BaseException) -> str:
-    """What FFmpeg says, fit for the middle of a sentence, without torchcodec's own file and line."""
+    """What FFmpeg says, fit for the middle of a sentence, without torchcodec's file and line."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     said = line.split(".cpp:", 1)[-1].split(", ", 1)[-1]
     for known in ("Invalid data found when processing input", "No such file or directory"):
@@ -98,44 +111,68 @@ def read_header(path: str | Path) -> VideoHeader:
 def probe(path: str | Path) -> VideoInfo:
     """What a player would say."""
     path = Path(path)
-    decoder = _open(path)
+    decoder = _open(path, is_exact=True)
     metadata, fps = decoder.metadata, _fps(decoder.metadata)
-    height, width = _shown_size(_frame(decoder, path, 0), metadata)
+    first = next(_decoded(decoder, path), None)
+    if first is None:
+        raise VideoError(f"{path} has no frame that can be decoded.")
+    height, width = _shown_size(first, metadata)
     num_frames = len(decoder)
     seconds = _seconds(metadata) or (num_frames / fps if fps else 0.0)
     return VideoInfo(num_frames, fps, height, width, seconds)
 
 
-def _frame(decoder: Any, path: Path, number: int) -> torch.Tensor:
-    """(H, W, 3) uint8 RGB, upright."""
+def _decoded(decoder: Any, path: Path) -> Iterator[torch.Tensor]:
+    """Every frame from the first on, (H, W, 3) uint8 RGB, upright."""
+    import torch
+    from torchcodec import _core  # there is no public way that does not seek
+
+    turns = _exif_turns(path) if is_image(path) and not decoder.metadata.rotation else 0
+    for number in itertools.count():
+        try:
+            yield torch.rot90(_core.get_next_frame(decoder._decoder)[0], turns)
+        except IndexError:  # the end
+            return
+        except _ERRORS as error:
+            raise VideoError(
+                f"{path} cannot be decoded after frame {number}: {error_text(error)}."
+            ) from error
+
+
+def _exif_turns(path: Path) -> int:
+    """Quarter turns, counterclockwise, that put a photo upright; FFmpeg reads them from 8 on."""
+    from PIL import Image
+
     try:
-        frame: torch.Tensor = decoder.get_frame_at(number).data
-    except _ERRORS as error:
-        if number == 0:
-            raise VideoError(f"{path} has no frame that can be decoded.") from error
-        raise VideoError(
-            f"{path} cannot be decoded after frame {number}: {error_text(error)}."
-        ) from error
-    return frame
+        with Image.open(path) as image:
+            orientation = image.getexif().get(_ORIENTATION, 1)
+    except (OSError, ValueError, SyntaxError):
+        return 0
+    return {3: 2, 6: 3, 8: 1}.get(orientation, 0)
 
 
 def iter_pixels(
     path: str | Path, wanted: Sequence[int], fit: Fit
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Number and pixels of the wanted frames."""
+    """Number and pixels of the wanted frames; colours are never finer than FFmpeg's default."""
     path = Path(path)
     decoder = _open(path)
-    for number in wanted:
-        if number >= len(decoder):
+    left = iter(wanted)
+    following = next(left, None)
+    for number, frame in enumerate(_decoded(decoder, path)):
+        if number == following:
+            if fit.check is not None:
+                fit.check(frame.shape[1], frame.shape[0])
+            yield number, fitted(frame, _shown_size(frame, decoder.metadata), fit)
+            following = next(left, None)
+            if following is None:
+                return
+        elif number == 0 and following is None:
             return
-        frame = _frame(decoder, path, number)
-        if fit.check is not None:
-            fit.check(frame.shape[1], frame.shape[0])
-        yield number, fitted(frame, _shown_size(frame, decoder.metadata), fit)
 
 
 def fitted(frame: torch.Tensor, shown: tuple[int, int], fit: Fit) -> NDArray[np.uint8]:
-    """Scales so that both sides cover, bicubic with a filter that widens when it shrinks, and crops.
+    """Scales so that both sides cover, and crops; bicubic, with a filter that widens to shrink.
 
     Args:
         frame: (H, W, 3) uint8 RGB, upright.
