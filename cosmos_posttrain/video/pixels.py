@@ -54,8 +54,23 @@ def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 
 
 def _color_range(frame: av.VideoFrame) -> int:
-    is_full = frame.color_range == _FULL or frame.format.name.startswith("yuvj")
+    name = frame.format.name
+    is_full = frame.color_range == _FULL or name.startswith("yuvj")
+    if frame.color_range not in (_LIMITED, _FULL) and name.startswith("gray"):  # of JPEG files
+        is_full = True
     return _FULL if is_full else _LIMITED
+
+
+def _colours(frame: av.VideoFrame) -> dict[str, int]:
+    """What the scaler is told of a frame's colours."""
+    if frame.format.is_rgb:
+        return {}  # scaling goes through YUV: a matrix on one side alone would change the colours
+    # RGB has no matrix, but PyAV sets up the source's only where the two differ.
+    return {
+        "dst_colorspace": _BT601 if frame.colorspace == _BT709 else _BT709,
+        "src_color_range": _color_range(frame),
+        "dst_color_range": _FULL,
+    }
 
 
 def display_size(frame: av.VideoFrame, pixel_aspect: float) -> tuple[int, int]:
@@ -96,10 +111,7 @@ class FrameFitter:
             height=coded[0],
             format="rgb24",
             interpolation=self._flags,
-            # RGB has no matrix, but PyAV sets up the source's only where the two differ.
-            dst_colorspace=_BT601 if frame.colorspace == _BT709 else _BT709,
-            src_color_range=_color_range(frame),
-            dst_color_range=_FULL,
+            **_colours(frame),
         )
         pixels = rgb.to_ndarray()
         if transpose:

@@ -67,7 +67,11 @@ def _open(path: str | Path, is_exact: bool = False) -> Any:
         if not is_exact:  # the header alone may say too little
             return _open(path, is_exact=True)
         text = error_text(error)
-        if "no valid stream" in text or "no video stream" in text or _NO_SEEKING in text:
+        if (
+            "no valid stream" in text
+            or "best video stream is unknown" in text
+            or _NO_SEEKING in text
+        ):
             raise VideoError(f"{path} has no video stream.") from error
         raise VideoError(f"{path} cannot be opened as video: {text}.") from error
     if not (is_exact or is_image(path)) and decoder.metadata.codec in _PICTURE_CODECS:
