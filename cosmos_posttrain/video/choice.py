@@ -66,7 +66,7 @@ def _load(name: str) -> VideoBackend:
             from cosmos_posttrain.video import with_pyav
 
             return with_pyav
-        import torchcodec  # type: ignore[import-not-found]  # noqa: F401
+        import torchcodec  # noqa: F401
 
         from cosmos_posttrain.video import with_torchcodec
 
