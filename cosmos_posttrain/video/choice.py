@@ -25,7 +25,7 @@ def chosen() -> VideoBackend:
     Raises:
         UserError: none is installed, or the one asked for cannot be loaded.
     """
-    return _load(decoder_name())
+    return loaded(decoder_name())
 
 
 def decoder_label() -> str:
@@ -58,7 +58,12 @@ def decoder_name() -> str:
 
 
 @functools.cache
-def _load(name: str) -> VideoBackend:
+def loaded(name: str) -> VideoBackend:
+    """The library of that name, imported.
+
+    Raises:
+        UserError: it is not installed, or cannot be loaded.
+    """
     try:
         if name == "pyav":
             import av  # noqa: F401
@@ -79,7 +84,7 @@ def _load(name: str) -> VideoBackend:
 def _why_not(name: str, error: BaseException) -> str:
     """One sentence on a library that cannot be loaded."""
     if isinstance(error, ModuleNotFoundError) and error.name == MODULES[name]:
-        return f"{VARIABLE} asks for {name}, which is not installed: pip install {MODULES[name]}."
+        return f"{name} is to read video and is not installed: pip install {MODULES[name]}."
     if name == "torchcodec":
         return (
             "torchcodec is installed but cannot be loaded: it needs FFmpeg's shared libraries "

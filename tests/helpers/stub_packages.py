@@ -23,10 +23,12 @@ def write_stub(folder: Path, name: str, version: str, requires: Iterable[str] = 
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
     lines += [f"Requires-Dist: {requirement}" for requirement in requires]
     tag = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files = {"METADATA": "\n".join(lines) + "\n", "WHEEL": tag}
+    # Without a record, pip could not replace it.
+    files["RECORD"] = "".join(f"{stem}.dist-info/{name},,\n" for name in (*files, "RECORD"))
     with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr(f"{stem}.dist-info/METADATA", "\n".join(lines) + "\n")
-        wheel.writestr(f"{stem}.dist-info/WHEEL", tag)
-        wheel.writestr(f"{stem}.dist-info/RECORD", "")
+        for name, content in files.items():
+            wheel.writestr(f"{stem}.dist-info/{name}", content)
     return path
 
 

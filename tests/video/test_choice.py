@@ -25,9 +25,9 @@ raise RuntimeError('''Could not load libtorchcodec. Likely causes:
 @pytest.fixture(autouse=True)
 def _nothing_asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(choice.VARIABLE, raising=False)
-    choice._load.cache_clear()
+    choice.loaded.cache_clear()
     yield
-    choice._load.cache_clear()
+    choice.loaded.cache_clear()
 
 
 def test_pyav_comes_first_and_says_its_versions():
@@ -40,7 +40,7 @@ def test_pyav_comes_first_and_says_its_versions():
 @NEEDS_NO_TORCHCODEC
 def test_what_is_asked_for_and_missing_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv(choice.VARIABLE, "torchcodec")
-    with pytest.raises(UserError, match="torchcodec, which is not installed: pip install"):
+    with pytest.raises(UserError, match="is not installed: pip install torchcodec"):
         probe(tmp_path / "a.mp4")
     with pytest.raises(UserError, match="not installed"):
         write_mp4(tmp_path / "a.mp4", torch.zeros(3, 1, 16, 16, dtype=torch.uint8), 10)

@@ -43,7 +43,7 @@ def why_not() -> str:
     if importlib.util.find_spec("torchcodec") is None:
         return "torchcodec is not installed"
     try:
-        choice._load("torchcodec")
+        choice.loaded("torchcodec")
     except UserError as error:
         return str(error)
     return ""
