@@ -173,6 +173,9 @@ class OptimizerConfig:
         clip_grad: largest norm of the whole gradient; 0 means no clipping.
         grad_reduce_in_bf16: keep and sum gradients in bfloat16, not float32: half the memory and
             half of what data parallelism sends, for a model in bfloat16.
+        cpu_offload: keep the optimizer's float32 weights and moments in host memory and update them
+            on the CPU.
+        offload_fraction: share of the optimizer that ``cpu_offload`` takes; None means all of it.
     """
 
     lr: float = setting(5e-5, above=0)
@@ -190,6 +193,8 @@ class OptimizerConfig:
     adam_eps: float = setting(1e-8, above=0)
     clip_grad: float = setting(1.0, at_least=0)
     grad_reduce_in_bf16: bool = False
+    cpu_offload: bool = False
+    offload_fraction: float | None = setting(None, above=0, at_most=1)
 
     def wsd_decay_steps(self, max_steps: int) -> int:
         """Steps of ``wsd``'s decay, given all of the run's."""
@@ -279,6 +284,8 @@ FLAGS = (
     Flag("--weight_decay", "optimizer.weight_decay"),
     Flag("--clip_grad", "optimizer.clip_grad"),
     Flag("--grad_reduce_in_bf16", "optimizer.grad_reduce_in_bf16"),
+    Flag("--optimizer_cpu_offload", "optimizer.cpu_offload"),
+    Flag("--optimizer_offload_fraction", "optimizer.offload_fraction"),
     Flag("--max_steps"),
     Flag("--max_epochs"),
     Flag("--num_condition_latents"),
@@ -347,6 +354,8 @@ def validate(config: TrainConfig, world_size: int) -> None:
             "--grad_reduce_in_bf16 keeps the gradients of a model in bfloat16, but this one is in "
             "float32: give --dtype bfloat16, or leave it out"
         )
+    if config.optimizer.offload_fraction is not None and not config.optimizer.cpu_offload:
+        problems.append("--optimizer_offload_fraction has no effect without --optimizer_cpu_offload")
     problems += _embedding_problems(config.model)
     problems += _lora_problems(config.model)
     problems += _medusa_problems(config.model, parallel)
