@@ -129,7 +129,7 @@ def follow_weights(optimizer: Any) -> None:
     if is_offloaded(optimizer):
         for parameter, copy in optimizer.gpu_params_map_cpu_copy.items():
             if parameter.dtype == torch.float32:
-                copy.data.copy_(parameter)
+                copy.data.copy_(parameter.data)
 
 
 def order_streams(optimizer: Any) -> None:
