@@ -196,6 +196,11 @@ class OptimizerConfig:
     cpu_offload: bool = False
     offload_fraction: float | None = setting(None, above=0, at_most=1)
 
+    @property
+    def offloaded_share(self) -> float:
+        """Share of the optimizer that lies in host memory."""
+        return (self.offload_fraction or 1.0) if self.cpu_offload else 0.0
+
     def wsd_decay_steps(self, max_steps: int) -> int:
         """Steps of ``wsd``'s decay, given all of the run's."""
         given = self.lr_wsd_decay_steps
@@ -355,7 +360,9 @@ def validate(config: TrainConfig, world_size: int) -> None:
             "float32: give --dtype bfloat16, or leave it out"
         )
     if config.optimizer.offload_fraction is not None and not config.optimizer.cpu_offload:
-        problems.append("--optimizer_offload_fraction has no effect without --optimizer_cpu_offload")
+        problems.append(
+            "--optimizer_offload_fraction has no effect without --optimizer_cpu_offload"
+        )
     problems += _embedding_problems(config.model)
     problems += _lora_problems(config.model)
     problems += _medusa_problems(config.model, parallel)

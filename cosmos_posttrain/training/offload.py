@@ -21,7 +21,6 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from cosmos_posttrain.distributed.cpu_device import cuda_calls_mean_cpu
 from cosmos_posttrain.training.config import OptimizerConfig
 
 
@@ -29,9 +28,8 @@ def configure(megatron: MegatronOptimizerConfig, settings: OptimizerConfig) -> N
     """Asks Megatron for it, where the run does."""
     if not settings.cpu_offload:
         return
-    fraction = settings.offload_fraction
     megatron.optimizer_cpu_offload = True
-    megatron.optimizer_offload_fraction = 1.0 if fraction is None else fraction
+    megatron.optimizer_offload_fraction = settings.offloaded_share
     megatron.overlap_cpu_optimizer_d2h_h2d = True
     megatron.pin_cpu_grads = torch.cuda.is_available()
     # The GPU then holds no float32 weights; gradients are ``decoupled_grad``. Not through the
@@ -52,22 +50,22 @@ class _HostAndDevice(TorchFunctionMode):
         if func is torch.Tensor.pin_memory:
             return args[0]
         result = func(*args, **(kwargs or {}))
-        if func is torch.Tensor.cpu:
+        is_move = func is torch.Tensor.cpu
+        if is_move:
             result = result.clone()
-        if func is torch.Tensor.cpu or (args and getattr(args[0], "is_on_host", False)):
-            if isinstance(result, Tensor):
-                result.is_on_host = True  # type: ignore[attr-defined]
+        if isinstance(result, Tensor) and (is_move or getattr(args[0], "is_on_host", False)):
+            result.is_on_host = True  # type: ignore[attr-defined]
         return result
 
 
 @contextlib.contextmanager
-def building() -> Iterator[None]:
-    """Around the building of an optimizer with offloading."""
-    # Ranges of float32 weights must be leaves.
+def building(settings: OptimizerConfig) -> Iterator[None]:
+    """Around the building of Megatron's optimizer."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if not torch.cuda.is_available():
-            stack.enter_context(_HostAndDevice())
+        if settings.cpu_offload:
+            stack.enter_context(torch.no_grad())  # ranges of float32 weights must be leaves
+            if not torch.cuda.is_available():
+                stack.enter_context(_HostAndDevice())
         yield
 
 

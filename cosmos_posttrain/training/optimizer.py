@@ -6,7 +6,6 @@ distributed optimizer (AdamW), and the optimizer as checkpoints see it.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,7 +47,7 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module, dtype: torch.dt
         use_distributed_optimizer=True,
     )
     offload.configure(megatron_config, settings)
-    with cpu_device(), offload.building() if settings.cpu_offload else contextlib.nullcontext():
+    with cpu_device(), offload.building(settings):
         optimizer = get_megatron_optimizer(
             megatron_config, chunks_of(model), use_gloo_process_groups=torch.cuda.is_available()
         )
