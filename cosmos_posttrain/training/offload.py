@@ -12,6 +12,7 @@ two streams that its step does not wait for.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,10 +51,10 @@ class _HostAndDevice(TorchFunctionMode):
         if func is torch.Tensor.pin_memory:
             return args[0]
         result = func(*args, **(kwargs or {}))
-        is_move = func is torch.Tensor.cpu
-        if is_move:
-            result = result.clone()
-        if isinstance(result, Tensor) and (is_move or getattr(args[0], "is_on_host", False)):
+        is_on_host = getattr(args[0] if args else None, "is_on_host", False)
+        if func is torch.Tensor.cpu:
+            result, is_on_host = result.clone(), True
+        if is_on_host and isinstance(result, Tensor):
             result.is_on_host = True  # type: ignore[attr-defined]
         return result
 
@@ -67,6 +68,8 @@ def building(settings: OptimizerConfig) -> Iterator[None]:
             if not torch.cuda.is_available():
                 stack.enter_context(_HostAndDevice())
         yield
+    if settings.cpu_offload:
+        gc.collect()  # what Megatron made of the undivided weights first
 
 
 def is_offloaded(optimizer: Any) -> bool:
@@ -101,11 +104,16 @@ def gradient_of(parameter: Tensor) -> Tensor | None:
     return gradient
 
 
-def forget_gradient(parameter: Tensor) -> None:
-    """Lets go of ``gradient_of``."""
-    parameter.grad = None
-    if hasattr(parameter, "decoupled_grad"):
-        parameter.decoupled_grad = None
+def forget_gradients(optimizer: Any) -> None:
+    """Lets go of what lies on the GPU; of gradients in bfloat16 that is a float32 copy."""
+    groups = [optimizer]
+    if is_offloaded(optimizer) and optimizer.gpu_optimizer is not None:
+        groups.append(optimizer.gpu_optimizer)
+    for group in (group for each in groups for group in each.param_groups):
+        for parameter in group["params"]:
+            parameter.grad = None
+            if hasattr(parameter, "decoupled_grad"):
+                parameter.decoupled_grad = None
 
 
 def plain_settings(optimizer: Any) -> list[dict[str, Any]]:

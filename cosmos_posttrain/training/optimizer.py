@@ -111,8 +111,7 @@ def apply_gradients(optimizer: Any, norm: float) -> None:
     for part in parts_of(optimizer):
         for inner in offload.inner_optimizers(part.optimizer):
             inner.grad_scale = None
-        for parameter in part.get_parameters():
-            offload.forget_gradient(parameter)  # of gradients in bfloat16 a float32 copy
+        offload.forget_gradients(part.optimizer)
 
 
 def _scale(optimizer: Any, inner: Any, factor: float) -> None:

@@ -426,8 +426,9 @@ def test_the_fused_swiglu_of_gpus(dtype: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("offloaded", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_peak_memory_on_a_gpu(tmp_path: Path, recompute: bool) -> None:
+def test_peak_memory_on_a_gpu(tmp_path: Path, recompute: bool, offloaded: bool) -> None:
     """A wide model of two layers: the plan, without the framework's share, bounds what is used."""
     from cosmos_posttrain import launch
     from cosmos_posttrain.models.presets import PRESETS
@@ -441,6 +442,7 @@ def test_peak_memory_on_a_gpu(tmp_path: Path, recompute: bool) -> None:
         patch.setitem(PRESETS, "tiny", model)
         config = training_config(write_tokens(tmp_path), tmp_path / "run", "bfloat16", layout)
         config.micro_batch_size = 2
+        config.optimizer.cpu_offload = offloaded
         torch.cuda.reset_peak_memory_stats(launch.device())
         trainer = Trainer(config)
         batches = next(trainer.batches())
@@ -448,7 +450,7 @@ def test_peak_memory_on_a_gpu(tmp_path: Path, recompute: bool) -> None:
             trainer.train_step(batches)
         trainer.close()
     peak = torch.cuda.max_memory_allocated(launch.device())
-    expected = memory(Workload(model, 2, 2), layout)
+    expected = memory(Workload(model, 2, 2, offload_fraction=float(offloaded)), layout)
     # Buffers that come and go are an upper estimate, so the plan may be above what is used.
     held = expected.total - expected.overhead
     assert held - expected.working <= peak * 1.1

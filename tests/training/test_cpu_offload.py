@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from helpers import training_state
 from helpers.distributed_run import run_distributed
 from helpers.run_case import losses, make_config, run
 from helpers.training_state import TrainingState
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from cosmos_posttrain.checkpoint import dist
 from cosmos_posttrain.checkpoint.torch_dist import TorchDistReader
@@ -121,11 +123,18 @@ def _inner(state: TrainingState) -> Iterator[tuple[torch.Tensor, torch.Tensor, d
                 yield offload.parameter_of(part.optimizer, main), main, values
 
 
+def _num_in_memory() -> int:
+    return sum(type(item) is HybridDeviceOptimizer for item in gc.get_objects())
+
+
 @pytest.mark.compat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fraction", [None, 0.5])
 def test_what_lies_in_host_memory(dtype: torch.dtype, fraction: float | None) -> None:
+    gc.collect()
+    before = _num_in_memory()
     state = training_state.build(TINY, dtype, config=_config(True, offload_fraction=fraction))
+    assert _num_in_memory() == before + 1  # Megatron makes another one of the undivided weights
     plain = training_state.build(TINY, dtype, config=_config(False))
     for seed, scale in ((1, 1.0), (2, float("inf")), (3, 1e-5)):  # clipped, left out, not clipped
         norms = [_step(each, seed, scale) for each in (state, plain)]
@@ -143,6 +152,9 @@ def test_what_lies_in_host_memory(dtype: torch.dtype, fraction: float | None) ->
         assert values["exp_avg"].dtype == main.dtype == torch.float32
         is_copy = main.data_ptr() != parameter.data_ptr()
         assert is_copy == (hasattr(main, "is_on_host") or dtype == torch.bfloat16)
+        # On the host a gradient's memory is kept; on the GPU nothing is, between two steps.
+        assert (main.grad is not None) == hasattr(main, "is_on_host")
+        assert parameter.grad is None or parameter is main
 
 
 def on_two_ranks(tmp_path: Path) -> None:
