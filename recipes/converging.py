@@ -95,7 +95,9 @@ RUNS = {
         for name, run in LAYOUTS.items()
     },
     "offload": Run("the optimizer in host memory", flags=OFFLOAD, bound=0.0),
-    "offload_dp": Run("the optimizer in host memory at DP 2", 2, OFFLOAD, "dp", bound=0.0),
+    "offload_dp": Run(
+        "the optimizer in host memory at DP 2, against DP 2", 2, OFFLOAD, "dp", bound=0.0
+    ),
     "offload_resumed": Run(
         "resumed after 10 steps with the optimizer in host memory",
         flags=OFFLOAD,
