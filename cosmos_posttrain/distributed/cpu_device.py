@@ -45,21 +45,25 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _nothing(*_args: object, **_kwargs: object) -> None:
-    """Stands for CUDA calls that have no meaning on the CPU."""
+def _nothing() -> Callable:
+    """Stands for CUDA calls that have no meaning on the CPU.
+
+    A function of its own for each: torch.compile looks them up by identity.
+    """
+    return lambda *_args, **_kwargs: None
 
 
 _PATCHES: dict[str, Callable] = {
     "torch.cuda.current_device": lambda: "cpu",
     "torch.cuda.device_count": lambda: 1,
-    "torch.cuda.set_device": _nothing,
-    "torch.cuda.synchronize": _nothing,
-    "torch.cuda.empty_cache": _nothing,
+    "torch.cuda.set_device": _nothing(),
+    "torch.cuda.synchronize": _nothing(),
+    "torch.cuda.empty_cache": _nothing(),
     # Reducing gradients, megatron-core 0.19 waits for what CUDA graphs may still compute.
-    "torch.cuda.current_stream": torch.cpu.current_stream,
+    "torch.cuda.current_stream": lambda *_: torch.cpu.current_stream(),
     # Recomputation saves and restores the CUDA generator beside the CPU's.
-    "megatron.core.tensor_parallel.random._get_cuda_rng_state": lambda *_, **__: None,
-    "megatron.core.tensor_parallel.random._set_cuda_rng_state": _nothing,
+    "megatron.core.tensor_parallel.random._get_cuda_rng_state": _nothing(),
+    "megatron.core.tensor_parallel.random._set_cuda_rng_state": _nothing(),
     # Keeps dropout apart between ranks; these models have no dropout.
     "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork": (
         lambda *_, **__: contextlib.nullcontext()

@@ -18,6 +18,7 @@ from cosmos_posttrain.distributed.cpu_device import cpu_device
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.builder import CosmosGPTModel, build_model
 from cosmos_posttrain.models.chunks import ModelChunks, chunks_of
+from cosmos_posttrain.models.compiling import compile_models
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.training.config import TrainConfig
 from cosmos_posttrain.training.gradients import fuse_weight_gradients, skip_exchange_with_oneself
@@ -66,7 +67,12 @@ def training_dtype(config: TrainConfig) -> torch.dtype:
 def build(
     config: TrainConfig, model: ModelConfig, dtype: torch.dtype
 ) -> CosmosGPTModel | ModelChunks:
-    """This rank's part of the model, or its parts, with fresh weights."""
+    """This rank's part of the model, or its parts, with fresh weights.
+
+    Raises:
+        ConfigError: ``--compile``, where nothing can.
+    """
+    compile_models(config.model.compile)
     count = config.parallel.virtual_pipeline_model_parallel_size
     if count == 1:
         return _build(config, model, dtype, None)

@@ -74,6 +74,8 @@ class ModelSourceConfig:
         seed: of fresh weights.
         recompute: keep only layer inputs and compute activations again in the backward pass.
         recompute_modules: ``mlp`` computes only the feed-forward networks' again.
+        compile: torch.compile of what stands between matrix products and attention (norms, RoPE,
+            SwiGLU): faster, after some seconds at the first step, with other last bits.
         rope_scaling: ``none``, ``interpolate`` or ``yarn``, where the data's grid is larger than
             the checkpoint's.
         rope_scale: replaces the ratio of the two grids.
@@ -98,6 +100,7 @@ class ModelSourceConfig:
     seed: int = 1234
     recompute: bool = False
     recompute_modules: str | None = setting(None, choices=RECOMPUTE_MODULES)
+    compile: bool = False
     rope_scaling: str = setting("none", choices=ROPE_SCALINGS)
     rope_scale: float | None = setting(None, at_least=1)
     embedding_init: str = setting("keep", choices=EMBEDDING_INITS)
@@ -302,6 +305,7 @@ FLAGS = (
     Flag("--dtype", "model.dtype"),
     Flag("--recompute", "model.recompute"),
     Flag("--recompute_modules", "model.recompute_modules"),
+    Flag("--compile", "model.compile"),
     Flag("--rope_scaling", "model.rope_scaling"),
     Flag("--rope_scale", "model.rope_scale"),
     Flag("--embedding_init", "model.embedding_init"),
@@ -341,6 +345,11 @@ def validate(config: TrainConfig, world_size: int) -> None:
         problems.append(
             f"--recompute_modules {config.model.recompute_modules} has no effect with --recompute, "
             "which computes everything again: give one of them"
+        )
+    if config.model.compile and config.model.layer_spec == "te":
+        problems.append(
+            "--compile has no effect with --layer_spec te, whose kernels are fused already: leave "
+            "it out, or use --layer_spec torch"
         )
     if config.optimizer.grad_reduce_in_bf16 and config.model.dtype == "float32":
         problems.append(
