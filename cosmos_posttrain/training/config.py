@@ -123,6 +123,8 @@ class ParallelConfig:
             in turn (an interleaved pipeline), so that stages wait less for one another; 1 is none.
         context_parallel_size: processes that share each clip.
         sequence_parallel: split activations between layers over the tensor-parallel processes.
+        overlap_param_gather: data-parallel processes send one another their updated weights behind
+            the next forward pass, layer by layer, not before it.
     """
 
     tensor_model_parallel_size: int = setting(2, at_least=1)
@@ -130,6 +132,7 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int = setting(1, at_least=1)
     context_parallel_size: int = setting(1, at_least=1)
     sequence_parallel: bool = False
+    overlap_param_gather: bool = False
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -301,6 +304,7 @@ FLAGS = (
     Flag("--virtual_pipeline_model_parallel_size", "parallel.virtual_pipeline_model_parallel_size"),
     Flag("--context_parallel_size", "parallel.context_parallel_size"),
     Flag("--sequence_parallel", "parallel.sequence_parallel"),
+    Flag("--overlap_param_gather", "parallel.overlap_param_gather"),
     Flag("--layer_spec", "model.layer_spec"),
     Flag("--dtype", "model.dtype"),
     Flag("--recompute", "model.recompute"),
