@@ -22,7 +22,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from cosmos_posttrain.training.config import OptimizerConfig
+from cosmos_posttrain.training.optimizer_config import OptimizerConfig
 
 
 def configure(megatron: MegatronOptimizerConfig, settings: OptimizerConfig) -> None:

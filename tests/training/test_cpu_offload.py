@@ -189,6 +189,7 @@ def test_every_layout(tokens: Path, tmp_path: Path, lora_rank: int | None) -> No
     for name, layout in {
         "DP": {},
         "TP": {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True},
+        "DP, gathered late": {"parallel__overlap_param_gather": True},
         "PP": {"parallel__pipeline_model_parallel_size": 2},
         "PP, interleaved": {
             "parallel__pipeline_model_parallel_size": 2,
