@@ -37,6 +37,16 @@ BUSY = {
     "optimizer__clip_grad": 0.5,
     "limit_val_batches": 0,
 }
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "DP": {},
+    "DP, gathered late": {"parallel__overlap_param_gather": True},
+    "TP": {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True},
+    "PP": {"parallel__pipeline_model_parallel_size": 2},
+    "PP, interleaved": {
+        "parallel__pipeline_model_parallel_size": 2,
+        "parallel__virtual_pipeline_model_parallel_size": 2,
+    },
+}
 
 
 def _on_disk(log_dir: Path, step: int) -> dict[str, torch.Tensor]:
@@ -184,23 +194,14 @@ def test_divided_over_two_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("lora_rank", [None, 4])
-def test_every_layout(tokens: Path, tmp_path: Path, lora_rank: int | None) -> None:
-    for name, layout in {
-        "DP": {},
-        "TP": {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True},
-        "DP, gathered late": {"parallel__overlap_param_gather": True},
-        "PP": {"parallel__pipeline_model_parallel_size": 2},
-        "PP, interleaved": {
-            "parallel__pipeline_model_parallel_size": 2,
-            "parallel__virtual_pipeline_model_parallel_size": 2,
-        },
-    }.items():
-        changes: dict[str, Any] = {"model__lora_rank": lora_rank, **layout, **BUSY}
-        run_distributed(run, 2, make_config(tokens, tmp_path / f"{name} plain", **changes))
-        run_distributed(run, 2, make_config(tokens, tmp_path / name, **changes, **OFFLOAD))
-        assert losses(tmp_path / name) == losses(tmp_path / f"{name} plain"), name
-        _assert_equal(_on_disk(tmp_path / name, 19), _on_disk(tmp_path / f"{name} plain", 19))
+@pytest.mark.parametrize("lora_rank", [None, 4], ids=["full", "lora"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout(tokens: Path, tmp_path: Path, name: str, lora_rank: int | None) -> None:
+    changes: dict[str, Any] = {"model__lora_rank": lora_rank, **LAYOUTS[name], **BUSY}
+    run_distributed(run, 2, make_config(tokens, tmp_path / "plain", **changes))
+    run_distributed(run, 2, make_config(tokens, tmp_path / "offloaded", **changes, **OFFLOAD))
+    assert losses(tmp_path / "offloaded") == losses(tmp_path / "plain")
+    _assert_equal(_on_disk(tmp_path / "offloaded", 19), _on_disk(tmp_path / "plain", 19))
 
 
 def test_a_share_without_offloading_is_refused() -> None:
