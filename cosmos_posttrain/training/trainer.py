@@ -136,7 +136,7 @@ class Trainer:
         """Weights, and for a resumed run all the rest; returns what its callbacks kept."""
         if self.resume_from is None:
             self.inputs.load_weights(self.model)
-            self.optimizer.optimizer.reload_model_params()
+            self.optimizer.take_weights()
             return {}
         saved = None
         while saved is None:
