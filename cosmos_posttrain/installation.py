@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cosmos_posttrain.errors import UserError
-from cosmos_posttrain.video.choice import decoder_label, loaded
 
 # Minor versions of the table in docs/versions.md.
 TRIED_MEGATRON = ((0, 15), (0, 16), (0, 17), (0, 18), (0, 19))
@@ -134,6 +133,8 @@ def _transformer_engine_advice() -> str:
 
 def _video_parts() -> list[Installed]:
     """The two libraries, what FFmpeg the second may find, and which of them reads videos here."""
+    from cosmos_posttrain.video import decoder_label  # with it comes numpy
+
     rows = [_library("pyav", "PyAV", "av"), _library("torchcodec", "torchcodec", "torchcodec")]
     codec = ctypes.util.find_library("avcodec") or "none in the system's folders"
     rows.append(Installed("FFmpeg libraries", codec))
@@ -144,6 +145,8 @@ def _video_parts() -> list[Installed]:
 
 
 def _library(name: str, shown: str, package: str) -> Installed:
+    from cosmos_posttrain.video.choice import loaded
+
     version = version_of(package)
     if version is None:
         others = {"pyav": "pip install av", "torchcodec": "not needed beside PyAV"}
