@@ -19,7 +19,7 @@ from cosmos_posttrain.checkpoint import context, mapping
 from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
 from cosmos_posttrain.checkpoint.convert import convert, verify
 from cosmos_posttrain.checkpoint.load import load_model
-from cosmos_posttrain.checkpoint.nemo_context import nemo_values
+from cosmos_posttrain.checkpoint.nemo_context import values_of
 from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.distributed.cpu_device import cpu_device
 from cosmos_posttrain.errors import CheckpointError
@@ -134,7 +134,7 @@ def test_a_run_of_another_program(config: ModelConfig, layers: str, tmp_path: Pa
             }
             dist_checkpointing.save(state, str(checkpoint), content_metadata=layout)
         torch.save({"step": torch.tensor(step, dtype=torch.int32)}, checkpoint / "train_state.pt")
-        _write_run_config(checkpoint, nemo_values(config))
+        _write_run_config(checkpoint, values_of(config))
     _point_to(run, 100)
     (run / "latest_train_state.pt").write_bytes((checkpoint / "train_state.pt").read_bytes())
     found = open_source(run)
@@ -187,7 +187,7 @@ def test_the_newest_where_no_file_names_it(bridge: Path) -> None:
 
 def test_shapes_tell_what_a_run_config_does_not_say(bridge: Path) -> None:
     checkpoint = bridge / "iter_0000000"
-    values = nemo_values(CONFIG)
+    values = values_of(CONFIG)
     sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "kv_channels")
     _write_run_config(checkpoint, {k: v for k, v in values.items() if k not in sizes})
     assert open_source(bridge).config == CONFIG
@@ -220,15 +220,15 @@ def _without_model(checkpoint: Path) -> None:
 
 def _of_another_form(checkpoint: Path) -> None:
     saving = {"ckpt_format": "fsdp_dtensor"}
-    _write_run_config(checkpoint, nemo_values(CONFIG), checkpoint=saving)
+    _write_run_config(checkpoint, values_of(CONFIG), checkpoint=saving)
 
 
 def _of_adapters(checkpoint: Path) -> None:
-    _write_run_config(checkpoint, nemo_values(CONFIG), peft={"_target_": "a.LoRA", "dim": 8})
+    _write_run_config(checkpoint, values_of(CONFIG), peft={"_target_": "a.LoRA", "dim": 8})
 
 
 def _of_other_sizes(checkpoint: Path) -> None:
-    _write_run_config(checkpoint, {**nemo_values(CONFIG), "num_layers": 3})
+    _write_run_config(checkpoint, {**values_of(CONFIG), "num_layers": 3})
 
 
 def _without_weights(checkpoint: Path) -> None:

@@ -29,8 +29,8 @@ from helpers.run_case import losses, make_config, run
 engine, tokens, folder, size = *map(str, sys.argv[1:4]), int(sys.argv[4])
 config = make_config(Path(tokens), Path(folder), parallel__tensor_model_parallel_size=size)
 if engine == "nemo":
-    from helpers.nemo_lightning import train_with_nemo
-    found = train_with_nemo(config)
+    from cosmos_posttrain.nemo.engine import train
+    found = train(config)
 else:
     run(config)
     found = losses(Path(folder)) if launch.is_rank_zero() else []

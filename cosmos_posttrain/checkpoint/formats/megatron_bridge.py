@@ -147,7 +147,7 @@ def _own_run_config(config: ModelConfig) -> dict[str, Any]:
     """What Bridge asks of a checkpoint's run: the model's numbers, and what was saved."""
     model = {
         "_target_": PROVIDER,
-        **nemo_context.nemo_values(config),
+        **nemo_context.values_of(config),
         "params_dtype": {"_target_": f"torch.{config.params_dtype}", "_call_": False},
         "share_embeddings_and_output_weights": False,
         "should_pad_vocab": True,
