@@ -16,6 +16,7 @@ from cosmos_posttrain.data.batch import Batch
 from cosmos_posttrain.distributed.cpu_device import cuda_calls_mean_cpu, plain_torch
 from cosmos_posttrain.nemo.bases import IOMixin, LightningModule, MegatronLossReduction
 from cosmos_posttrain.nemo.config import CosmosConfig
+from cosmos_posttrain.nemo.connector import Connected
 
 
 class CosmosLoss(MegatronLossReduction):
@@ -34,7 +35,7 @@ class CosmosLoss(MegatronLossReduction):
         return sums[0] / sums[1].clamp(min=1)
 
 
-class CosmosModel(LightningModule, IOMixin):
+class CosmosModel(Connected, LightningModule, IOMixin):
     """A Cosmos model in NeMo's hands.
 
     Args:
