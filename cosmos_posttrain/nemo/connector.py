@@ -1,8 +1,8 @@
 """Our models in NeMo's ``import_ckpt`` and ``export_ckpt``, and in its restore.
 
 Flows in: ``FORMAT://path``, with any model path that ``open_source`` reads behind it; or a NeMo
-checkpoint and the name of a format. Flows out: a NeMo checkpoint, or one in that format. The work is
-``convert``'s: no model is built, and weights keep every bit.
+checkpoint and the name of a format. Flows out: a NeMo checkpoint, or one in that format. The work
+is ``convert``'s: no model is built, and weights keep every bit.
 """
 
 from __future__ import annotations
