@@ -5,7 +5,7 @@ trainer drives; where a step's gradients are ready it calls the direct engine's 
 each step the run's list of callbacks is walked as there.
 
     llm.api.train -> model is built, wrapped -> optimizer is asked for: all that surrounds it is set
-    up -> NeMo reads a checkpoint of its own -> steps
+    up, and a checkpoint to go on from is read -> steps
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cosmos_posttrain import launch
-from cosmos_posttrain.checkpoint import context, nemo_context
+from cosmos_posttrain.checkpoint import context
 from cosmos_posttrain.distributed.watch import RankWatch
 from cosmos_posttrain.nemo import lightning_parts
 from cosmos_posttrain.nemo.bases import Callback
@@ -52,9 +52,6 @@ class _Hooks(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self._run.begin()
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._run.keep_settings()
-
     def on_train_batch_start(self, *_: Any) -> None:
         self._run.before_step()
 
@@ -76,7 +73,6 @@ class NemoTrainer(Trainer):
     def _train(self, watch: RankWatch) -> None:
         config, folder = self.config, self.folder
         self.last_checkpoint = self.resume_from
-        self._settings: list[dict[str, Any]] = []
         with nemo_device(), lightning_parts.quiet():
             module = self._make_module()
             data = CosmosData(self.batches, self.sizes, self.layout.seq_length)
@@ -87,7 +83,9 @@ class NemoTrainer(Trainer):
             parts = {"model": module, "data": data, "trainer": self._lightning}
             parts["resume"] = self._auto_resume()
             try:
-                lightning_parts.run(config, folder.run, parts, checkpoints, self._first_step())
+                last = self.resume_from
+                first = 0 if last is None else context.completed_steps(last)
+                lightning_parts.run(config, folder.run, parts, checkpoints, first)
             except SystemExit:  # how PreemptionCallback ends a run
                 if self.stop_reason is None:
                     raise
@@ -133,58 +131,34 @@ class NemoTrainer(Trainer):
 
     @property
     def _nemo_reads(self) -> bool:
-        """Whether NeMo reads the numbers: of a checkpoint of its own, or weights to start from."""
-        if self.resume_from is not None:
-            return nemo_context.has_context(self.resume_from)
+        """Whether NeMo reads the weights to start from: a checkpoint of ours, taken as it is."""
         path = self.inputs.source.path
-        if path is None or self.inputs.transfer is not None or not context.is_checkpoint(path):
+        if self.resume_from is not None or self.inputs.transfer is not None or path is None:
             return False
-        return context.read_model_config(path).lora is None
+        return context.is_checkpoint(path) and context.read_model_config(path).lora is None
 
     def _auto_resume(self) -> Any:
         import nemo.lightning as nl
 
         if not self._nemo_reads:
             return None
-        if self.resume_from is not None:
-            return nl.AutoResume(resume_from_path=str(self.resume_from))
         path = str(self.inputs.source.path)
         return nl.AutoResume(restore_config=nl.RestoreConfig(path=path, load_artifacts=False))
 
-    def _first_step(self) -> int:
-        """Number of the first step of this launch."""
-        return 0 if self.resume_from is None else context.completed_steps(self.resume_from)
-
     def _load(self) -> dict[str, Any]:
-        if not self._nemo_reads:
-            return super()._load()
-        if self.resume_from is None:
-            return {}
-        return self._go_on(context.read_json(self.resume_from / "context" / "state.json"))
+        """As the direct engine's: Megatron's own way reads no state of torch's AdamW."""
+        return {} if self._nemo_reads else super()._load()
 
     def begin(self) -> None:
-        """The model is built; NeMo has not read a checkpoint yet."""
-        done, settings = self.completed_steps, self.optimizer.param_groups()
-        self._settings = [
-            {key: value for key, value in group.items() if key != "step"} for group in settings
-        ]
+        """All is set up, and no step has begun."""
+        done = self.completed_steps
         if done >= self.config.max_steps:
             launch.say(f"nothing to do: {self.resume_from} has {done} steps")
         self._finish_interrupted_step()
-        # Lightning's own counts, which it reads from its own checkpoints.
+        # Lightning's own counts.
         loop = self._lightning.fit_loop.epoch_loop
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = done
         loop._batches_that_stepped = done
-
-    def keep_settings(self) -> None:
-        """Puts back what the command says of the optimizer, where NeMo has read what was so."""
-        groups = [
-            group
-            for part in optimizers.parts_of(self.optimizer.optimizer)
-            for group in part.optimizer.param_groups
-        ]
-        for group, settings in zip(groups, self._settings, strict=True):
-            group.update(settings)
 
     def before_step(self) -> None:
         """Tells where the run is."""
