@@ -16,21 +16,24 @@ def _empty(name: str) -> Any:
 
 if is_installed():
     from lightning.pytorch import Callback, LightningDataModule, LightningModule
+    from nemo.core.optim.mcore_optim import McoreDistributedOptimizer
     from nemo.lightning.io.mixin import IOMixin
     from nemo.lightning.megatron_parallel import MegatronLossReduction
+    from nemo.lightning.pytorch.callbacks import ModelCheckpoint
     from nemo.lightning.pytorch.optim import MegatronOptimizerModule
-    from nemo.lightning.pytorch.optim.base import LRSchedulerModule
 else:
     Callback, LightningDataModule, LightningModule = map(_empty, ("Callback", "Data", "Module"))
     IOMixin, MegatronLossReduction = map(_empty, ("IOMixin", "LossReduction"))
-    MegatronOptimizerModule, LRSchedulerModule = map(_empty, ("OptimizerModule", "LRScheduler"))
+    McoreDistributedOptimizer, MegatronOptimizerModule = map(_empty, ("Optimizer", "OptModule"))
+    ModelCheckpoint = _empty("ModelCheckpoint")
 
 __all__ = [
     "Callback",
     "IOMixin",
-    "LRSchedulerModule",
     "LightningDataModule",
     "LightningModule",
+    "McoreDistributedOptimizer",
     "MegatronLossReduction",
     "MegatronOptimizerModule",
+    "ModelCheckpoint",
 ]

@@ -126,6 +126,7 @@ class CosmosConfig(TransformerConfig, IOMixin):  # type: ignore[misc]
             chunk=chunk,
             calculate_per_token_loss=self.calculate_per_token_loss,
             deterministic_mode=self.deterministic_mode,
+            gradient_accumulation_fusion=self.gradient_accumulation_fusion,
             recompute_granularity=self.recompute_granularity,
             recompute_method=self.recompute_method,
             recompute_num_layers=self.recompute_num_layers,

@@ -1,24 +1,21 @@
-"""The direct engine's batches as NeMo asks for them: a pure function of seed and consumed samples.
+"""Batches as NeMo asks for them.
 
-Flows in: the data set, its order, and how a global batch is divided. Flows out: a Lightning data
-module that is its own sampler: items are ``(batch, number, number)``, the batch a micro-batch of
-this data-parallel rank.
+Flows in: global batches of this rank, from where the run is. Flows out: a Lightning data module
+that is its own sampler, and yields one micro-batch at a time. The order is the direct engine's: a
+pure function of seed and consumed samples; NeMo's own counts have no part in it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from cosmos_posttrain.data.batch import Batch, BatchSizes, training_batches
-from cosmos_posttrain.distributed import groups
-from cosmos_posttrain.models.sequence import sequence_layout
+from cosmos_posttrain.data.batch import Batch, BatchSizes
 from cosmos_posttrain.nemo.bases import LightningDataModule
-from cosmos_posttrain.training.config import TrainConfig
-from cosmos_posttrain.training.setup import Inputs
 
 
 class _Stream(torch.utils.data.IterableDataset):
@@ -28,42 +25,41 @@ class _Stream(torch.utils.data.IterableDataset):
         self._data = data
 
     def __iter__(self) -> Iterator[Batch]:
-        for batches in self._data.global_batches():
-            yield from batches
+        return self._data.micro_batches()
 
 
 class CosmosData(LightningDataModule):
-    """Our batches, and the sampler that NeMo asks for; process groups must exist.
+    """Our batches, and the sampler that NeMo asks for.
 
     Args:
-        config: the run's.
-        inputs: what it starts from.
-        consumed_samples: samples that all ranks together have trained on; where to start.
+        batches: called once, gives global batches without end.
+        sizes: how a global batch is divided.
+        seq_length: positions of a sequence.
+
+    Attributes:
+        waited_seconds: for the last global batch.
     """
 
     dataloader_type = "single"
 
-    def __init__(self, config: TrainConfig, inputs: Inputs, consumed_samples: int = 0) -> None:
+    def __init__(
+        self, batches: Callable[[], Iterator[list[Batch]]], sizes: BatchSizes, seq_length: int
+    ) -> None:
         super().__init__()
-        self.run, self.inputs, self.consumed_samples = config, inputs, consumed_samples
+        self._batches, self._sizes = batches, sizes
+        self.seq_length = seq_length  # telemetry reads it
+        self.waited_seconds = 0.0
         # The strategy takes it from here: what hangs on the trainer itself is copied deeply.
         self.data_sampler = self
-        self.layout = sequence_layout(inputs.model_config, config.num_condition_latents)
-        self.seq_length = self.layout.seq_length  # telemetry reads it
-        place = groups.data_parallel_place()
-        self.sizes = BatchSizes(config.global_batch_size, config.micro_batch_size, *place)
 
-    def global_batches(self) -> Iterator[list[Batch]]:
-        """This rank's, from where the run is, without end."""
-        return training_batches(
-            self.inputs.train_data,
-            self.layout,
-            self.sizes,
-            self.consumed_samples,
-            self.run.data.seed,
-            self.run.prompt_dropout,
-            self.inputs.order,
-        )
+    def micro_batches(self) -> Iterator[Batch]:
+        """Of this data-parallel rank."""
+        source = self._batches()
+        while True:
+            started = time.monotonic()
+            batches = next(source)
+            self.waited_seconds = time.monotonic() - started
+            yield from batches
 
     def train_dataloader(self) -> torch.utils.data.DataLoader:
         """The training split."""
@@ -81,6 +77,6 @@ class CosmosData(LightningDataModule):
         return dataclasses.replace(
             step,
             seq_length=self.seq_length,
-            micro_batch_size=self.sizes.micro_batch_size,
-            num_microbatches=self.sizes.num_microbatches,
+            micro_batch_size=self._sizes.micro_batch_size,
+            num_microbatches=self._sizes.num_microbatches,
         )

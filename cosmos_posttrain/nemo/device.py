@@ -34,7 +34,10 @@ def nemo_device() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
+    from nemo.lightning.io import pl
+
     with (
+        patch.object(pl, "_fix_tensors_device", lambda checkpoint: checkpoint),
         patch.object(torch.cuda, "Stream", lambda *_: None),
         patch.object(torch.cuda, "stream", lambda *_: contextlib.nullcontext()),
         patch.object(tensor_parallel, "model_parallel_cuda_manual_seed", lambda *_, **__: None),

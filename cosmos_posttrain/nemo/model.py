@@ -1,33 +1,36 @@
 """Our model as a Lightning module that NeMo trains, saves and loads.
 
-Flows in: a ``CosmosConfig``, and what fills the model. Flows out: losses per token (B, S) and how
-they become the mean over the global batch.
+Flows in: a ``CosmosConfig``. Flows out: losses per token (B, S), and how they become the mean over
+the global batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
 from cosmos_posttrain.data.batch import Batch
 from cosmos_posttrain.distributed.cpu_device import cuda_calls_mean_cpu, plain_torch
+from cosmos_posttrain.models.gpt_model import CosmosGPTModel
 from cosmos_posttrain.nemo.bases import IOMixin, LightningModule, MegatronLossReduction
 from cosmos_posttrain.nemo.config import CosmosConfig
 from cosmos_posttrain.nemo.connector import Connected
+from cosmos_posttrain.training.step import own_part
 
 
 class CosmosLoss(MegatronLossReduction):
     """The mean over the predicted tokens of the global batch."""
 
-    def forward(self, batch: Batch, losses: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Sum, number of tokens, and both again for ``reduce``."""
+    def forward(self, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum and number of tokens, by which Megatron divides, and both again for ``reduce``."""
         total, count = (losses.float() * batch.loss_mask).sum(), batch.loss_mask.sum()
         return total, count.to(torch.int), torch.stack([total.detach(), count])
 
-    def reduce(self, outputs: list[torch.Tensor]) -> torch.Tensor:
+    def reduce(self, outputs: list[Tensor]) -> Tensor:
         """Over the micro-batches and the ranks with other clips or positions."""
         sums = torch.stack(outputs).sum(0)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -42,50 +45,44 @@ class CosmosModel(Connected, LightningModule, IOMixin):
         config: the model's numbers.
         optim: NeMo's optimizer module.
         tokenizer: NeMo's models have one; ours never reads text, and takes None.
-
-    Attributes:
-        fill: called with the built model, gives it its weights; None leaves it as it was built.
     """
-
-    fill: Callable[[Any], None] | None = None
 
     def __init__(self, config: CosmosConfig, optim: Any = None, tokenizer: Any = None) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         if optim is not None:
             optim.connect(self)
-        self._loss = [CosmosLoss()]  # no part of the model
+        self._beside: list[Any] = [CosmosLoss()]  # no part of what Lightning sees as the model
 
     @property
     def training_loss_reduction(self) -> CosmosLoss:
         """NeMo looks for it on the class."""
-        return self._loss[0]
+        loss: CosmosLoss = self._beside[0]
+        return loss
 
-    validation_loss_reduction = training_loss_reduction
+    @property
+    def bare_module(self) -> CosmosGPTModel:
+        """This rank's part of the model, without what NeMo wraps around it."""
+        module: CosmosGPTModel = self._beside[1]
+        return module
 
     def configure_model(self, vp_stage: int | None = None) -> None:
-        """Builds and fills this rank's part of the model, once."""
+        """Builds this rank's part of the model, once."""
         if hasattr(self, "module"):
             return
         with plain_torch():
             self.module = self.config.configure(vp_stage)
-            if self.fill is not None:
-                self.fill(self.module)
+        self._beside.append(self.module)
         # NeMo finishes gradients by the former, Megatron by the latter.
         self.config = self.module.config
 
     def data_step(self, batches: Iterator[Any]) -> Batch:
-        """The next micro-batch."""
-        batch: Batch = next(batches)[0]
-        return batch
+        """The next micro-batch, of which this context-parallel rank takes its part."""
+        return own_part(next(batches)[0], next(self.bare_module.parameters()).device)
 
-    def training_step(self, batch: Batch, number: int | None = None) -> torch.Tensor:
+    def training_step(self, batch: Batch, number: int | None = None) -> Tensor:
         """Losses (B, S) of a micro-batch on the last pipeline stage, hidden states on others."""
+        more = {} if batch.context is None else {"context": batch.context}
         with plain_torch(), cuda_calls_mean_cpu():
-            more = {} if batch.context is None else {"context": batch.context}
-            losses: torch.Tensor = self.module(
-                batch.tokens, None, None, labels=batch.labels, **more
-            )
-            return losses
-
-    validation_step = training_step
+            output: Tensor = self.module(batch.tokens, None, None, labels=batch.labels, **more)
+        return output

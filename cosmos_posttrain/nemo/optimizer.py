@@ -1,61 +1,91 @@
-"""The direct engine's optimizer and schedule, as NeMo asks for them.
+"""The direct engine's optimizer step in NeMo's hands.
 
-Flows in: a ``TrainConfig``. Flows out: a ``MegatronOptimizerModule`` whose learning rates and
-weight decay are those of ``training/schedule.py`` at every step.
+Flows in: NeMo's request for an optimizer, and the loss of each step. Flows out: Megatron's
+distributed optimizer as the direct engine builds it, whose step is the direct engine's too:
+schedule, frozen body, clipping, and no update where something is not finite.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from torch import Tensor
 
-from cosmos_posttrain.nemo.bases import LRSchedulerModule, MegatronOptimizerModule
+from cosmos_posttrain.nemo.bases import McoreDistributedOptimizer, MegatronOptimizerModule
 from cosmos_posttrain.training.config import TrainConfig
-from cosmos_posttrain.training.schedule import Schedule, min_lr
+from cosmos_posttrain.training.schedule import min_lr
 
 
-class _Steps(torch.optim.lr_scheduler.LRScheduler):
-    """Our schedule in the form of torch's."""
+class Update(Protocol):
+    """What becomes of a step's gradients; ``training.trainer.Trainer.update`` is one."""
 
-    def __init__(self, optimizer: Any, schedule: Schedule) -> None:
-        self.optimizer, self._schedule = optimizer, schedule
-
-    def step(self, epoch: int | None = None) -> None:
-        self._schedule.step(increment=1)
+    def __call__(self, mean: Tensor, started: float, waited_seconds: float) -> dict[str, Any]:
+        """Applies them; returns the step's row."""
+        ...
 
 
-class CosmosSchedule(LRSchedulerModule):
-    """Warm-up and decay, counted in optimizer steps.
+class CosmosStep(McoreDistributedOptimizer):
+    """NeMo's wrapper of Megatron's optimizer, with another step.
 
     Args:
-        config: the run's.
+        optimizer: Megatron's.
+        update: applies the gradients.
+        waited: how long the step has waited for its batch.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        super().__init__()
-        self.run = config
+    def __init__(self, optimizer: Any, update: Update, waited: Callable[[], float]) -> None:
+        super().__init__(optimizer)
+        self._update, self._waited = update, waited
 
-    def scheduler(self, model: Any, optimizer: Any) -> dict[str, Any]:
-        """What Lightning asks for."""
-        steps = _Steps(optimizer, Schedule(self.run, optimizer))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": steps, "interval": "step"}}
+    def step(self, closure: Callable[[], Any] | None = None) -> tuple[Any, float, None]:
+        """Runs forward and backward passes (the closure) and updates; as NeMo's, loss and norm."""
+        started = time.monotonic()
+        assert closure is not None
+        loss = closure()
+        waited = self._waited()
+        row = self._update(_on_all_stages(loss), started + waited, waited)
+        return loss, row["grad_norm"], None
+
+
+def _on_all_stages(loss: Any) -> Tensor:
+    """The last pipeline stage's loss, float32; NeMo leaves others without it."""
+    mean = torch.as_tensor(loss).detach().float().clone()
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            mean,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return mean
 
 
 class CosmosOptimizer(MegatronOptimizerModule):
-    """NeMo's, with the multipliers by the names that Megatron's schedule reads."""
+    """NeMo's optimizer module.
+
+    Attributes:
+        make: gets NeMo's model and gives the optimizer; None is NeMo's own way.
+    """
+
+    make: Callable[[Any], CosmosStep] | None = None
 
     def optimizers(self, model: Any) -> list[Any]:
-        """Megatron's distributed optimizer of this rank."""
+        """This rank's optimizer."""
+        if self.make is not None:
+            return [self.make(model)]
         found: list[Any] = super().optimizers(model)
         for group in (group for optimizer in found for group in optimizer.param_groups):
+            # NeMo renames them, and Megatron's schedule then decays norms too.
             group["wd_mult"] = group.get("pre_wd_mult", 1.0)
             group["lr_mult"] = group.get("pre_lr_mult", 1.0)
         return found
 
 
-def make_optimizer(config: TrainConfig, dtype: torch.dtype) -> CosmosOptimizer:
+def optimizer_module(config: TrainConfig, dtype: torch.dtype) -> CosmosOptimizer:
     """AdamW with the run's settings.
 
     Args:
@@ -64,12 +94,13 @@ def make_optimizer(config: TrainConfig, dtype: torch.dtype) -> CosmosOptimizer:
     """
     settings = config.optimizer
     names = ("lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
-    megatron = MegatronOptimizerConfig(
-        optimizer="adam",
-        min_lr=min_lr(settings),
-        bf16=dtype == torch.bfloat16,
-        params_dtype=dtype,
-        use_distributed_optimizer=True,
-        **{name: getattr(settings, name) for name in names},
+    return CosmosOptimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            min_lr=min_lr(settings),
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+            **{name: getattr(settings, name) for name in names},
+        )
     )
-    return CosmosOptimizer(megatron, lr_scheduler=CosmosSchedule(config))
