@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup nemo-env quickstart quickstart-video2world test test-all test-matrix check clean
+.PHONY: help setup nemo-env quickstart quickstart-video2world test test-all test-nemo test-matrix check clean
 
 # The interpreter that makes .venv; Python 3.11 or newer.
 PYTHON ?= python3
@@ -15,6 +15,7 @@ TORCH_INDEX_URL ?=
 QUICKSTART_ARGS ?=
 # The environment of make nemo-env: NeMo wants older packages than the rest.
 NEMO_VENV ?= $(CURDIR)/.venv-nemo
+NEMO_STAMP := $(NEMO_VENV)/.cosmos_posttrain_nemo
 # Processes that run tests at the same time; one more than two cores, since tests wait for others, too.
 TEST_WORKERS ?= 3
 
@@ -51,6 +52,7 @@ nemo-env:  ## NeMo 2.7.3 for the CPU in an environment of its own, .venv-nemo (P
 	"$(NEMO_VENV)/bin/python" -m pip install --constraint constraints-nemo.txt --editable '.[nemo-imports]' pytest
 	"$(NEMO_VENV)/bin/python" -m pip install --constraint constraints-nemo.txt --no-deps nemo_toolkit nvidia-modelopt
 	"$(NEMO_VENV)/bin/python" -W ignore -c 'from nemo import lightning; from nemo.collections import llm; llm.api.train'
+	touch "$(NEMO_STAMP)"
 
 quickstart: setup  ## The whole job in miniature on the CPU: a video, a loss curve, a report (QUICK=1: in two minutes)
 	@bash recipes/quickstart.sh $(QUICKSTART_ARGS)
@@ -66,6 +68,11 @@ test-all: setup  ## Also the slow ones, and those for a GPU and the network wher
 	@export OMP_NUM_THREADS=1
 	$(PYTEST) -m "not gpu"
 	python -m pytest -m gpu
+
+# This checkout's package, whichever one is installed there.
+test-nemo:  ## The tests of NeMo's engine, connector and recipes in that environment, which is made first
+	@if [ ! -e "$(NEMO_STAMP)" ]; then $(MAKE) nemo-env; fi
+	PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 "$(NEMO_VENV)/bin/python" -m pytest -m "not gpu" tests/nemo
 
 # PAIRS="3.11/0.15.3 3.12/0.19.2" names some of them.
 test-matrix: setup  ## Other versions of Python and megatron-core: what they might break (docs/versions.md)

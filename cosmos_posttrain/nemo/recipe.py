@@ -12,6 +12,7 @@ from typing import Any
 
 from cosmos_posttrain import launch
 from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.nemo import limits
 from cosmos_posttrain.training.config import TrainConfig
 
 # What starts a recipe in each process, wherever NeMo-Run is installed.
@@ -38,6 +39,7 @@ def finetune(
 def _finetune(config: TrainConfig, takes_text: bool, num_processes: int) -> None:
     from cosmos_posttrain.nemo.engine import train
 
+    _check(config)
     if launch.world_size() != num_processes:
         raise ConfigError(
             f"the recipe is made for {num_processes} processes, but {launch.world_size()} were "
@@ -58,9 +60,11 @@ def make_recipe(
         num_gpus_per_node: see there.
 
     Raises:
-        ConfigError: NeMo-Run is not installed, or the parallel sizes do not fit the processes.
+        ConfigError: NeMo-Run is not installed, the parallel sizes do not fit the processes, or a
+            setting is none of this engine's.
     """
     run = _nemo_run()
+    _check(config)
     num_processes = math.prod((num_nodes, num_gpus_per_node))
     if misfit := config.parallel.misfit(num_processes):
         raise ConfigError(
@@ -74,6 +78,11 @@ def make_recipe(
         num_nodes=num_nodes,
         num_gpus_per_node=num_gpus_per_node,
     )
+
+
+def _check(config: TrainConfig) -> None:
+    if problems := limits.problems(config):
+        raise ConfigError("; ".join(problems) + ".")
 
 
 def _fields(run: Any, value: Any) -> Any:

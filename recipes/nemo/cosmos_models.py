@@ -40,9 +40,10 @@ class Model:
         self, data_path: str, dir: str | None, name: str, num_nodes: int, num_gpus_per_node: int
     ) -> Any:
         """See ``finetune_recipe`` of the models' files."""
+        log_dir = str(Path(dir or "nemo_experiments") / name)
         config = merge(
             TrainConfig,
             self.config_file(num_nodes * num_gpus_per_node),
-            [("data.path", data_path), ("log_dir", str(Path(dir or "nemo_experiments") / name))],
+            [("data.path", data_path), ("log_dir", log_dir), ("async_save", False)],
         )
         return make_recipe(config, self.takes_text, num_nodes, num_gpus_per_node)

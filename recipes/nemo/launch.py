@@ -35,7 +35,8 @@ def main() -> int:
 
     model = importlib.import_module(name).MODEL
     shipped = model.config_file(where.nodes * where.gpus_per_node)
-    arguments = ["--config", str(shipped), *words[place + 1 :]]
+    # NeMo's loop waits for its checkpoints.
+    arguments = ["--config", str(shipped), "--no-async_save", *words[place + 1 :]]
     config = cli.parse(training.TrainConfig, training.FLAGS, arguments, "... --", "")
     training.validate(config, where.nodes * where.gpus_per_node)
     partial = recipe.make_recipe(config, model.takes_text, where.nodes, where.gpus_per_node)

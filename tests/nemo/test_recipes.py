@@ -92,8 +92,8 @@ def test_recipes_hold_the_shipped_configs(name: str, num_nodes: int, recipes: An
     recipe.config.max_steps += 1
     handed = handed_over(command(recipe, "job"))
     file = REPOSITORY_DIR / "configs" / f"{SHIPPED[name, num_nodes]}.yaml"
-    places = {"data.path": "/data", "log_dir": "/runs/first"}
-    expected = merge(TrainConfig, file, list(places.items()))
+    changed = {"data.path": "/data", "log_dir": "/runs/first", "async_save": False}
+    expected = merge(TrainConfig, file, list(changed.items()))
     expected.max_steps += 1
     assert handed["config"] == expected
     assert handed["takes_text"] is ("Video2World" in expected.model.path)
@@ -137,6 +137,7 @@ def test_a_train_job_is_rendered(tmp_path: Path) -> None:
         ("cosmos_7b", "", "there is no recipe 'cosmos_7b'; name one of cosmos_4b, cosmos_12b"),
         ("cosmos_12b --gpus_per_node 6", "--data_path /d --log_dir /r", "needs a multiple of"),
         ("cosmos_4b", "--log_dir /r", "--data_path is missing"),
+        ("cosmos_4b", "--data_path /d --log_dir /r --lora_rank 8", "--lora_rank 8 does not work"),
     ],
 )
 def test_one_sentence(
