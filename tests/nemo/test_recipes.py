@@ -34,10 +34,15 @@ pytestmark = pytest.mark.skipif(
 
 
 def run_program(words: list[str], folder: Path, timeout_seconds: int = 200) -> Any:
-    path = f"{REPOSITORY_DIR}:{REPOSITORY_DIR / 'tests'}:{RECIPES}"
+    """In this environment, whose torchrun NeMo-Run looks for in PATH."""
+    variables = {
+        "PYTHONPATH": f"{REPOSITORY_DIR}:{REPOSITORY_DIR / 'tests'}:{RECIPES}",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "NEMORUN_HOME": str(folder / "jobs"),
+    }
     return subprocess.run(
         [sys.executable, "-W", "ignore", *words],
-        env={**os.environ, "PYTHONPATH": path, "NEMORUN_HOME": str(folder / "jobs")},
+        env={**os.environ, **variables},
         cwd=REPOSITORY_DIR,
         capture_output=True,
         text=True,
