@@ -81,10 +81,11 @@ class Connected(ConnectorMixin):  # type: ignore[misc]
 
     Attributes:
         model_transform: NeMo's adapters; ours lie inside the model.
+        bare_module: this rank's part of the model, without what NeMo wraps around it.
     """
 
     model_transform: Any = None
-    module: Any
+    bare_module: Any
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
@@ -100,8 +101,8 @@ class Connected(ConnectorMixin):  # type: ignore[misc]
     def sharded_state_dict(self, prefix: str = "", **settings: Any) -> dict[str, Any]:
         """What NeMo saves and restores of this rank's part.
 
-        Without the modules' own notes (of fp8, which is not used), which no checkpoint of this
-        package holds and NeMo would ask for.
+        The wrapper takes no part in the keys. The modules' own notes (of fp8, which is not used)
+        are left out: no checkpoint of this package holds them, and NeMo would ask for them.
         """
-        state = self.module.sharded_state_dict(prefix=f"{prefix}module.", **settings)
+        state = self.bare_module.sharded_state_dict(prefix=f"{prefix}module.", **settings)
         return {key: value for key, value in state.items() if "_extra_state" not in key}
