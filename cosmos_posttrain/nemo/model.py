@@ -86,3 +86,5 @@ class CosmosModel(Connected, LightningModule, IOMixin):
         with plain_torch(), cuda_calls_mean_cpu():
             output: Tensor = self.module(batch.tokens, None, None, labels=batch.labels, **more)
         return output
+
+    forward_step = training_step  # NeMo's name for it on all pipeline stages but the last

@@ -111,6 +111,7 @@ class NemoTrainer(Trainer):
     def _make_optimizer(self, model: Any, data: CosmosData) -> CosmosStep:
         """NeMo has built and wrapped the model; all that surrounds it follows."""
         self.model = model[0].bare_module
+        self.model.model_config = self.inputs.model_config  # whose weights may be of another dtype
         self.ddp = _Bare(self.model)  # for what only looks at the model
         optimizer = optimizers.build_optimizer(self.config, model[0].module, self.dtype)
         self.optimizer = optimizers.CheckpointableOptimizer(optimizer)
