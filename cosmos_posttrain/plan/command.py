@@ -15,7 +15,7 @@ from cosmos_posttrain.plan.config import GPU_MEMORY_GB, MAX_GPUS, MAX_GPUS_PER_N
 from cosmos_posttrain.training import config as training
 from cosmos_posttrain.training.config import TrainConfig
 
-ENGINES = ("direct", "nemo")
+ENGINES = DIRECT, NEMO = ("direct", "nemo")
 
 
 @dataclass
@@ -67,7 +67,7 @@ def validate(command: TrainCommand) -> None:
     Raises:
         ConfigError: one sentence with all of it.
     """
-    problems = limits.problems(command) if command.engine == "nemo" else []
+    problems = limits.problems(command) if command.engine == NEMO else []
     if not command.dry_run:
         usual = TrainCommand()
         names = ("num_gpus", "gpus_per_node", "gpu", "gpu_memory_gb")
