@@ -26,7 +26,7 @@ else:
     ModelConnector, ConnectorMixin = type(Path()), type("ConnectorMixin", (), {})
 
 
-class CosmosImporter(ModelConnector):  # type: ignore[misc]
+class CosmosImporter(ModelConnector):
     """Makes a NeMo checkpoint of any model path; the path is this object itself.
 
     Attributes:
@@ -42,7 +42,9 @@ class CosmosImporter(ModelConnector):  # type: ignore[misc]
             CheckpointError: the path holds no model.
         """
         config = open_source(str(self)).config
-        return self.model_class(CosmosConfig.of(config, launch.parse_dtype(config.params_dtype)))
+        dtype = launch.parse_dtype(config.params_dtype)
+        assert dtype is not None  # a config always names one
+        return self.model_class(CosmosConfig.of(config, dtype))
 
     def apply(self, output_path: Path) -> Path:
         """Writes the checkpoint.
@@ -53,7 +55,7 @@ class CosmosImporter(ModelConnector):  # type: ignore[misc]
         return _converted(self, output_path, NemoFormat.name)
 
 
-class CosmosExporter(ModelConnector):  # type: ignore[misc]
+class CosmosExporter(ModelConnector):
     """Makes a checkpoint in another format of a NeMo checkpoint, whose path is this object itself.
 
     Attributes:
@@ -76,7 +78,7 @@ def _converted(source: Path, target: Path, target_format: str) -> Path:
     return target
 
 
-class Connected(ConnectorMixin):  # type: ignore[misc]
+class Connected(ConnectorMixin):
     """A Lightning module that NeMo imports, exports and restores; subclasses are registered.
 
     Attributes:
