@@ -23,7 +23,7 @@ from cosmos_posttrain.nemo.bases import IOMixin
 
 
 @dataclass
-class CosmosConfig(TransformerConfig, IOMixin):  # type: ignore[misc]
+class CosmosConfig(TransformerConfig, IOMixin):
     """A Cosmos autoregressive model, base or Video2World.
 
     Attributes:

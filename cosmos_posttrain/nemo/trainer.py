@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint import context
 from cosmos_posttrain.distributed.watch import RankWatch
+from cosmos_posttrain.models.gpt_model import CosmosGPTModel
 from cosmos_posttrain.nemo import lightning_parts
 from cosmos_posttrain.nemo.bases import Callback
 from cosmos_posttrain.nemo.checkpoints import CosmosCheckpoint, NemoSaver
@@ -110,8 +111,9 @@ class NemoTrainer(Trainer):
 
     def _make_optimizer(self, model: Any, data: CosmosData) -> CosmosStep:
         """NeMo has built and wrapped the model; all that surrounds it follows."""
-        self.model = model[0].bare_module
-        self.model.model_config = self.inputs.model_config  # whose weights may be of another dtype
+        module: CosmosGPTModel = model[0].bare_module
+        module.model_config = self.inputs.model_config  # whose weights may be of another dtype
+        self.model = module
         self.ddp = _Bare(self.model)  # for what only looks at the model
         optimizer = optimizers.build_optimizer(self.config, model[0].module, self.dtype)
         self.optimizer = optimizers.CheckpointableOptimizer(optimizer)
