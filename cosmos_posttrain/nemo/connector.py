@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cosmos_posttrain import launch
+from cosmos_posttrain.checkpoint import nemo_context
 from cosmos_posttrain.checkpoint.config import CheckpointConversionConfig
 from cosmos_posttrain.checkpoint.convert import convert
 from cosmos_posttrain.checkpoint.formats import registry
@@ -43,8 +44,9 @@ class CosmosImporter(ModelConnector):
         """
         config = open_source(str(self)).config
         dtype = launch.parse_dtype(config.params_dtype)
-        assert dtype is not None  # a config always names one
-        return self.model_class(CosmosConfig.of(config, dtype))
+        # As NeMo reads it from a context; there may be no process groups yet.
+        settings = CosmosConfig(**nemo_context.values_of(config), params_dtype=dtype)
+        return self.model_class(settings)
 
     def apply(self, output_path: Path) -> Path:
         """Writes the checkpoint.

@@ -61,12 +61,15 @@ def parameters(module):
     return dict(module.named_parameters())
 
 
-def go_through(folder):
-    source, imported = f"pt://{folder / 'pt'}", folder / "imported"
+def bring_in(folder):
+    source = f"pt://{folder / 'pt' / 'model.pt'}"
     model = CosmosModel.importer(source).init()
-    llm.import_ckpt(model=model, source=source, output_path=imported)
+    llm.import_ckpt(model=model, source=source, output_path=folder / "imported")
+
+
+def go_through(folder):
     connector = ModelConnector("unused")
-    restored, trainer = connector.nemo_load(imported, make_trainer())
+    restored, trainer = connector.nemo_load(folder / "imported", make_trainer())
     assert type(restored) is CosmosModel
     expected, found = parameters(load_model(folder / "pt").module), parameters(restored)
     assert expected.keys() == found.keys()
@@ -76,10 +79,13 @@ def go_through(folder):
 
 
 def main():
+    folders = [Path(word) for word in sys.argv[1:]]
+    for folder in folders:  # before there are process groups
+        bring_in(folder)
     groups.initialize(groups.Parallelism(), seed=1234)
     with nemo_device():
-        for folder in sys.argv[1:]:
-            go_through(Path(folder))
+        for folder in folders:
+            go_through(folder)
 
 
 if __name__ == "__main__":  # Megatron's writer starts processes
