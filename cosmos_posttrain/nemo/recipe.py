@@ -63,7 +63,7 @@ def make_recipe(
         ConfigError: NeMo-Run is not installed, the parallel sizes do not fit the processes, or a
             setting is none of this engine's.
     """
-    run = _nemo_run()
+    run = nemo_run_module()
     _check(config)
     num_processes = math.prod((num_nodes, num_gpus_per_node))
     if misfit := config.parallel.misfit(num_processes):
@@ -105,7 +105,12 @@ def command(recipe: Any, name: str) -> list[str]:
     return ["-m", RUNNER, "-n", name, ZlibJSONSerializer().serialize(recipe)]
 
 
-def _nemo_run() -> Any:
+def nemo_run_module() -> Any:
+    """NeMo-Run.
+
+    Raises:
+        ConfigError: it is not installed; says what to do.
+    """
     try:
         import nemo_run
     except ImportError as error:

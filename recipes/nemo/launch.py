@@ -25,6 +25,9 @@ def main() -> int:
     words = sys.argv[1:]
     place = words.index("--") if "--" in words else len(words)
     name, flags = "".join(words[:1]), words[1:place]
+    if name in ("-h", "--help"):
+        say(f"{__doc__}\nModels: {', '.join(MODELS)}; launch.py MODEL --help names the flags.")
+        return 0
     if name not in MODELS:
         raise ConfigError(f"there is no recipe {name!r}; name one of {', '.join(MODELS)} first.")
     where = cli.parse(
@@ -33,6 +36,7 @@ def main() -> int:
     submission.validate(where)
     from cosmos_posttrain.submit import executors
 
+    recipe.nemo_run_module()
     model = importlib.import_module(name).MODEL
     shipped = model.config_file(where.nodes * where.gpus_per_node)
     # NeMo's loop waits for its checkpoints.
