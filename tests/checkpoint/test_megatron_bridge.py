@@ -92,6 +92,7 @@ def test_files_are_those_that_bridge_looks_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.compat
+@pytest.mark.filterwarnings("ignore:The argument order of load:UserWarning")  # Megatron 0.19's call
 @both
 def test_megatron_reads_it_under_bridges_keys(config: ModelConfig, tmp_path: Path) -> None:
     source = _make(tmp_path / "pt", config, torch.float32)
