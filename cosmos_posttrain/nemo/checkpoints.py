@@ -98,16 +98,22 @@ class NemoSaver(Saver):
         record = Record(self._model.model_config, copy.deepcopy(state), dict(row))
         target = self._pending = folder.checkpoints / name
         callback = self._trainer.checkpoint_callback
-        callback.write_context = lambda checkpoint: folder.write_context(config, checkpoint, record)
+        failed = "make room, then give the same command again."
+
+        def write_context(checkpoint: Path) -> None:
+            try:
+                folder.write_context(config, checkpoint, record)
+            except OSError as error:
+                raise SaveError(f"{target} cannot be written ({error}); {failed}") from error
+
+        callback.write_context = write_context
         try:
             callback.save(self._trainer, target)
         except SaveError:
             raise
         except Exception as error:  # torch and Megatron wrap what the file system said
-            raise SaveError(
-                f"{target} cannot be written ({str(error).splitlines()[0]}); make room, then give "
-                "the same command again."
-            ) from error
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            raise SaveError(f"{target} cannot be written ({reason}); {failed}") from error
         if launch.is_rank_zero():
             folder.prune(config)
         return target
