@@ -91,8 +91,10 @@ def test_files_are_those_that_bridge_looks_for(tmp_path: Path) -> None:
     assert run["model"]["params_dtype"] == {"_target_": "torch.bfloat16", "_call_": False}
 
 
+# Both by Megatron 0.19's own call of torch's reader.
+@pytest.mark.filterwarnings("ignore:The argument order of load:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 @pytest.mark.compat
-@pytest.mark.filterwarnings("ignore:The argument order of load:UserWarning")  # Megatron 0.19's call
 @both
 def test_megatron_reads_it_under_bridges_keys(config: ModelConfig, tmp_path: Path) -> None:
     source = _make(tmp_path / "pt", config, torch.float32)
