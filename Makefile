@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup nemo-env quickstart quickstart-video2world test test-all test-matrix check clean
+.PHONY: help setup nemo-env quickstart quickstart-video2world test test-all test-nemo test-matrix check clean
 
 # The interpreter that makes .venv; Python 3.11 or newer.
 PYTHON ?= python3
@@ -15,6 +15,7 @@ TORCH_INDEX_URL ?=
 QUICKSTART_ARGS ?=
 # The environment of make nemo-env: NeMo wants older packages than the rest.
 NEMO_VENV ?= $(CURDIR)/.venv-nemo
+NEMO_STAMP := $(NEMO_VENV)/.cosmos_posttrain_nemo
 # Processes that run tests at the same time; one more than two cores, since tests wait for others, too.
 TEST_WORKERS ?= 3
 
@@ -42,8 +43,10 @@ $(STAMP): pyproject.toml constraints.txt
 	rm -f "$(STAMPS)"-*
 	touch "$@"
 
+nemo-env: $(NEMO_STAMP)  ## NeMo 2.7.3 for the CPU in an environment of its own, .venv-nemo (Python 3.11), once
+
 # NeMo and modelopt come without what they ask for, which is CUDA packages and much that is not imported.
-nemo-env:  ## NeMo 2.7.3 for the CPU in an environment of its own, .venv-nemo (Python 3.11)
+$(NEMO_STAMP): pyproject.toml constraints-nemo.txt
 	@if [ ! -x "$(NEMO_VENV)/bin/python" ]; then $(PYTHON) -m venv "$(NEMO_VENV)"; fi
 	if [ -n "$(TORCH_INDEX_URL)" ]; then
 	    "$(NEMO_VENV)/bin/python" -m pip install --index-url "$(TORCH_INDEX_URL)" --constraint constraints-nemo.txt torch
@@ -51,6 +54,7 @@ nemo-env:  ## NeMo 2.7.3 for the CPU in an environment of its own, .venv-nemo (P
 	"$(NEMO_VENV)/bin/python" -m pip install --constraint constraints-nemo.txt --editable '.[nemo-imports]' pytest
 	"$(NEMO_VENV)/bin/python" -m pip install --constraint constraints-nemo.txt --no-deps nemo_toolkit nvidia-modelopt
 	"$(NEMO_VENV)/bin/python" -W ignore -c 'from nemo import lightning; from nemo.collections import llm; llm.api.train'
+	touch "$@"
 
 quickstart: setup  ## The whole job in miniature on the CPU: a video, a loss curve, a report (QUICK=1: in two minutes)
 	@bash recipes/quickstart.sh $(QUICKSTART_ARGS)
@@ -66,6 +70,10 @@ test-all: setup  ## Also the slow ones, and those for a GPU and the network wher
 	@export OMP_NUM_THREADS=1
 	$(PYTEST) -m "not gpu"
 	python -m pytest -m gpu
+
+# This checkout's package, whichever one is installed there.
+test-nemo: nemo-env  ## The tests of NeMo's engine, connector and recipes, in that environment
+	@PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 "$(NEMO_VENV)/bin/python" -m pytest -m "not gpu" tests/nemo
 
 # PAIRS="3.11/0.15.3 3.12/0.19.2" names some of them.
 test-matrix: setup  ## Other versions of Python and megatron-core: what they might break (docs/versions.md)

@@ -12,8 +12,10 @@ def main() -> int:
         from cosmos_posttrain.plan.dry_run import show
 
         return show(command, takes_text=True)
-    from cosmos_posttrain.training.trainer import train
-
+    if command.engine == "nemo":
+        from cosmos_posttrain.nemo.engine import train
+    else:
+        from cosmos_posttrain.training.trainer import train
     train(command.run_config, takes_text=True)
     return 0
 

@@ -65,6 +65,11 @@ def local_rank() -> int:
     return _variable("LOCAL_RANK", 0)
 
 
+def local_world_size() -> int:
+    """Processes of this job on this machine, as the launcher says; else all of them."""
+    return _variable("LOCAL_WORLD_SIZE", world_size())
+
+
 def is_launched() -> bool:
     """True where a launcher has said how the processes find one another."""
     return "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ

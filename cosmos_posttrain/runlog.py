@@ -130,6 +130,7 @@ class RunLog:
         config: a structured config, recorded in W&B.
         completed_steps: steps of the run so far; later rows that are there already are dropped, so
             that each step appears once.
+        has_boards: TensorBoard and W&B too; else somebody else feeds them.
 
     Attributes:
         last_step: number of the last row that was there before; None where there was none, and on
@@ -139,22 +140,26 @@ class RunLog:
         ConfigError: the environment asks for W&B, but wandb is not installed.
     """
 
-    def __init__(self, folder: Path, config: object, completed_steps: int) -> None:
+    def __init__(
+        self, folder: Path, config: object, completed_steps: int, has_boards: bool = True
+    ) -> None:
         self._is_active = launch.is_rank_zero()
-        self._tensorboard_failed = False
+        self._tensorboard_is_off = not has_boards
+        self._wandb: Any = None
         self.last_step: int | None = None
         if not self._is_active:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         path = folder / METRICS_FILE
         if path.is_file():
             rows = [row for row in read_rows(path) if row["step"] < completed_steps]
             files.write_json_lines(path, rows)
             self.last_step = rows[-1]["step"] if rows else None
         self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(folder / "tb_logs"), purge_step=completed_steps)
-        self._wandb = start_wandb(config, folder)
+        if has_boards:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tb_logs"), purge_step=completed_steps)
+            self._wandb = start_wandb(config, folder)
 
     def write(self, row: dict[str, Any]) -> None:
         """Records a row, whose ``step`` counts from 0; curves are made of its numbers."""
@@ -214,12 +219,12 @@ class RunLog:
 
     def _show(self, write: Callable[[Any], object]) -> None:
         """A full disk ends TensorBoard's curves, since its writer never recovers; not the run."""
-        if self._tensorboard_failed:
+        if self._tensorboard_is_off:
             return
         try:
             write(self._tensorboard)
         except OSError as error:
-            self._tensorboard_failed = True
+            self._tensorboard_is_off = True
             launch.say(
                 "warning: nothing more for TensorBoard in this launch "
                 f"({error.strerror or error}); {METRICS_FILE} has every number.",

@@ -22,6 +22,9 @@ from cosmos_posttrain.models.config import ModelConfig
 # In LOG_DIR/default: how the run was started, each time.
 LAUNCHES_FILE = "launches.jsonl"
 
+# NeMo's mark beside a folder of a checkpoint.
+_UNFINISHED = "-unfinished"
+
 _NAME = re.compile(r"epoch=(\d+)-step=(\d+)")
 
 
@@ -111,8 +114,24 @@ def completed_steps(checkpoint: Path) -> int:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """True for a folder that this package wrote (complete, since it is renamed last)."""
-    return (folder / "context" / "model.json").is_file() and (folder / "weights").is_dir()
+    """True for a folder that this package wrote, and that is complete.
+
+    The direct engine gives it its name last, NeMo's takes a mark away last.
+    """
+    has_parts = (folder / "context" / "model.json").is_file() and (folder / "weights").is_dir()
+    return has_parts and not is_unfinished(folder)
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether NeMo marks the folder as one that is being written or removed."""
+    return folder.with_name(folder.name + _UNFINISHED).exists()
+
+
+def remove_unfinished(checkpoints: Path) -> None:
+    """Removes what a killed run of NeMo's left half in a folder of checkpoints."""
+    for mark in checkpoints.glob(f"*{_UNFINISHED}"):
+        files.remove(mark.with_name(mark.name.removesuffix(_UNFINISHED)))
+        files.remove(mark)
 
 
 def list_checkpoints(log_dir: Path) -> list[Path]:
@@ -161,11 +180,11 @@ def write_context(
     """Writes a checkpoint's ``context`` folder."""
     folder = checkpoint / "context"
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(folder / "model.json", model.to_json())
     if data is not None:
         write_data(checkpoint, data)
     if state is not None:
         files.write_json(folder / "state.json", state)
+    files.write_json(folder / "model.json", model.to_json())
 
 
 def data_path(checkpoint: Path) -> Path:

@@ -131,7 +131,10 @@ def _common(optimizer: PartitionedOptimizer | None) -> dict[str, Any]:
 
 def _saved_step(folder: Path, common: dict[str, Any]) -> int:
     try:
-        return max(int(group["step"]) for group in common["optimizer"]["optimizer"]["param_groups"])
+        saved = common["optimizer"]
+        if isinstance(saved, list):  # as NeMo writes it
+            (saved,) = saved
+        return max(int(group["step"]) for group in saved["optimizer"]["param_groups"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder} holds no optimizer state; a run can start from it (--model_path), but not "

@@ -46,6 +46,8 @@ _FIELDS = {
 # Rows of the embedding, and of the output layer where they differ. A tokenizer may name the former
 # too, so they do not tell which object is the model's config.
 _ROWS = ("vocab_size", "output_layer_vocab_size")
+# What a model's config says in NeMo's words.
+NAMES = (*_FIELDS, *_ROWS)
 # A file that says these says all that it knows; the other need not be looked at.
 _SIZES = {"num_layers", "hidden_size"}
 
@@ -67,9 +69,19 @@ def read(folder: Path) -> dict[str, Any]:
     """
     context = folder / "context"
     found: dict[str, Any] = {}
-    for name, values_of in ((IO_FILE, _from_fiddle), (YAML_FILE, _from_yaml)):
+    for name, from_file in ((IO_FILE, _from_fiddle), (YAML_FILE, _from_yaml)):
         if (context / name).is_file() and not found.keys() >= _SIZES:
-            found = values_of(context / name) | found
+            found = from_file(context / name) | found
+    return reference_values(found)
+
+
+def stated(tree: Any) -> dict[str, Any]:
+    """The numbers that a tree of plain values states of a model, in the reference's field names."""
+    return reference_values(_numbers(_mappings(tree)))
+
+
+def reference_values(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said in NeMo's field names, in the reference's."""
     values = {theirs: found[ours] for ours, theirs in _FIELDS.items() if ours in found}
     if "vocab_size" in found:
         values["vocab_size_in"] = found["vocab_size"]
@@ -130,6 +142,15 @@ def _plain(entry: Any, objects: dict[str, Any]) -> Any:
 
 
 def _from_yaml(path: Path) -> dict[str, Any]:
+    return _numbers(_mappings(read_yaml(path)))
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds whose tags and ``_target_`` mean nothing here.
+
+    Raises:
+        CheckpointError: it is not YAML.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -137,10 +158,9 @@ def _from_yaml(path: Path) -> dict[str, Any]:
 
     Loader.add_multi_constructor("", lambda loader, suffix, node: None)
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not YAML; copy it again.") from error
-    return _numbers(_mappings(tree))
 
 
 def _mappings(tree: Any) -> Iterator[dict[Any, Any]]:
@@ -162,7 +182,7 @@ def write(folder: Path, config: ModelConfig) -> None:
     """Writes ``context/io.json`` and ``context/model.yaml`` into an existing folder."""
     import yaml
 
-    values = _nemo_values(config)
+    values = values_of(config)
     context = folder / "context"
     context.mkdir(exist_ok=True)
     write_json(context / IO_FILE, _Fiddle().dump(values, config.params_dtype))
@@ -172,8 +192,8 @@ def write(folder: Path, config: ModelConfig) -> None:
     write_text(context / YAML_FILE, yaml.safe_dump(tree, sort_keys=False))
 
 
-def _nemo_values(config: ModelConfig) -> dict[str, Any]:
-    """The config in NeMo's field names, with plain values."""
+def values_of(config: ModelConfig) -> dict[str, Any]:
+    """The config in NeMo's (and Megatron-Bridge's) field names, with plain values."""
     # Through JSON, which turns named tuples into lists.
     reference = json.loads(json.dumps(to_reference(config)))
     values = {

@@ -277,10 +277,14 @@ class TorchDistWriter:
             self._num_files += 1
         return self._file, self._name
 
-    def finish(self) -> None:
-        """Writes the index of a folder that this writer alone wrote; it is complete after this."""
+    def finish(self, common: dict[str, Any] | None = None) -> None:
+        """Writes the index of a folder that this writer alone wrote; it is complete after this.
+
+        Args:
+            common: see ``write_index``.
+        """
         self.close()
-        write_index(self._folder, [self.index])
+        write_index(self._folder, [self.index], common)
 
     def close(self) -> None:
         """Forces the file that is being written to disk and closes it."""

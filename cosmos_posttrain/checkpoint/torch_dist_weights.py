@@ -49,7 +49,7 @@ _ROOTS = ("embedding.", "decoder.", "output_layer.")
 _EXTRA_STATE = "_extra_state"
 
 
-def disk_key(name: str) -> tuple[str, int | None]:
+def disk_key(name: str, prefix: str = PREFIX) -> tuple[str, int | None]:
     """Where a Megatron tensor lies in a torch_dist folder.
 
     Returns:
@@ -57,8 +57,8 @@ def disk_key(name: str) -> tuple[str, int | None]:
     """
     match = _LAYER.fullmatch(name)
     if match is None:
-        return PREFIX + name, None
-    return f"{PREFIX}decoder.layers.{match[2]}", int(match[1])
+        return prefix + name, None
+    return f"{prefix}decoder.layers.{match[2]}", int(match[1])
 
 
 def check_form(weights: Path) -> None:
@@ -94,7 +94,7 @@ def config_from_tensors(
         CheckpointError: the index is damaged, or there are numbers that nothing tells.
     """
     reader = TorchDistReader(weights)
-    config = named or infer_config.from_shapes(model_shapes(reader), known, str(where))
+    config = named or infer_config.from_shapes(_stacked(model_shapes(reader)), known, str(where))
     dtypes = {reader.dtypes[key] for key in reader.shapes if key.endswith("linear_fc2.weight")}
     params_dtype = str(min(dtypes, key=str, default=config.params_dtype)).removeprefix("torch.")
     return dataclasses.replace(config, params_dtype=params_dtype)
@@ -109,6 +109,20 @@ def model_shapes(reader: TorchDistReader) -> dict[str, tuple[int, ...]]:
         for name, shape in names.items()
         if name.startswith(_ROOTS) and _EXTRA_STATE not in name
     }
+
+
+def _stacked(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The same shapes where every kind of tensor holds all layers, whichever way they lie."""
+    result: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            result[name] = shape
+        else:
+            inner = f"decoder.layers.{match[2]}"
+            num_layers = max(int(match[1]) + 1, result.get(inner, (0,))[0])
+            result[inner] = (num_layers, *shape)
+    return result
 
 
 def _prefix(reader: TorchDistReader) -> str:
@@ -282,7 +296,11 @@ def check_stackable(tensors: Tensors, config: ModelConfig) -> None:
 
 
 def write_torch_dist(
-    folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]
+    folder: Path,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    prefix: str = PREFIX,
+    common: dict[str, Any] | None = None,
 ) -> None:
     """Writes whole Megatron tensors as a torch_dist folder that any layout can load.
 
@@ -291,12 +309,14 @@ def write_torch_dist(
         config: the model's numbers.
         tensors: what ``WholeWeights.all_megatron`` yields; each is written before the next is
             asked for.
+        prefix: of the keys.
+        common: plain values that belong to no tensor.
     """
     writer = TorchDistWriter(folder)
     try:
         for name, tensor in tensors:
-            key, layer = disk_key(name)
+            key, layer = disk_key(name, prefix)
             writer.add(key, tensor, layer, config.num_layers)
-        writer.finish()
+        writer.finish(common)
     finally:
         writer.close()

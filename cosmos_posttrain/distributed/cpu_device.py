@@ -37,7 +37,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # Megatron asserts on 'torch.cuda.FloatTensor' and its kin.
-            return func(*args).replace("torch.", "torch.cuda.", 1)
+            name = func(*args)  # inside another of these, it is there already
+            return name if ".cuda." in name else name.replace("torch.", "torch.cuda.", 1)
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": "cpu"}
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):

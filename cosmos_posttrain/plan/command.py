@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 from cosmos_posttrain.cli import Flag, flag_names
 from cosmos_posttrain.config import check, setting
+from cosmos_posttrain.nemo import limits
 from cosmos_posttrain.plan.config import GPU_MEMORY_GB, MAX_GPUS, MAX_GPUS_PER_NODE
 from cosmos_posttrain.training import config as training
 from cosmos_posttrain.training.config import TrainConfig
+
+ENGINES = DIRECT, NEMO = ("direct", "nemo")
 
 
 @dataclass
@@ -20,6 +23,8 @@ class TrainCommand(TrainConfig):
     """A run, or a look at what it would do.
 
     Attributes:
+        engine: what drives the run: ``direct`` (Megatron-Core alone), or ``nemo`` (NeMo 2's
+            trainer, where that is installed); the run folder is the same, either goes on with it.
         dry_run: say what the run would do, and why it would not; nothing is written or downloaded,
             no weights are read and no GPU is needed.
         num_gpus: of a dry run, the GPUs (processes) of the run; None means the processes that were
@@ -29,6 +34,7 @@ class TrainCommand(TrainConfig):
         gpu_memory_gb: of a dry run, memory of one GPU in GiB; None means the usual one of ``gpu``.
     """
 
+    engine: str = setting("direct", choices=ENGINES)
     dry_run: bool = False
     num_gpus: int | None = setting(None, at_least=1, at_most=MAX_GPUS)
     gpus_per_node: int = setting(8, at_least=1, at_most=MAX_GPUS_PER_NODE)
@@ -44,6 +50,7 @@ class TrainCommand(TrainConfig):
 
 FLAGS = (
     *training.FLAGS,
+    Flag("--engine"),
     Flag("--dry_run"),
     Flag("--num_gpus"),
     Flag("--gpus_per_node"),
@@ -55,10 +62,12 @@ FLAGS = (
 def validate(command: TrainCommand) -> None:
     """Lists what is wrong with the assumptions of a dry run, or with some where there is none.
 
+    And what the engine cannot do.
+
     Raises:
         ConfigError: one sentence with all of it.
     """
-    problems = []
+    problems = limits.problems(command) if command.engine == NEMO else []
     if not command.dry_run:
         usual = TrainCommand()
         names = ("num_gpus", "gpus_per_node", "gpu", "gpu_memory_gb")

@@ -63,12 +63,24 @@ def make_job(config: SubmitConfig, command: list[str]) -> TrainingJob:
             f"{misfit}, but --nodes x --gpus_per_node makes {num_processes}; give other numbers, "
             "or choose smaller sizes."
         )
-    in_container = config.executor == "kubernetes" or config.container_image is not None
-    repository = config.repository or (CONTAINER_REPOSITORY if in_container else REPOSITORY_DIR)
-    if config.repository is None and not in_container:
+    if config.repository is None and not _in_container(config):
         arguments = _absolute_config(arguments)
-    words = [script, *arguments]
-    return TrainingJob(str(repository), (config.python, "-u", *words))
+    return in_repository(config, [script, *arguments])
+
+
+def in_repository(config: SubmitConfig, words: list[str]) -> TrainingJob:
+    """A job of words that were checked elsewhere.
+
+    Args:
+        config: where it is to run.
+        words: what each process calls, behind its interpreter.
+    """
+    default = CONTAINER_REPOSITORY if _in_container(config) else REPOSITORY_DIR
+    return TrainingJob(str(config.repository or default), (config.python, "-u", *words))
+
+
+def _in_container(config: SubmitConfig) -> bool:
+    return config.executor == "kubernetes" or config.container_image is not None
 
 
 def _absolute_config(arguments: list[str]) -> list[str]:

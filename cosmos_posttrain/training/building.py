@@ -21,7 +21,7 @@ from cosmos_posttrain.models.builder import CosmosGPTModel, build_model
 from cosmos_posttrain.models.chunks import ModelChunks, chunks_of
 from cosmos_posttrain.models.compiling import compile_models
 from cosmos_posttrain.models.config import ModelConfig
-from cosmos_posttrain.training.config import TrainConfig
+from cosmos_posttrain.training.config import ModelSourceConfig, TrainConfig
 from cosmos_posttrain.training.gradients import fuse_weight_gradients, skip_exchange_with_oneself
 
 
@@ -80,21 +80,25 @@ def build(
     return ModelChunks([_build(config, model, dtype, number) for number in range(count)])
 
 
-def _build(
-    config: TrainConfig, model: ModelConfig, dtype: torch.dtype, chunk: int | None
-) -> CosmosGPTModel:
-    recompute: dict[str, Any] = {}
-    if config.model.recompute:
-        recompute = {
+def recompute_settings(model: ModelSourceConfig) -> dict[str, Any]:
+    """What activations are computed again, in the words of Megatron's config."""
+    if model.recompute:
+        return {
             "recompute_granularity": "full",
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    elif config.model.recompute_modules is not None:
-        recompute = {
+    if model.recompute_modules is not None:
+        return {
             "recompute_granularity": "selective",
-            "recompute_modules": [config.model.recompute_modules],
+            "recompute_modules": [model.recompute_modules],
         }
+    return {}
+
+
+def _build(
+    config: TrainConfig, model: ModelConfig, dtype: torch.dtype, chunk: int | None
+) -> CosmosGPTModel:
     module = build_model(
         model,
         dtype=dtype,
@@ -105,7 +109,7 @@ def _build(
         gradient_accumulation_fusion=fuse_weight_gradients(),
         chunk=chunk,
         deterministic_mode=config.deterministic_mode,
-        **recompute,
+        **recompute_settings(config.model),
     )
     module.z_loss_coefficient = config.z_loss_coefficient
     if model.num_medusa_heads and config.model.medusa_freeze_backbone:

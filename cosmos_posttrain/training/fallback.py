@@ -28,7 +28,8 @@ class Candidates:
         self._run = log_dir / "default"
         folder = self._run / "checkpoints"
         found = [p for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
-        self._left = sorted((p for p in found if context.completed_steps(p)), key=_step)
+        whole = [p for p in found if context.completed_steps(p) and not context.is_unfinished(p)]
+        self._left = sorted(whole, key=_step)
         self._damaged: list[tuple[Path, str]] = []
 
     def newest(self) -> Path | None:

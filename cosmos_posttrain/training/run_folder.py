@@ -177,6 +177,7 @@ class RunFolder:
         files.check_free_space(self.log_dir, self.size(num_bytes), "a checkpoint of this run")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(self.checkpoints)
+        context.remove_unfinished(self.checkpoints)
         files.write_text(self.run / "config.yaml", to_yaml(config))
         self._record_launch()
 
@@ -208,14 +209,25 @@ class RunFolder:
         groups.decide(lambda: self._make_room(temporary, num_bytes))
         return temporary
 
-    def _make_room(self, temporary: Path, num_bytes: int) -> None:
+    def check_room(self, num_bytes: int) -> None:
+        """Refuses to begin a checkpoint for which there is no room; for rank 0.
+
+        Args:
+            num_bytes: of a checkpoint, about.
+
+        Raises:
+            SaveError: there is none; older checkpoints are untouched.
+        """
         try:
-            files.check_free_space(self.log_dir, self.size(num_bytes), f"{temporary.parent}")
+            files.check_free_space(self.log_dir, self.size(num_bytes), f"{self.checkpoints}")
         except OutputFolderError as error:
             raise SaveError(
                 f"no checkpoint was written: {error} The same command then goes on from the "
                 "checkpoint before; --keep_last_n keeps fewer."
             ) from error
+
+    def _make_room(self, temporary: Path, num_bytes: int) -> None:
+        self.check_room(num_bytes)
         files.remove(temporary)
         (temporary / "weights").mkdir(parents=True)
 
@@ -236,13 +248,11 @@ class RunFolder:
         """
 
         def complete() -> None:
-            context.write_context(temporary, record.model, self.data, record.state)
-            files.write_json(temporary / "context" / METRICS_FILE, record.row)
-            files.write_text(temporary / "context" / "config.yaml", to_yaml(config))
+            self.write_context(config, temporary, record)
             target = temporary.with_name(files.final_name(temporary.name))
             files.remove(target)
             temporary.rename(target)
-            self._prune(config)
+            self.prune(config)
 
         try:
             dist.write(temporary / "weights", part, group)
@@ -250,6 +260,17 @@ class RunFolder:
         except SaveError:  # raised on every rank
             groups.decide(lambda: files.remove(temporary), group=group)
             raise
+
+    def write_context(self, config: TrainConfig, checkpoint: Path, record: Record) -> None:
+        """Writes what a checkpoint holds beside its numbers; for rank 0.
+
+        ``model.json`` comes last: without it, nobody takes the folder for a checkpoint.
+        """
+        folder = checkpoint / "context"
+        folder.mkdir(exist_ok=True)
+        files.write_json(folder / METRICS_FILE, record.row)
+        files.write_text(folder / "config.yaml", to_yaml(config))
+        context.write_context(checkpoint, record.model, self.data, record.state)
 
     def record_validation(self, config: TrainConfig, checkpoint: Path, row: dict[str, Any]) -> None:
         """Writes a checkpoint's row again, which now has its validation loss; for rank 0.
@@ -260,12 +281,15 @@ class RunFolder:
 
         def record() -> None:
             files.write_json(checkpoint / "context" / METRICS_FILE, row)
-            self._prune(config)
+            self.prune(config)
 
         _saving(record, checkpoint)
 
-    def _prune(self, config: TrainConfig) -> None:
-        """Removes what need not be kept; each under a hidden name first, so that none is half."""
+    def prune(self, config: TrainConfig) -> None:
+        """Removes what need not be kept; for rank 0.
+
+        Each gets a hidden name first, so that none is half.
+        """
         checkpoints = context.list_checkpoints(self.log_dir)
         losses = [_validation_loss(checkpoint) for checkpoint in checkpoints]
         for number in to_remove(losses, config.save_top_k, config.keep_last_n):

@@ -23,8 +23,13 @@ from cosmos_posttrain.models.rope import context_parallel_positions
 from cosmos_posttrain.training.gradients import complete_gradients
 
 
-def _own_part(batch: Batch, device: torch.device) -> Batch:
-    """What this context-parallel rank works on, (B, S / CP), on its device."""
+def own_part(batch: Batch, device: torch.device) -> Batch:
+    """What this context-parallel rank works on, (B, S / CP).
+
+    Args:
+        batch: a whole one.
+        device: gets it.
+    """
     batch = batch.to(device)
     if parallel_state.get_context_parallel_world_size() == 1:
         return batch
@@ -62,7 +67,7 @@ def forward(batches: Iterator[Batch], model: Any, with_labels: bool) -> tuple[Te
         What the model gave, and this rank's part of the batch.
     """
     with plain_torch(), cuda_calls_mean_cpu():
-        batch = _own_part(next(batches), next(model.parameters()).device)
+        batch = own_part(next(batches), next(model.parameters()).device)
         more = {} if batch.context is None else {"context": batch.context}
         if with_labels:
             more["labels"] = batch.labels

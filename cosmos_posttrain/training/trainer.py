@@ -86,11 +86,23 @@ class Trainer:
             on_error.pop_all()
 
     def _set_up(self) -> None:
+        """Process groups, then the model, then what goes around it."""
         config, inputs = self.config, self.inputs
         self.train_data, self.folder = inputs.train_data, inputs.folder
         groups.initialize(inputs.parallelism, config.model.seed)
         self.dtype = building.training_dtype(config)
-        self.model = building.build(config, inputs.model_config, self.dtype)
+        self.layout = sequence_layout(inputs.model_config, config.num_condition_latents)
+        self.sizes = BatchSizes(
+            config.global_batch_size,
+            config.micro_batch_size,
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+        )
+        self._build()
+
+    def _build(self) -> None:
+        config = self.config
+        self.model = building.build(config, self.inputs.model_config, self.dtype)
         self.ddp = building.wrap(
             self.model,
             not config.optimizer.grad_reduce_in_bf16,
@@ -100,6 +112,12 @@ class Trainer:
             optimizers.build_optimizer(config, self.ddp, self.dtype),
             has_average=config.optimizer.ema_decay is not None,
         )
+        wire_gradients(self.ddp, self.optimizer.optimizer)
+        self._surround()
+
+    def _surround(self) -> None:
+        """Gives a built model its weights, and the run all that is made around the model."""
+        config, inputs = self.config, self.inputs
         self.schedule = Schedule(config, self.optimizer.optimizer)
         self.meter = StepMeter(
             self.optimizer.optimizer,
@@ -108,20 +126,12 @@ class Trainer:
             self.train_data.seq_length,
             config.model.num_medusa_heads > 0 and config.model.medusa_freeze_backbone,
         )
-        wire_gradients(self.ddp, self.optimizer.optimizer)
-        self.layout = sequence_layout(self.model.model_config, config.num_condition_latents)
-        self.sizes = BatchSizes(
-            config.global_batch_size,
-            config.micro_batch_size,
-            parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(),
-        )
         kept = self._load()
-        self.saver = Saver(config, self.folder, self.model, self.optimizer)
+        self.saver = self._make_saver()
         self.folder.start(config, self.saver.num_bytes, self.resume_from)
         self.saver.prepare()
         self._closing.callback(self.saver.close)
-        self.log = Log(config, self.folder.run, self.state.completed_steps)
+        self.log = self._make_log()
         validation = None
         if inputs.val_data is not None:
             limit = config.limit_val_batches
@@ -131,6 +141,12 @@ class Trainer:
         for callback in self.callbacks:
             callback.state = kept.get(type(callback).__name__, {})
         setup.announce(config, inputs, self.dtype)
+
+    def _make_saver(self) -> Saver:
+        return Saver(self.config, self.folder, self.model, self.optimizer)
+
+    def _make_log(self) -> Log:
+        return Log(self.config, self.folder.run, self.state.completed_steps)
 
     def _load(self) -> dict[str, Any]:
         """Weights, and for a resumed run all the rest; returns what its callbacks kept."""
@@ -144,6 +160,10 @@ class Trainer:
                 saved = self.folder.restore(self.resume_from, self.model, self.optimizer)
             except CheckpointError as error:  # on every rank alike
                 self.inputs.resume_from = self.folder.fall_back(self.resume_from, error)
+        return self._go_on(saved)
+
+    def _go_on(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Takes up a checkpoint's ``state.json``; returns what its callbacks kept."""
         self.state = TrainState(saved["completed_steps"], saved["consumed_samples"])
         self.schedule.step(increment=self.completed_steps)
         kept: dict[str, Any] = saved.get("callbacks", {})
@@ -254,8 +274,18 @@ class Trainer:
         for chunk in chunks_of(self.ddp):
             forget_gradients(chunk)
         self.optimizer.optimizer.zero_grad()
-        rates = self.schedule.rates()
         mean, _ = run_batches(self.ddp, batches)
+        return self.update(mean, started, waited_seconds)
+
+    def update(self, mean: Tensor, started: float, waited_seconds: float) -> dict[str, Any]:
+        """Applies the gradients of a step, if all is finite; returns what is recorded of it.
+
+        Args:
+            mean: the step's loss, a float32 scalar, the same on every rank.
+            started: when the step began, by ``time.monotonic``.
+            waited_seconds: for its batch, before that.
+        """
+        rates = self.schedule.rates()
         if self.schedule.body_is_frozen:
             optimizers.drop_body_gradients(self.optimizer.optimizer)
         step = self.completed_steps

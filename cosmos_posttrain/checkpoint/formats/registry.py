@@ -11,6 +11,7 @@ from pathlib import Path
 from cosmos_posttrain.checkpoint.formats.base import CheckpointFormat, WritableFormat
 from cosmos_posttrain.checkpoint.formats.hf import HfFormat
 from cosmos_posttrain.checkpoint.formats.megatron import MegatronFormat
+from cosmos_posttrain.checkpoint.formats.megatron_bridge import MegatronBridgeFormat
 from cosmos_posttrain.checkpoint.formats.nemo import NemoFormat
 from cosmos_posttrain.checkpoint.formats.pt import PtFormat
 from cosmos_posttrain.checkpoint.formats.safetensors import SafetensorsFormat
@@ -23,6 +24,7 @@ FORMATS: tuple[CheckpointFormat, ...] = (
     HfFormat(),
     SafetensorsFormat(),
     NemoFormat(),
+    MegatronBridgeFormat(),
     TorchDistFormat(),
 )
 WRITABLE = {item.name: item for item in FORMATS if isinstance(item, WritableFormat)}

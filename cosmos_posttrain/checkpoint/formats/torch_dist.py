@@ -17,7 +17,7 @@ from cosmos_posttrain.models.config import ModelConfig
 if TYPE_CHECKING:
     from cosmos_posttrain.checkpoint.torch_dist_weights import TorchDistWeights
 
-_TRACKER = "latest_checkpointed_iteration.txt"
+TRACKER = "latest_checkpointed_iteration.txt"
 
 
 class TorchDistFormat(CheckpointFormat):
@@ -28,7 +28,7 @@ class TorchDistFormat(CheckpointFormat):
     parts = ()
 
     def detect(self, folder: Path) -> Path | None:
-        for path in (folder, folder / "weights", *_newest_iteration(folder)):
+        for path in (folder, folder / "weights", *newest_iteration(folder)):
             if (path / "metadata.json").is_file() or next(path.glob("*.distcp"), None):
                 return path
         return None
@@ -52,9 +52,9 @@ class TorchDistFormat(CheckpointFormat):
         return TorchDistWeights(checkpoint, config)
 
 
-def _newest_iteration(folder: Path) -> list[Path]:
-    """Megatron-LM's save folder names its newest checkpoint in a text file."""
-    tracker = folder / _TRACKER
+def newest_iteration(folder: Path) -> list[Path]:
+    """What a save folder names as its newest checkpoint, there or not; empty if it names none."""
+    tracker = folder / TRACKER
     if not tracker.is_file():
         return []
     iteration = tracker.read_text(encoding="utf-8").strip()

@@ -16,6 +16,7 @@ class Log(Callback):
         config: the run's config.
         folder: ``LOG_DIR/default``.
         completed_steps: steps that the run had when it was started or resumed.
+        has_boards: feed TensorBoard and W&B too.
 
     Attributes:
         folder: the same.
@@ -23,9 +24,11 @@ class Log(Callback):
         last_step: number of the last row that was there before; None on other ranks than 0.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path, completed_steps: int) -> None:
+    def __init__(
+        self, config: TrainConfig, folder: Path, completed_steps: int, has_boards: bool = True
+    ) -> None:
         self.folder, self.first_step = folder, completed_steps
-        self._log = RunLog(folder, config, completed_steps)
+        self._log = RunLog(folder, config, completed_steps, has_boards)
         self.write_video = self._log.write_video
         self._progress = ProgressDisplay(config.max_steps, "steps", done=completed_steps)
         self.last_step = self._log.last_step
