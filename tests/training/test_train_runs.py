@@ -209,5 +209,7 @@ def test_bad_usage_is_one_sentence(
     result = run_script([*base, *arguments])
     assert result.returncode == 2, result.stderr
     assert sentence in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    lines = result.stderr.strip().splitlines()
+    # Older torch for CUDA prints this past all filters where there is nvcc but no device.
+    assert len([line for line in lines if "No CUDA runtime is found" not in line]) == 1, lines
     assert not (tmp_path / "run").exists()
