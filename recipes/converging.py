@@ -38,6 +38,7 @@ PP = "--pipeline_model_parallel_size 2"
 INTERLEAVED = f"{PP} --virtual_pipeline_model_parallel_size 2"
 LORA, AVERAGE = "--lora_rank 4", "--ema_decay 0.9 --z_loss_coefficient 0.01"
 BFLOAT16 = "--dtype bfloat16"
+OFFLOAD = "--optimizer_cpu_offload"
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,16 @@ RUNS = {
         )
         for name, run in LAYOUTS.items()
     },
+    "offload": Run("the optimizer in host memory", flags=OFFLOAD, bound=0.0),
+    "offload_dp": Run(
+        "the optimizer in host memory at DP 2, against DP 2", 2, OFFLOAD, "dp", bound=0.0
+    ),
+    "offload_resumed": Run(
+        "resumed after 10 steps with the optimizer in host memory",
+        flags=OFFLOAD,
+        after=("one", 10),
+        bound=0.0,
+    ),
     "dp_to_tp": Run("DP 2, from step 5 on TP 2", 2, TP, after=("dp", 5)),
     "dp_to_tp_to_one": Run(
         "DP 2, from step 5 on TP 2, from step 10 on TP 1", after=("dp_to_tp", 10)

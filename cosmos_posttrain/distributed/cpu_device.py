@@ -45,21 +45,37 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _nothing(*_args: object, **_kwargs: object) -> None:
-    """Stands for CUDA calls that have no meaning on the CPU."""
+def _nothing() -> Callable:
+    """Stands for CUDA calls that have no meaning on the CPU.
+
+    A function of its own for each: torch.compile looks them up by identity.
+    """
+    return lambda *_args, **_kwargs: None
+
+
+class _Stream:
+    """A stream and an event of the CPU, where all is done that was asked for."""
+
+    wait_stream = wait_event = wait = synchronize = _nothing()
+
+    def record_event(self, *_: object) -> _Stream:
+        return self
 
 
 _PATCHES: dict[str, Callable] = {
     "torch.cuda.current_device": lambda: "cpu",
     "torch.cuda.device_count": lambda: 1,
-    "torch.cuda.set_device": _nothing,
-    "torch.cuda.synchronize": _nothing,
-    "torch.cuda.empty_cache": _nothing,
-    # Reducing gradients, megatron-core 0.19 waits for what CUDA graphs may still compute.
-    "torch.cuda.current_stream": torch.cpu.current_stream,
+    "torch.cuda.set_device": _nothing(),
+    "torch.cuda.synchronize": _nothing(),
+    "torch.cuda.empty_cache": _nothing(),
+    # Reducing gradients, megatron-core 0.19 waits for what CUDA graphs may still compute; the
+    # optimizer in host memory copies on streams of its own.
+    "torch.cuda.current_stream": lambda *_: _Stream(),
+    "torch.cuda.Stream": lambda *_, **__: _Stream(),
+    "torch.cuda.stream": lambda _: contextlib.nullcontext(),
     # Recomputation saves and restores the CUDA generator beside the CPU's.
-    "megatron.core.tensor_parallel.random._get_cuda_rng_state": lambda *_, **__: None,
-    "megatron.core.tensor_parallel.random._set_cuda_rng_state": _nothing,
+    "megatron.core.tensor_parallel.random._get_cuda_rng_state": _nothing(),
+    "megatron.core.tensor_parallel.random._set_cuda_rng_state": _nothing(),
     # Keeps dropout apart between ranks; these models have no dropout.
     "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork": (
         lambda *_, **__: contextlib.nullcontext()

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosmos_posttrain.models import compiling
 from cosmos_posttrain.models.blocks import row_blocks
 from cosmos_posttrain.models.norm import inverse_root_mean_square
+from cosmos_posttrain.models.rope import swap_halves
 
 
 def rotated_heads(
@@ -37,7 +39,8 @@ def rotated_heads(
     Returns:
         (S, B, groups * n, D), (S, B, groups, D), (S, B, groups, D) in the dtype of ``packed``.
     """
-    query, key, value = _Heads.apply(packed, query_weight, key_weight, rows, num_groups, eps)
+    heads = _compiled if compiling.is_on() else _Heads.apply
+    query, key, value = heads(packed, query_weight, key_weight, rows, num_groups, eps)
     return query, key, value
 
 
@@ -61,6 +64,26 @@ def _rotate_back(grad: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     result[..., :half].addcmul_(grad[..., half:], sines[..., half:])
     result[..., half:].addcmul_(grad[..., :half], sines[..., :half])
     return result
+
+
+@compiling.compilable
+def _compiled(
+    packed: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    rows: Tensor,
+    num_groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = packed.unflatten(-1, (num_groups, -1, query_weight.shape[0]))
+    num_queries = heads.shape[3] - 2
+    wide = heads[..., :-1, :].float()
+    wide = wide * inverse_root_mean_square(wide, eps)
+    wide = wide * _weights(query_weight, key_weight, num_queries)
+    cosines, sines = rows[:, :, :, :, None].float()
+    rotated = (wide * cosines + swap_halves(wide) * sines).type_as(packed)
+    query, key = rotated[..., :-1, :].flatten(2, 3), rotated[..., -1, :].contiguous()
+    return query, key, heads[..., -1, :].contiguous()
 
 
 class _Heads(torch.autograd.Function):

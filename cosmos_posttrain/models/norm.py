@@ -13,6 +13,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from cosmos_posttrain.models import compiling
 from cosmos_posttrain.models.blocks import row_blocks
 
 
@@ -35,12 +36,21 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last axis; returns the shape and dtype of ``x``."""
+        if self.training and compiling.is_on():
+            return _compiled(x, self.weight, self.eps)
         if torch.is_grad_enabled():
             normalised: Tensor = _Norm.apply(x, self.weight, self.eps)
             return normalised
-        wide = x.float()
-        wide = wide * inverse_root_mean_square(wide, self.eps)
-        return wide.type_as(x) * self.weight
+        return _normalise(x, self.weight, self.eps)
+
+
+def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    wide = wide * inverse_root_mean_square(wide, eps)
+    return wide.type_as(x) * weight
+
+
+_compiled = compiling.compilable(_normalise)
 
 
 def inverse_root_mean_square(x: Tensor, eps: float) -> Tensor:

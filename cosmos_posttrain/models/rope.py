@@ -109,7 +109,8 @@ def rotate(x: Tensor, rows: Tensor) -> Tensor:
     return _Rotation.apply(x, cosines, sines)
 
 
-def _swap_halves(x: Tensor) -> Tensor:
+def swap_halves(x: Tensor) -> Tensor:
+    """(..., D) -> (..., D), its second half first."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([second, first], dim=-1)
 
@@ -120,14 +121,14 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         ctx.save_for_backward(cosines, sines)
-        return x * cosines + _swap_halves(x) * sines
+        return x * cosines + swap_halves(x) * sines
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cosines, sines = ctx.saved_tensors
         # Attention's gradients lie (B, heads, S, D); how sums over them round depends on the order.
         grad = grads[0].contiguous()
-        return grad * cosines + _swap_halves(grad * sines), None, None
+        return grad * cosines + swap_halves(grad * sines), None, None
 
 
 class RotaryEmbedding3D(nn.Module):

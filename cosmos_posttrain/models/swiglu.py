@@ -14,6 +14,7 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 from torch.nn.functional import silu
 
+from cosmos_posttrain.models import compiling
 from cosmos_posttrain.models.blocks import row_blocks
 
 
@@ -35,12 +36,19 @@ class SwiGLUMLP(MLP):
         self, hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """(S, B, hidden_size) -> the same, and no bias; see Megatron's ``MLP.forward``."""
-        if self.config.bias_activation_fusion or not torch.is_grad_enabled():
+        compiled = self.training and compiling.is_on()
+        if self.config.bias_activation_fusion or not (compiled or torch.is_grad_enabled()):
             output: tuple[Tensor, Tensor | None] = super().forward(hidden_states, *args, **kwargs)
             return output
         both, _ = self.linear_fc1(hidden_states)
-        output = self.linear_fc2(_SwiGLU.apply(both))
+        output = self.linear_fc2(_compiled(both) if compiled else _SwiGLU.apply(both))
         return output
+
+
+@compiling.compilable
+def _compiled(both: Tensor) -> Tensor:
+    gate, gated = both.chunk(2, dim=-1)
+    return silu(gate) * gated
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -64,5 +72,7 @@ class _SwiGLU(torch.autograd.Function):
         for part in row_blocks(rows):
             grad = upstream[part]
             torch.mul(grad, silu(gate[part]), out=gated_grad[part])
-            gate_grad[part] = torch.ops.aten.silu_backward(grad * gated[part], gate[part])
+            torch.ops.aten.silu_backward.grad_input(
+                grad * gated[part], gate[part], grad_input=gate_grad[part]
+            )
         return result.view(both.shape)

@@ -132,6 +132,7 @@ def main() -> int:
         config.ema_decay is not None,
         config.num_medusa_heads > 0 and config.medusa_freeze_backbone,
         grad_reduce_in_bf16=config.grad_reduce_in_bf16,
+        offload_fraction=config.offload_fraction,
     )
     cluster = _cluster(config)
     fitting, smallest = layouts.search(work, cluster)

@@ -53,6 +53,8 @@ class PlanConfig:
             full; None trains everything.
         ema_decay: keep an average of the weights; its number changes nothing here.
         grad_reduce_in_bf16: keep and sum gradients in bfloat16.
+        optimizer_cpu_offload: keep the optimizer in host memory.
+        optimizer_offload_fraction: share of the optimizer that lies there; None means all of it.
         async_save: write checkpoints from copies in host memory.
         num_medusa_heads: heads that guess tokens further ahead.
         medusa_freeze_backbone: train the Medusa heads alone.
@@ -80,12 +82,19 @@ class PlanConfig:
     lora_rank: int | None = setting(None, at_least=1)
     ema_decay: float | None = setting(None, at_least=0, below=1)
     grad_reduce_in_bf16: bool = False
+    optimizer_cpu_offload: bool = False
+    optimizer_offload_fraction: float | None = setting(None, above=0, at_most=1)
     async_save: bool = False
     num_medusa_heads: int = setting(0, at_least=0)
     medusa_freeze_backbone: bool = True
     reserve: float = setting(RESERVE, at_least=0, below=1)
     max_layouts: int = setting(10, at_least=1)
     json: bool = False
+
+    @property
+    def offload_fraction(self) -> float:
+        """Share of the optimizer that lies in host memory."""
+        return (self.optimizer_offload_fraction or 1.0) if self.optimizer_cpu_offload else 0.0
 
 
 FLAGS = (
@@ -112,6 +121,8 @@ FLAGS = (
     Flag("--lora_rank"),
     Flag("--ema_decay"),
     Flag("--grad_reduce_in_bf16"),
+    Flag("--optimizer_cpu_offload"),
+    Flag("--optimizer_offload_fraction"),
     Flag("--async_save"),
     Flag("--medusa_num_heads", "num_medusa_heads"),
     Flag("--medusa_freeze_backbone"),
@@ -138,4 +149,8 @@ def validate(config: PlanConfig) -> None:
         problems.append("--medusa_num_heads and --lora_rank do not go together")
     if config.grad_reduce_in_bf16 and DTYPE_NAMES.get(config.dtype) == "float32":
         problems.append(f"--grad_reduce_in_bf16 does not go with --dtype {config.dtype}")
+    if config.optimizer_offload_fraction is not None and not config.optimizer_cpu_offload:
+        problems.append(
+            "--optimizer_offload_fraction has no effect without --optimizer_cpu_offload"
+        )
     check(config, flag_names(FLAGS), problems)

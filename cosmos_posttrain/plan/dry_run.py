@@ -28,6 +28,7 @@ from cosmos_posttrain.plan.memory import (
     Workload,
     checkpoint_bytes,
     host_bytes,
+    offloaded_bytes,
     stage_memory,
 )
 from cosmos_posttrain.plan.speed import Speed, hardware, speed
@@ -118,6 +119,7 @@ def _look(command: TrainCommand, closing: contextlib.ExitStack, takes_text: bool
         keeps_average=config.optimizer.ema_decay is not None,
         heads_alone=config.model.num_medusa_heads > 0 and config.model.medusa_freeze_backbone,
         grad_reduce_in_bf16=config.optimizer.grad_reduce_in_bf16,
+        offload_fraction=config.optimizer.offloaded_share,
     )
     stages = [stage_memory(work, layout, stage) for stage in range(layout.pipeline)]
     return Look(command, inputs, layout, work, stages)
@@ -186,8 +188,9 @@ def _memory_problems(look: Look) -> list[str]:
         return []
     return [
         f"a GPU would need {needed / GIB:.1f} GiB of {size / GIB:g}, {RESERVE:.0%} of which stay "
-        "free: give --recompute, larger parallel sizes or a smaller --micro_batch_size (python -m "
-        "cosmos_posttrain.plan names layouts), or other GPUs (--gpu, --gpu_memory_gb)"
+        "free: give --recompute, --optimizer_cpu_offload, larger parallel sizes or a smaller "
+        "--micro_batch_size (python -m cosmos_posttrain.plan names layouts), or other GPUs (--gpu, "
+        "--gpu_memory_gb)"
     ]
 
 
@@ -204,13 +207,16 @@ def _memory_lines(look: Look) -> list[str]:
             if value / GIB >= 0.05
         )
         lines.append(f"{who}: {stage.total / GIB:.1f} of {size:g} GiB ({parts})")
+    hosts = {"--optimizer_cpu_offload": offloaded_bytes(look.work, layout)}
     if look.command.async_save:
-        each = host_bytes(look.work, layout)
+        hosts["--async_save"] = host_bytes(look.work, layout)
+    for flag, each in hosts.items():
         node = each * min(look.command.gpus_per_node, layout.num_gpus)
-        lines.append(
-            f"--async_save: up to {each / 1e9:,.1f} GB of host memory a process, {node / 1e9:,.1f} "
-            "GB a machine"
-        )
+        if each:
+            lines.append(
+                f"{flag}: up to {each / 1e9:,.1f} GB of host memory a process, {node / 1e9:,.1f} "
+                "GB a machine"
+            )
     return lines
 
 
@@ -254,7 +260,7 @@ def _time_lines(look: Look) -> list[str]:
     return [
         f"about {expected.step_seconds:,.1f} s a step, {timedelta(seconds=seconds)} for {left:,} "
         f"steps, if {command.gpu} matrix products reach {MFU:.0%} of their peak; without "
-        "validation and saving"
+        "validation, saving and what the CPU updates"
     ]
 
 

@@ -80,6 +80,7 @@ class Workload:
             attention takes grouped keys and values as they are, and the loss takes fewer positions
             at once.
         grad_reduce_in_bf16: gradients are kept in two bytes.
+        offload_fraction: share of the optimizer that lies in host memory.
     """
 
     model: ModelConfig
@@ -91,6 +92,7 @@ class Workload:
     heads_alone: bool = False
     gpu_kernels: bool = True
     grad_reduce_in_bf16: bool = False
+    offload_fraction: float = 0.0
 
     @property
     def element_bytes(self) -> int:
@@ -166,9 +168,20 @@ def _updated(work: Workload, layout: Layout, stage: int) -> float:
 def optimizer_bytes(work: Workload, layout: Layout, stage: int) -> float:
     """AdamW: two float32 moments, and float32 master weights unless the weights are float32.
 
-    Also the average of the weights, where one is kept.
+    Also the average of the weights, where one is kept. Without what lies in host memory.
     """
-    return work.state_bytes * _updated(work, layout, stage)
+    return work.state_bytes * _updated(work, layout, stage) * (1 - work.offload_fraction)
+
+
+def offloaded_bytes(work: Workload, layout: Layout) -> float:
+    """Host memory of the process that needs most for ``--optimizer_cpu_offload``.
+
+    Float32 weights, in either dtype, two moments, the average where one is kept, and a float32 copy
+    of the gradients.
+    """
+    each = 16 + 4 * work.keeps_average
+    updated = max(_updated(work, layout, stage) for stage in range(layout.pipeline))
+    return each * updated * work.offload_fraction
 
 
 def host_bytes(work: Workload, layout: Layout) -> float:
@@ -366,8 +379,8 @@ def stage_memory(work: Workload, layout: Layout, stage: int) -> Memory:
     """Memory of a GPU of one pipeline stage.
 
     A step has two peaks: the backward pass, with activations, and the optimizer's, when torch's
-    AdamW holds one more float32 number for each parameter that it updates, and a float32 copy of
-    its gradient where that is bfloat16. The larger one counts.
+    AdamW holds one more float32 number for each parameter that it updates there, and a float32 copy
+    of its gradient where that is bfloat16. The larger one counts.
     """
     weights = weight_bytes(work, layout, stage) + table_bytes(work)
     gradients = gradient_bytes(work, layout, stage)
@@ -375,7 +388,8 @@ def stage_memory(work: Workload, layout: Layout, stage: int) -> Memory:
     activations = in_flight(work, layout, stage) * stage_activation_bytes(work, layout, stage)
     logits = logits_bytes(work, layout, stage)
     working = _working_bytes(work, layout, stage)
-    update = (8 if work.grad_reduce_in_bf16 else 4) * _updated(work, layout, stage)
+    updated = _updated(work, layout, stage) * (1 - work.offload_fraction)
+    update = (8 if work.grad_reduce_in_bf16 else 4) * updated
     working += max(0.0, update - activations - logits - working)
     held = weights + gradients + optimizer + activations + logits + working
     overhead = FRAMEWORK_BYTES + FRAGMENTATION * held

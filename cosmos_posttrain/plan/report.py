@@ -18,6 +18,7 @@ from cosmos_posttrain.plan.memory import (
     Workload,
     checkpoint_bytes,
     host_bytes,
+    offloaded_bytes,
 )
 from cosmos_posttrain.plan.parameters import parameter_groups
 
@@ -84,6 +85,10 @@ def train_arguments(plan: TrainingPlan, layout: Layout) -> list[str]:
     if settings.ema_decay is not None:
         arguments += ["--ema_decay", str(settings.ema_decay)]
     arguments += ["--grad_reduce_in_bf16"] * work.grad_reduce_in_bf16
+    if work.offload_fraction:
+        arguments += ["--optimizer_cpu_offload"]
+        if work.offload_fraction < 1:
+            arguments += ["--optimizer_offload_fraction", str(work.offload_fraction)]
     arguments += ["--async_save"] * settings.async_save
     arguments += ["--micro_batch_size", str(work.micro_batch_size)]
     arguments += ["--global_batch_size", str(work.global_batch_size)]
@@ -110,6 +115,7 @@ def _candidate_json(work: Workload, candidate: Candidate) -> dict[str, Any]:
         "layout": dataclasses.asdict(candidate.layout),
         "memory_bytes": {name: round(value) for name, value in used.items()},
         "host_bytes": round(host_bytes(work, candidate.layout)),
+        "offloaded_bytes": round(offloaded_bytes(work, candidate.layout)),
         "speed": dataclasses.asdict(candidate.speed),
     }
 
@@ -131,6 +137,7 @@ def to_json(plan: TrainingPlan) -> dict[str, Any]:
         "global_batch_size": plan.work.global_batch_size,
         "dtype": plan.work.dtype,
         "grad_reduce_in_bf16": plan.work.grad_reduce_in_bf16,
+        "offload_fraction": plan.work.offload_fraction,
         "distributed_optimizer": plan.work.distributed_optimizer,
         "checkpoint_bytes": checkpoint_bytes(plan.work),
         "num_gpus": plan.cluster.num_gpus,
@@ -223,11 +230,14 @@ def print_plan(plan: TrainingPlan, limit: int) -> None:
 def _storage(plan: TrainingPlan, layout: Layout) -> str:
     """What a run needs beside its GPUs."""
     text = f"A checkpoint takes {checkpoint_bytes(plan.work) / 1e9:,.0f} GB on disk."
+    hosts = {"--optimizer_cpu_offload": offloaded_bytes(plan.work, layout)}
     if plan.settings.async_save:
-        each = host_bytes(plan.work, layout)
-        per_node = min(plan.cluster.gpus_per_node, plan.cluster.num_gpus)
-        text += (
-            f" --async_save holds up to {each / 1e9:,.1f} GB of host memory a process, "
-            f"{per_node * each / 1e9:,.0f} GB a node."
-        )
+        hosts["--async_save"] = host_bytes(plan.work, layout)
+    per_node = min(plan.cluster.gpus_per_node, plan.cluster.num_gpus)
+    for flag, each in hosts.items():
+        if each:
+            text += (
+                f" {flag} holds up to {each / 1e9:,.1f} GB of host memory a process, "
+                f"{per_node * each / 1e9:,.0f} GB a node."
+            )
     return text

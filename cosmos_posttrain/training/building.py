@@ -6,6 +6,7 @@ is interleaved, wrapped for data parallelism.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from cosmos_posttrain.distributed.cpu_device import cpu_device
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.builder import CosmosGPTModel, build_model
 from cosmos_posttrain.models.chunks import ModelChunks, chunks_of
+from cosmos_posttrain.models.compiling import compile_models
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.training.config import TrainConfig
 from cosmos_posttrain.training.gradients import fuse_weight_gradients, skip_exchange_with_oneself
@@ -66,7 +68,12 @@ def training_dtype(config: TrainConfig) -> torch.dtype:
 def build(
     config: TrainConfig, model: ModelConfig, dtype: torch.dtype
 ) -> CosmosGPTModel | ModelChunks:
-    """This rank's part of the model, or its parts, with fresh weights."""
+    """This rank's part of the model, or its parts, with fresh weights.
+
+    Raises:
+        ConfigError: ``--compile``, where nothing can.
+    """
+    compile_models(config.model.compile)
     count = config.parallel.virtual_pipeline_model_parallel_size
     if count == 1:
         return _build(config, model, dtype, None)
@@ -107,32 +114,81 @@ def _build(
 
 
 def wrap(
-    model: CosmosGPTModel | ModelChunks, gradients_in_fp32: bool = True
+    model: CosmosGPTModel | ModelChunks,
+    gradients_in_fp32: bool = True,
+    overlap_param_gather: bool = False,
 ) -> DistributedDataParallel | ModelChunks:
     """The model with Megatron's gradient buffers; on a GPU they are summed behind the backward.
 
     Args:
         model: of this rank.
         gradients_in_fp32: whatever the model's dtype; else they are in that.
+        overlap_param_gather: see ``ParallelConfig``, and ``gather_parameters``.
     """
     chunks = chunks_of(model)
-    wrapped = [_wrap(chunk, gradients_in_fp32, chunk is chunks[0]) for chunk in chunks]
+    wrapped = [
+        _wrap(chunk, gradients_in_fp32, overlap_param_gather, chunk is chunks[0])
+        for chunk in chunks
+    ]
     return wrapped[0] if len(wrapped) == 1 else ModelChunks(wrapped)
 
 
-def _wrap(model: CosmosGPTModel, in_fp32: bool, is_first: bool) -> DistributedDataParallel:
+def _wrap(
+    model: CosmosGPTModel, in_fp32: bool, overlap_param_gather: bool, is_first: bool
+) -> DistributedDataParallel:
     num_ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    overlap_param_gather = overlap_param_gather and num_ranks > 1
     with cpu_device():
         ddp = DistributedDataParallel(
             model.config,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=in_fp32,
                 use_distributed_optimizer=True,
-                overlap_grad_reduce=torch.cuda.is_available() and num_ranks > 1,
+                overlap_grad_reduce=overlap_param_gather
+                or (torch.cuda.is_available() and num_ranks > 1),
+                overlap_param_gather=overlap_param_gather,
             ),
             model,
             # The other parts are done with before: their exchange hides behind the first one.
             disable_bucketing=not is_first,
         )
     skip_exchange_with_oneself(ddp)
+    if overlap_param_gather:
+        _wait_for_all_parameters(ddp)
     return ddp
+
+
+def _wait_for_all_parameters(ddp: DistributedDataParallel) -> None:
+    """Before a layer begins, all of its parameters are there, and behind the last one all others.
+
+    Megatron waits for those of a module when that is called; some of ours are used without it
+    (the norms of queries and keys, LoRA's factors, the output layer in the loss).
+    """
+    model: CosmosGPTModel = ddp.module
+
+    def wait_for(parameters: list[torch.nn.Parameter]) -> Callable[..., None]:
+        buffered = [p for p in parameters if p in ddp.param_to_bucket_group]
+
+        def wait(*_args: Any) -> None:
+            for parameter in buffered:
+                ddp.param_to_bucket_group[parameter].finish_param_sync()
+
+        return wait
+
+    for layer in model.decoder.layers:
+        layer.register_forward_pre_hook(wait_for(list(layer.parameters())))
+    if model.post_process:
+        in_layers = {id(p) for layer in model.decoder.layers for p in layer.parameters()}
+        others = [p for p in model.parameters() if id(p) not in in_layers]
+        model.decoder.final_layernorm.register_forward_pre_hook(wait_for(others))
+
+
+def gather_parameters(ddp: DistributedDataParallel | ModelChunks) -> None:
+    """Gives every rank all updated weights of its model, to read them without calling the model.
+
+    They come by themselves with a forward pass, also one of a validation; a checkpoint is made of
+    what each rank updates itself.
+    """
+    for chunk in chunks_of(ddp):
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)

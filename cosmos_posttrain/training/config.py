@@ -14,6 +14,11 @@ from cosmos_posttrain.config import check, setting
 from cosmos_posttrain.data.paths import DataPaths, parse_data_path
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.config import LAYER_SPECS, ROPE_SCALINGS
+from cosmos_posttrain.training.optimizer_config import (
+    OPTIMIZER_FLAGS,
+    OptimizerConfig,
+    optimizer_problems,
+)
 from cosmos_posttrain.training.watching_config import (
     SAMPLES_FLAGS,
     SamplesConfig,
@@ -25,8 +30,6 @@ from cosmos_posttrain.transfer.config import COOCCURRENCE_INITS
 EMBEDDING_INITS = ("keep", "reset", "mean", "aligned", "omp", "digits")
 # Attention and norms keep little: see models/sdpa.py and models/norm.py.
 RECOMPUTE_MODULES = ("mlp",)
-LR_DECAY_STYLES = ("cosine", "linear", "constant", "wsd")
-WSD_DECAY_STYLES = ("minus_sqrt", "linear", "cosine", "exponential")
 # Not float16, whose gradients would need a loss scaler.
 TRAINING_DTYPES = ("bfloat16", "float32")
 
@@ -74,6 +77,8 @@ class ModelSourceConfig:
         seed: of fresh weights.
         recompute: keep only layer inputs and compute activations again in the backward pass.
         recompute_modules: ``mlp`` computes only the feed-forward networks' again.
+        compile: torch.compile of what stands between matrix products and attention (norms, RoPE,
+            SwiGLU): faster, after some seconds at the first step, with other last bits.
         rope_scaling: ``none``, ``interpolate`` or ``yarn``, where the data's grid is larger than
             the checkpoint's.
         rope_scale: replaces the ratio of the two grids.
@@ -98,6 +103,7 @@ class ModelSourceConfig:
     seed: int = 1234
     recompute: bool = False
     recompute_modules: str | None = setting(None, choices=RECOMPUTE_MODULES)
+    compile: bool = False
     rope_scaling: str = setting("none", choices=ROPE_SCALINGS)
     rope_scale: float | None = setting(None, at_least=1)
     embedding_init: str = setting("keep", choices=EMBEDDING_INITS)
@@ -120,6 +126,8 @@ class ParallelConfig:
             in turn (an interleaved pipeline), so that stages wait less for one another; 1 is none.
         context_parallel_size: processes that share each clip.
         sequence_parallel: split activations between layers over the tensor-parallel processes.
+        overlap_param_gather: data-parallel processes send one another their updated weights behind
+            the next forward pass, layer by layer, not before it.
     """
 
     tensor_model_parallel_size: int = setting(2, at_least=1)
@@ -127,6 +135,7 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int = setting(1, at_least=1)
     context_parallel_size: int = setting(1, at_least=1)
     sequence_parallel: bool = False
+    overlap_param_gather: bool = False
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -147,54 +156,6 @@ class ParallelConfig:
             f"tensor x pipeline x context parallel size {sizes} needs a multiple of {size} "
             "processes"
         )
-
-
-@dataclass
-class OptimizerConfig:
-    """AdamW with warm-up and decay.
-
-    Attributes:
-        lr: peak learning rate.
-        min_lr: learning rate at the end; None means a tenth of ``lr``.
-        lr_warmup_steps: linear warm-up; None means a twentieth of the steps.
-        lr_decay_style: ``cosine``, ``linear``, ``constant``, or ``wsd``: constant, and a decay
-            over the last ``lr_wsd_decay_steps``.
-        lr_wsd_decay_steps: steps of ``wsd``'s decay; None means a tenth of all.
-        lr_wsd_decay_style: the decay of ``wsd``: ``minus_sqrt``, ``linear``, ``cosine`` or
-            ``exponential``.
-        embedding_lr: peak learning rate of token embedding and output rows; None means ``lr``.
-        freeze_body_steps: first steps that train token embedding and output rows only.
-        ema_decay: share of the weights' average that stays at each step; None keeps no average.
-        weight_decay: decoupled; of matrices (embedding, output rows and LoRA's factors among them),
-            not of norms.
-        adam_beta1: decay of the first moment.
-        adam_beta2: decay of the second moment.
-        adam_eps: added to the root of the second moment.
-        clip_grad: largest norm of the whole gradient; 0 means no clipping.
-        grad_reduce_in_bf16: keep and sum gradients in bfloat16, not float32: half the memory and
-            half of what data parallelism sends, for a model in bfloat16.
-    """
-
-    lr: float = setting(5e-5, above=0)
-    min_lr: float | None = setting(None, at_least=0)
-    lr_warmup_steps: int | None = setting(None, at_least=0)
-    lr_decay_style: str = setting("cosine", choices=LR_DECAY_STYLES)
-    lr_wsd_decay_steps: int | None = setting(None, at_least=1)
-    lr_wsd_decay_style: str = setting("minus_sqrt", choices=WSD_DECAY_STYLES)
-    embedding_lr: float | None = setting(None, above=0)
-    freeze_body_steps: int = setting(0, at_least=0)
-    ema_decay: float | None = setting(None, at_least=0, below=1)
-    weight_decay: float = setting(0.1, at_least=0)
-    adam_beta1: float = setting(0.9, at_least=0, below=1)
-    adam_beta2: float = setting(0.95, at_least=0, below=1)
-    adam_eps: float = setting(1e-8, above=0)
-    clip_grad: float = setting(1.0, at_least=0)
-    grad_reduce_in_bf16: bool = False
-
-    def wsd_decay_steps(self, max_steps: int) -> int:
-        """Steps of ``wsd``'s decay, given all of the run's."""
-        given = self.lr_wsd_decay_steps
-        return max(max_steps // 10, 1) if given is None else given
 
 
 @dataclass
@@ -267,18 +228,7 @@ FLAGS = (
     Flag("--index_mapping_dir"),
     Flag("--global_batch_size"),
     Flag("--micro_batch_size"),
-    Flag("--lr", "optimizer.lr"),
-    Flag("--min_lr", "optimizer.min_lr"),
-    Flag("--lr_warmup_steps", "optimizer.lr_warmup_steps"),
-    Flag("--lr_decay_style", "optimizer.lr_decay_style", aliases=("--lr_scheduler",)),
-    Flag("--lr_wsd_decay_steps", "optimizer.lr_wsd_decay_steps"),
-    Flag("--lr_wsd_decay_style", "optimizer.lr_wsd_decay_style"),
-    Flag("--embedding_lr", "optimizer.embedding_lr"),
-    Flag("--freeze_body_steps", "optimizer.freeze_body_steps"),
-    Flag("--ema_decay", "optimizer.ema_decay"),
-    Flag("--weight_decay", "optimizer.weight_decay"),
-    Flag("--clip_grad", "optimizer.clip_grad"),
-    Flag("--grad_reduce_in_bf16", "optimizer.grad_reduce_in_bf16"),
+    *OPTIMIZER_FLAGS,
     Flag("--max_steps"),
     Flag("--max_epochs"),
     Flag("--num_condition_latents"),
@@ -298,10 +248,12 @@ FLAGS = (
     Flag("--virtual_pipeline_model_parallel_size", "parallel.virtual_pipeline_model_parallel_size"),
     Flag("--context_parallel_size", "parallel.context_parallel_size"),
     Flag("--sequence_parallel", "parallel.sequence_parallel"),
+    Flag("--overlap_param_gather", "parallel.overlap_param_gather"),
     Flag("--layer_spec", "model.layer_spec"),
     Flag("--dtype", "model.dtype"),
     Flag("--recompute", "model.recompute"),
     Flag("--recompute_modules", "model.recompute_modules"),
+    Flag("--compile", "model.compile"),
     Flag("--rope_scaling", "model.rope_scaling"),
     Flag("--rope_scale", "model.rope_scale"),
     Flag("--embedding_init", "model.embedding_init"),
@@ -331,7 +283,7 @@ def validate(config: TrainConfig, world_size: int) -> None:
         problems.append("--data_path is missing: name the folder that prepare_dataset.py wrote")
     else:
         problems += _path_problems(config.data)
-    problems += _schedule_problems(config.optimizer, config.max_steps)
+    problems += optimizer_problems(config.optimizer, config.max_steps, config.model.dtype)
     if config.save_top_k == 0:
         problems.append("--save_top_k 0 must be at least 1, or -1 for all")
     parallel = config.parallel
@@ -342,10 +294,10 @@ def validate(config: TrainConfig, world_size: int) -> None:
             f"--recompute_modules {config.model.recompute_modules} has no effect with --recompute, "
             "which computes everything again: give one of them"
         )
-    if config.optimizer.grad_reduce_in_bf16 and config.model.dtype == "float32":
+    if config.model.compile and config.model.layer_spec == "te":
         problems.append(
-            "--grad_reduce_in_bf16 keeps the gradients of a model in bfloat16, but this one is in "
-            "float32: give --dtype bfloat16, or leave it out"
+            "--compile has no effect with --layer_spec te, whose kernels are fused already: leave "
+            "it out, or use --layer_spec torch"
         )
     problems += _embedding_problems(config.model)
     problems += _lora_problems(config.model)
@@ -356,27 +308,6 @@ def validate(config: TrainConfig, world_size: int) -> None:
     )
     problems += profile_problems(config.profile_steps, config.max_steps)
     check(config, flag_names(FLAGS), problems)
-
-
-def _schedule_problems(optimizer: OptimizerConfig, max_steps: int) -> list[str]:
-    problems = []
-    if optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
-        problems.append(f"--min_lr {optimizer.min_lr} must be at most --lr {optimizer.lr}")
-    warmup = optimizer.lr_warmup_steps
-    if warmup is not None and warmup >= max_steps:
-        problems.append(f"--lr_warmup_steps {warmup} must be below --max_steps {max_steps}")
-    decay = optimizer.lr_wsd_decay_steps
-    if decay is not None and optimizer.lr_decay_style != "wsd":
-        problems.append(
-            f"--lr_wsd_decay_steps {decay} has no effect with --lr_decay_style "
-            f"{optimizer.lr_decay_style}: give wsd"
-        )
-    elif decay is not None and decay + (warmup or 0) > max_steps:
-        problems.append(
-            f"--lr_wsd_decay_steps {decay} and --lr_warmup_steps {warmup or 0} together must be at "
-            f"most --max_steps {max_steps}"
-        )
-    return problems
 
 
 def _path_problems(data: DataConfig) -> list[str]:

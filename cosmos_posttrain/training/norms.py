@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
 from cosmos_posttrain import launch
+from cosmos_posttrain.training.offload import gradient_of, main_of
 from cosmos_posttrain.training.optimizer import is_row, parts_of
 
 
@@ -34,14 +35,15 @@ def gradient_norms(optimizer: Any) -> Tensor:
         part.prepare_grads()
         row_ids = _row_ids(part)
         for parameter in part.get_parameters():
-            if parameter.grad is None:
+            gradient = gradient_of(parameter)
+            if gradient is None:
                 continue
             if not param_is_not_tensor_parallel_duplicate(parameter):
-                copied.append(parameter.grad)
+                copied.append(gradient)
                 continue
             if id(parameter) in row_ids:
                 rows.append(len(counted))
-            counted.append(parameter.grad)
+            counted.append(gradient)
     squares = _squares(counted)
     total = squares.sum() + 0 * _squares(copied).sum()
     of_rows = torch.stack([squares[number] for number in rows]) if rows else squares[:0]
@@ -62,7 +64,7 @@ def _row_ids(part: Any) -> set[int]:
 def parameter_norm(optimizer: Any) -> Tensor:
     """Norm of the weights that are trained, as the optimizer keeps them (float32)."""
     own = [
-        parameter
+        main_of(part.optimizer, parameter)
         for part in parts_of(optimizer)
         for parameter in part.get_parameters()
         if param_is_not_tensor_parallel_duplicate(parameter)
@@ -71,10 +73,12 @@ def parameter_norm(optimizer: Any) -> Tensor:
 
 
 def _squares(tensors: list[Tensor]) -> Tensor:
-    """(n,) squared norms."""
+    """(n,) squared norms, float32, wherever the tensors lie."""
+    device = launch.device()
     if not tensors:
-        return torch.zeros(0, device=launch.device())
-    return torch.stack(torch._foreach_norm(tensors)).square()
+        return torch.zeros(0, device=device)
+    norms = torch._foreach_norm(tensors, 2, torch.float32)
+    return torch.stack([norm.to(device) for norm in norms]).square()
 
 
 def _summed(optimizer: Any, values: Tensor) -> Tensor:

@@ -20,8 +20,11 @@ from cosmos_posttrain.checkpoint.pieces import MASTER, OwnPart
 from cosmos_posttrain.checkpoint.torch_dist import AVERAGE
 from cosmos_posttrain.distributed.cpu_device import cpu_device, cuda_calls_mean_cpu
 from cosmos_posttrain.models.chunks import chunks_of
+from cosmos_posttrain.training import offload
 from cosmos_posttrain.training.config import TrainConfig
 from cosmos_posttrain.training.schedule import BODY, min_lr, row_rates
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build_optimizer(config: TrainConfig, model: torch.nn.Module, dtype: torch.dtype) -> Any:
@@ -43,12 +46,14 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module, dtype: torch.dt
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    with cpu_device():
+    offload.configure(megatron_config, settings)
+    with cpu_device(), offload.building(settings):
         optimizer = get_megatron_optimizer(
             megatron_config, chunks_of(model), use_gloo_process_groups=torch.cuda.is_available()
         )
     for part in parts_of(optimizer):
         _fuse(part.optimizer)
+        offload.order_streams(part.optimizer)
     if row_lr is not None:
         _tell_body_from_rows(optimizer)
     return optimizer
@@ -98,22 +103,27 @@ def apply_gradients(optimizer: Any, norm: float) -> None:
         # Megatron's formula.
         clip = part.config.clip_grad
         factor = clip / (norm + 1e-6) if clip > 0 else 1.0
-        if factor < 1 and (parameters := part.get_parameters()):
-            _scale(part.optimizer, [p.grad for p in parameters if p.grad is not None], factor)
+        if factor < 1:
+            for inner in offload.inner_optimizers(part.optimizer):
+                _scale(part.optimizer, inner, factor)
     with cuda_calls_mean_cpu():
         optimizer.step_with_ready_grads()
     for part in parts_of(optimizer):
-        part.optimizer.grad_scale = None
-        for parameter in part.get_parameters():
-            parameter.grad = None  # of gradients in bfloat16 a float32 copy
+        for inner in offload.inner_optimizers(part.optimizer):
+            inner.grad_scale = None
+        offload.forget_gradients(part.optimizer)
 
 
-def _scale(optimizer: Any, gradients: list[Tensor], factor: float) -> None:
+def _scale(optimizer: Any, inner: Any, factor: float) -> None:
     """Torch's fused AdamW scales gradients as it reads them; others get a pass of its own."""
-    if is_fused(optimizer):
-        optimizer.grad_scale = torch.full((), 1 / factor, device=gradients[0].device)
+    mains = [main for group in inner.param_groups for main in group["params"]]
+    if not mains:
+        return
+    if is_fused(inner):
+        inner.grad_scale = torch.full((), 1 / factor, device=mains[0].device)
     else:
-        torch._foreach_mul_(gradients, factor)
+        gradients = [offload.gradient_of(offload.parameter_of(optimizer, main)) for main in mains]
+        torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], factor)
 
 
 def parts_of(optimizer: Any) -> Iterator[Any]:
@@ -140,15 +150,12 @@ class CheckpointableOptimizer:
     def own_parts(self) -> Iterator[OwnPart]:
         """What this rank keeps of each parameter: views of the optimizer's own memory."""
         for part in parts_of(self.optimizer):
-            _make_state(part)
+            states = _make_state(part)
             for parameter, (group, order) in part.model_param_group_index_map.items():
-                main = part.optimizer.param_groups[group]["params"][order]
-                state = {
-                    name: value
-                    for name, value in part.optimizer.state[main].items()
-                    if isinstance(value, torch.Tensor) and value.shape == main.shape
-                }
-                if main.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
+                own = part.optimizer.param_groups[group]["params"][order]
+                main = offload.main_of(part.optimizer, own)
+                state = {name: states[main][name] for name in MOMENTS}
+                if main.dtype != parameter.dtype:
                     state[MASTER] = main.detach()
                 if self._averages is not None:
                     state[AVERAGE] = self._average_of(main)
@@ -164,41 +171,52 @@ class CheckpointableOptimizer:
 
     def average(self, decay: float) -> None:
         """Moves the average towards the weights: ``decay`` of it stays."""
-        mains = [
-            main
-            for part in parts_of(self.optimizer)
-            for group in part.optimizer.param_groups
-            for main in group["params"]
-        ]
         with torch.no_grad():
-            if mains:
-                torch._foreach_lerp_([self._average_of(main) for main in mains], mains, 1 - decay)
+            for inner in self._inner():
+                mains = [main for group in inner.param_groups for main in group["params"]]
+                if mains:
+                    averages = [self._average_of(main) for main in mains]
+                    torch._foreach_lerp_(averages, mains, 1 - decay)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Settings of the parameter groups, and the number of steps as ``step``."""
         step = self._step()
         return [
-            {key: value for key, value in group.items() if key != "params"} | {"step": step}
+            group | {"step": step}
             for part in parts_of(self.optimizer)
-            for group in part.optimizer.param_groups
+            for group in offload.plain_settings(part.optimizer)
         ]
 
-    def set_step(self, step: int) -> None:
-        """Goes on counting at ``step`` completed steps."""
+    def take_weights(self) -> None:
+        """Begins with the model's weights as they are now."""
+        self.optimizer.reload_model_params()
+        self._follow_weights()
+
+    def _follow_weights(self) -> None:
         for part in parts_of(self.optimizer):
-            if _counts_in_state(part.optimizer):
-                for state in part.optimizer.state.values():
+            offload.follow_weights(part.optimizer)
+
+    def set_step(self, step: int) -> None:
+        """Goes on counting at ``step`` completed steps, with all that was loaded."""
+        self._follow_weights()
+        for inner in self._inner():
+            if _counts_in_state(inner):
+                for state in inner.state.values():
                     state["step"].fill_(step)
             else:
-                for group in part.optimizer.param_groups:
+                for group in inner.param_groups:
                     group["step"] = step
 
     def _step(self) -> int:
         counts = [0]
-        for part in parts_of(self.optimizer):
-            counts += [int(state.get("step", 0)) for state in part.optimizer.state.values()]
-            counts += [int(group.get("step", 0)) for group in part.optimizer.param_groups]
+        for inner in self._inner():
+            counts += [int(state.get("step", 0)) for state in inner.state.values()]
+            counts += [int(group.get("step", 0)) for group in inner.param_groups]
         return max(counts)
+
+    def _inner(self) -> Iterator[Any]:
+        for part in parts_of(self.optimizer):
+            yield from offload.inner_optimizers(part.optimizer)
 
 
 def _counts_in_state(optimizer: Any) -> bool:
@@ -206,11 +224,17 @@ def _counts_in_state(optimizer: Any) -> bool:
     return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
 
 
-def _make_state(part: Any) -> None:
-    """Adam's moments (Megatron makes them) and counters, of zeros, where it has not stepped yet."""
-    part.init_state_fn(part.optimizer, part.config)
-    for group in part.optimizer.param_groups if _counts_in_state(part.optimizer) else ():
-        for main in group["params"]:
-            on_device = group["capturable"] or group["fused"]
-            step = torch.zeros((), device=main.device if on_device else "cpu")
-            part.optimizer.state[main].setdefault("step", step)
+def _make_state(part: Any) -> dict[Tensor, dict[str, Any]]:
+    """Adam's moments and counters, of zeros where it has not stepped yet."""
+    states = {}
+    for inner in offload.inner_optimizers(part.optimizer):
+        for group in inner.param_groups:
+            for main in group["params"]:
+                state = states[main] = inner.state[main]
+                for name in MOMENTS:
+                    if name not in state:
+                        state[name] = torch.zeros_like(main)
+                if _counts_in_state(inner) and "step" not in state:
+                    on_device = group["capturable"] or group["fused"]
+                    state["step"] = torch.zeros((), device=main.device if on_device else "cpu")
+    return states

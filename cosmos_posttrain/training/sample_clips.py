@@ -23,6 +23,7 @@ from cosmos_posttrain.errors import ConfigError, CosmosPosttrainError, UserError
 from cosmos_posttrain.inference.engine import generate
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.models.builder import CosmosGPTModel
+from cosmos_posttrain.training.building import gather_parameters
 from cosmos_posttrain.training.scores import gather_clips, guess_batch
 
 # As infer.py draws, and always the same draws: samples differ by what was learnt.
@@ -110,6 +111,7 @@ class SampleMaker:
         each = -(-self._num_clips // num_ranks)
         own = [min(rank * each + place, self._num_clips - 1) for place in range(each)]
         device = next(self._ddp.module.parameters()).device
+        gather_parameters(self._ddp)
         self._ddp.eval()
         rows, problem = [], ""
         try:

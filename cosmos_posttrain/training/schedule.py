@@ -11,7 +11,8 @@ from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from cosmos_posttrain.training.config import OptimizerConfig, TrainConfig
+from cosmos_posttrain.training.config import TrainConfig
+from cosmos_posttrain.training.optimizer_config import OptimizerConfig
 
 # In a parameter group: whether the body's parameters are in it.
 BODY = "is_body"

@@ -91,7 +91,11 @@ class Trainer:
         groups.initialize(inputs.parallelism, config.model.seed)
         self.dtype = building.training_dtype(config)
         self.model = building.build(config, inputs.model_config, self.dtype)
-        self.ddp = building.wrap(self.model, not config.optimizer.grad_reduce_in_bf16)
+        self.ddp = building.wrap(
+            self.model,
+            not config.optimizer.grad_reduce_in_bf16,
+            config.parallel.overlap_param_gather,
+        )
         self.optimizer = optimizers.CheckpointableOptimizer(
             optimizers.build_optimizer(config, self.ddp, self.dtype),
             has_average=config.optimizer.ema_decay is not None,
@@ -132,7 +136,7 @@ class Trainer:
         """Weights, and for a resumed run all the rest; returns what its callbacks kept."""
         if self.resume_from is None:
             self.inputs.load_weights(self.model)
-            self.optimizer.optimizer.reload_model_params()
+            self.optimizer.take_weights()
             return {}
         saved = None
         while saved is None:

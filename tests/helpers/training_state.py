@@ -51,6 +51,7 @@ def build(
     dtype: torch.dtype = torch.float32,
     parallelism: groups.Parallelism | None = None,
     seed: int = 1,
+    config: TrainConfig | None = None,
 ) -> TrainingState:
     """A fresh model with the trainer's optimizer around it, at this layout."""
     groups.initialize(parallelism or groups.Parallelism(), seed)
@@ -60,5 +61,5 @@ def build(
     )
     with cpu_device():
         ddp = DistributedDataParallel(module.config, settings, module)
-    optimizer = build_optimizer(TrainConfig(), ddp, dtype)
+    optimizer = build_optimizer(config or TrainConfig(), ddp, dtype)
     return TrainingState(module, ddp, CheckpointableOptimizer(optimizer))

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.geometry import LatentShape
-from cosmos_posttrain.models import blocks
+from cosmos_posttrain.models import blocks, heads
+from cosmos_posttrain.models import norm as norms
+from cosmos_posttrain.models import swiglu as swiglus
 from cosmos_posttrain.models.heads import rotated_heads
 from cosmos_posttrain.models.norm import RMSNorm
 from cosmos_posttrain.models.presets import preset
@@ -35,12 +37,17 @@ def _slow_norm(x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * weight
 
 
+def _slow_swiglu(both: Tensor) -> Tensor:
+    gate, gated = both.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * gated
+
+
 def _slow_heads(packed: Tensor, query_weight: Tensor, key_weight: Tensor) -> tuple[Tensor, ...]:
-    heads = packed.view(S, B, G, N + 2, D)
-    query = _slow_norm(heads[..., :N, :].reshape(S, B, G * N, D), query_weight)
+    parts = packed.view(S, B, G, N + 2, D)
+    query = _slow_norm(parts[..., :N, :].reshape(S, B, G * N, D), query_weight)
     rows = rotary_table(CONFIG).double()
-    key = _slow_norm(heads[..., N, :], key_weight)
-    return rotate(query, rows), rotate(key, rows), heads[..., N + 1, :]
+    key = _slow_norm(parts[..., N, :], key_weight)
+    return rotate(query, rows), rotate(key, rows), parts[..., N + 1, :]
 
 
 def _compare(
@@ -65,6 +72,31 @@ def _compare(
         assert float(difference / right.detach().abs().max()) < tolerance
 
 
+def _by_hand(function: Callable) -> Callable:
+    """What torch.compile is given."""
+    return function.__wrapped__  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled(dtype: torch.dtype) -> None:
+    _compare_compilable(lambda function: function, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_compiled(dtype: torch.dtype) -> None:
+    _compare_compilable(_by_hand, dtype)
+
+
+def _compare_compilable(taken: Callable[[Callable], Callable], dtype: torch.dtype) -> None:
+    rows = rotary_table(CONFIG)
+    norm, swiglu, rotate_heads = (taken(m._compiled) for m in (norms, swiglus, heads))
+    _compare(lambda x, weight: norm(x, weight, 1e-5), _slow_norm, [(S, B, D), (D,)], dtype)
+    _compare(swiglu, _slow_swiglu, [(S, B, 2 * D)], dtype)
+    shapes: list[tuple[int, ...]] = [(S, B, G * (N + 2) * D), (D,), (D,)]
+    _compare(lambda *x: rotate_heads(*x, rows, G, 1e-5), _slow_heads, shapes, dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm(dtype: torch.dtype) -> None:
     norm = _norm(dtype)
@@ -85,11 +117,7 @@ def test_a_norm_gives_the_same_bits_with_and_without_derivatives() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swiglu(dtype: torch.dtype) -> None:
-    def slow(both: Tensor) -> Tensor:
-        gate, gated = both.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate) * gated
-
-    _compare(_SwiGLU.apply, slow, [(S, B, 2 * D)], dtype)
+    _compare(_SwiGLU.apply, _slow_swiglu, [(S, B, 2 * D)], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

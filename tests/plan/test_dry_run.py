@@ -20,7 +20,13 @@ from cosmos_posttrain.plan import dry_run
 from cosmos_posttrain.plan.command import FLAGS, TrainCommand
 from cosmos_posttrain.plan.layouts import GIB
 from cosmos_posttrain.plan.looking import look_at_source
-from cosmos_posttrain.plan.memory import Layout, Workload, checkpoint_bytes, memory
+from cosmos_posttrain.plan.memory import (
+    Layout,
+    Workload,
+    checkpoint_bytes,
+    memory,
+    offloaded_bytes,
+)
 from cosmos_posttrain.training.config import TrainConfig
 from cosmos_posttrain.training.trainer import train
 
@@ -96,6 +102,19 @@ def test_what_changes_memory_and_time(
     of = [dict(re.findall(r"(gradients|activations) ([\d.]+)", text)) for text in (plain, changed)]
     assert float(of[1]["gradients"]) == pytest.approx(float(of[0]["gradients"]) / 2, abs=0.1)
     assert float(of[1]["activations"]) > float(of[0]["activations"])
+
+
+def test_the_optimizer_in_host_memory(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture, much_room: None
+) -> None:
+    words = [*twelve_b(clips, tmp_path / "run"), "--optimizer_cpu_offload"]
+    text = look(capsys, words)
+    model = look_at_source("nvidia/Cosmos-1.0-Autoregressive-12B").config
+    work = Workload(model, 1, 64, offload_fraction=1.0)
+    each = offloaded_bytes(work, Layout(4, data=16, sequence_parallel=True)) / 1e9
+    assert f"--optimizer_cpu_offload: up to {each:.1f} GB of host memory a process" in text
+    assert not re.search(r"GiB \(.*optimizer", text)
+    assert re.search(r"GiB \(.*optimizer", look(capsys, words[:-1]))
 
 
 def test_stages_and_slow_links(

@@ -320,6 +320,31 @@ def test_flags_of_the_training_script(
     )
 
 
+def test_the_optimizer_in_host_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """4B on one GPU that could not hold its optimizer; the command line asks for it."""
+    words = "--model 4B --gpus 1 --gpu_memory_gb 40 --global_batch_size 2 --json".split()
+    words.append("--optimizer_cpu_offload")
+    plan = json.loads(run_main(words, monkeypatch, capsys))
+    number, found = plan["parameters"]["total"], plan["recommended"]
+    assert found["memory_bytes"]["optimizer"] == 0 and found["offloaded_bytes"] == 16 * number
+    assert "--optimizer_cpu_offload" in plan["command"]
+    assert "--optimizer_offload_fraction" not in plan["command"]
+    words += ["--optimizer_offload_fraction", "0.75", "--gpu_memory_gb", "80"]
+    plan = json.loads(run_main(words, monkeypatch, capsys))
+    found = plan["recommended"]
+    assert found["memory_bytes"]["optimizer"] == 3 * number
+    assert found["offloaded_bytes"] == 12 * number
+    arguments = shlex.split(plan["command"].partition(".py ")[2])
+    config: Any = parse(TrainConfig, FLAGS, arguments, "train", "")
+    validate(config, 1)
+    assert config.optimizer.offloaded_share == 0.75
+    words.remove("--optimizer_cpu_offload")
+    with pytest.raises(ConfigError, match="has no effect without --optimizer_cpu_offload"):
+        run_main(words, monkeypatch, capsys)
+
+
 def test_the_reserve() -> None:
     """What is named leaves the reserve free, to the byte; another can be asked for."""
     work = Workload(preset("4B"))

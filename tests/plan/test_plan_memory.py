@@ -28,11 +28,13 @@ from cosmos_posttrain.plan.memory import (
     layer_activation_bytes,
     logits_bytes,
     memory,
+    offloaded_bytes,
     optimizer_bytes,
     stage_activation_bytes,
     weight_bytes,
 )
 from cosmos_posttrain.plan.parameters import parameter_groups
+from cosmos_posttrain.training.optimizer import parts_of
 from cosmos_posttrain.training.trainer import train
 
 # The formulas leave out a few masks and what DDP adds to divide its buffers evenly.
@@ -327,6 +329,37 @@ def test_what_a_checkpoint_copies(
     assert measured["host"] == host_bytes(work, Layout()) == checkpoint_bytes(work)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [("float32", {}), ("bfloat16", {"optimizer__ema_decay": 0.9})],
+    ids=["float32", "bfloat16-average"],
+)
+def test_the_optimizer_in_host_memory(
+    tokens: Path, tmp_path: Path, dtype: str, settings: dict[str, Any]
+) -> None:
+    from cosmos_posttrain.training.trainer import Trainer
+
+    settings = {"optimizer__cpu_offload": True, **settings}
+    trainer = Trainer(training_config(tokens, tmp_path, dtype, Layout(), **settings))
+    trainer.train_step(next(trainer.batches()))
+    trainer.close()
+    (part,) = parts_of(trainer.optimizer.optimizer)
+    kept = list((trainer.optimizer._averages or {}).values())
+    for inner in part.optimizer.sub_optimizers:
+        for main, state in inner.state.items():
+            kept += [main, main.grad, state["exp_avg"], state["exp_avg_sq"]]
+    model_bytes = {buffer.param_data.untyped_storage().data_ptr() for buffer in trainer.ddp.buffers}
+    assert not model_bytes & {tensor.untyped_storage().data_ptr() for tensor in kept}
+    average = "optimizer__ema_decay" in settings
+    work = Workload(preset("tiny"), 1, 2, dtype, keeps_average=average, offload_fraction=1.0)
+    assert sum(tensor.nbytes for tensor in kept) == offloaded_bytes(work, Layout())
+    assert optimizer_bytes(work, Layout(), 0) == 0
+    half = dataclasses.replace(work, offload_fraction=0.5)
+    without = dataclasses.replace(work, offload_fraction=0.0)
+    assert optimizer_bytes(half, Layout(), 0) == optimizer_bytes(without, Layout(), 0) / 2
+    assert memory(work, Layout()).total < memory(without, Layout()).total
+
+
 def test_shares_of_a_checkpoint_add_up() -> None:
     """What the ranks copy is what lies on disk, but for norms, which tensor parallelism repeats."""
     work = Workload(preset("12B"), keeps_average=True)
@@ -393,8 +426,9 @@ def test_the_fused_swiglu_of_gpus(dtype: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("offloaded", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_peak_memory_on_a_gpu(tmp_path: Path, recompute: bool) -> None:
+def test_peak_memory_on_a_gpu(tmp_path: Path, recompute: bool, offloaded: bool) -> None:
     """A wide model of two layers: the plan, without the framework's share, bounds what is used."""
     from cosmos_posttrain import launch
     from cosmos_posttrain.models.presets import PRESETS
@@ -408,6 +442,7 @@ def test_peak_memory_on_a_gpu(tmp_path: Path, recompute: bool) -> None:
         patch.setitem(PRESETS, "tiny", model)
         config = training_config(write_tokens(tmp_path), tmp_path / "run", "bfloat16", layout)
         config.micro_batch_size = 2
+        config.optimizer.cpu_offload = offloaded
         torch.cuda.reset_peak_memory_stats(launch.device())
         trainer = Trainer(config)
         batches = next(trainer.batches())
@@ -415,7 +450,7 @@ def test_peak_memory_on_a_gpu(tmp_path: Path, recompute: bool) -> None:
             trainer.train_step(batches)
         trainer.close()
     peak = torch.cuda.max_memory_allocated(launch.device())
-    expected = memory(Workload(model, 2, 2), layout)
+    expected = memory(Workload(model, 2, 2, offload_fraction=float(offloaded)), layout)
     # Buffers that come and go are an upper estimate, so the plan may be above what is used.
     held = expected.total - expected.overhead
     assert held - expected.working <= peak * 1.1
