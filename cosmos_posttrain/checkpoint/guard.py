@@ -1,8 +1,9 @@
 """Keeps code out of torch_dist folders: their index and their common file are pickles.
 
 Flows in: the ``.metadata`` of a torch_dist folder, and its common values. Flows out: its
-``Metadata``, made of tables of names, shapes and file offsets only, and plain values. torch reads the same file with an unguarded ``pickle.load``, so
-every folder passes through ``read_metadata`` first.
+``Metadata``, made of tables of names, shapes and file offsets only, and plain values. torch reads
+the same file with an unguarded ``pickle.load``, so every folder passes through ``read_metadata``
+first.
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ def test_common_values_in_an_object(model: Any, tmp_path: Path) -> None:
 def test_code_in_the_common_object(model: Any, tmp_path: Path) -> None:
     weights = _saved(model, tmp_path) / "weights"
     _with_common_object(weights, [{"x": _Call(Path.touch, tmp_path / "executed")}])
-    with pytest.raises(CheckpointError, match="common_state.* and was not executed"):
+    with pytest.raises(CheckpointError, match=r"common_state.* and was not executed"):
         dist.load(weights, model.module)
     assert not (tmp_path / "executed").exists()
 
