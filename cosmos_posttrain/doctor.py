@@ -1,7 +1,8 @@
 """Checks an installation: ``python -m cosmos_posttrain.doctor``.
 
-Flows in: nothing but the machine. Flows out: a table of versions, and a table of checks with PASS,
-FAIL or SKIP, the reason, and the largest difference; exit code 1 if anything failed.
+Flows in: nothing but the machine. Flows out: a table of what is installed, with what to do about
+what is missing (``installation.py``), and a table of checks with PASS, FAIL or SKIP, the reason,
+and the largest difference; exit code 1 if anything failed.
 
 The shipped case ``golden/base_12b_like`` comes from the public reference implementation: random
 weights, with YaRN and grouped queries, one of its sequences, and of its vocabulary the tokens that
@@ -13,7 +14,6 @@ agreed with the reference, for weights and a video that are computed here.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import io
 import json
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from cosmos_posttrain import files, launch
 from cosmos_posttrain.cli import Flag, parse
 from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.installation import Installed, parts, version_of
 from cosmos_posttrain.launch import run_cli
 
 if TYPE_CHECKING:
@@ -49,17 +50,10 @@ TOLERANCES = {
     ("cpu", "bfloat16"): 0.15,
     ("cuda", "bfloat16"): 0.15,
 }
-PACKAGES = (
-    "torch",
-    "megatron-core",
-    "transformer-engine",
-    "apex",
-    "av",
-    "numpy",
-    "omegaconf",
-    "safetensors",
-    "huggingface_hub",
-)
+PACKAGES = ("omegaconf", "safetensors", "huggingface_hub")
+# Levels of 255 between flat colours before and after an mp4: chroma in half size, 8 bits, x264, and
+# torchcodec's rounding.
+VIDEO_TOLERANCE = 6.0
 
 
 @dataclass
@@ -212,6 +206,22 @@ def check_checkpoints() -> Iterator[Result]:
     yield _judge("checkpoint: model.pt -> Megatron -> model.pt", difference, 0.0)
 
 
+def check_video() -> Iterator[Result]:
+    """Flat colours written as an mp4 and read again."""
+    import torch
+
+    from cosmos_posttrain.video import decoder_label, read_clips, write_mp4
+
+    colours = torch.tensor([(250, 20, 20), (20, 250, 20), (20, 20, 250), (128, 128, 128)])
+    frames = colours.T[:, :, None, None].expand(3, 4, 48, 64).to(torch.uint8).contiguous()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "colours.mp4"
+        write_mp4(path, frames, 24)
+        read = read_clips(path, [0], 4, 48, 64)[0].frames
+    difference = _max_difference(read, frames)
+    yield _judge(f"video: mp4 and back, {decoder_label()}", difference, VIDEO_TOLERANCE)
+
+
 def _transformer_engine_missing() -> str:
     if launch.device().type != "cuda":
         return "needs a GPU"
@@ -291,6 +301,7 @@ def run_checks(quick: bool) -> Iterator[Result]:
             yield from _guarded(name, run)
     yield from _guarded("tokenizer", check_tokenizer)
     yield from _guarded("checkpoint", check_checkpoints)
+    yield from _guarded("video", check_video)
     yield from _guarded("two processes", lambda: _two_processes(quick))
 
 
@@ -305,35 +316,40 @@ def work(output: Path) -> None:
         files.write_json(output, {"results": [asdict(result) for result in results]})
 
 
-def versions() -> list[tuple[str, str]]:
-    """Names and versions of what matters, the devices among them."""
+def versions() -> list[Installed]:
+    """Versions of what matters, with what to do about what is missing, and the devices."""
     import torch
 
-    rows = [("python", platform.python_version()), ("platform", platform.platform())]
-    for name in PACKAGES:
-        try:
-            rows.append((name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            rows.append((name, "not installed"))
-    rows.append(("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads"))
+    rows = [
+        *parts(),
+        *(Installed(name, version_of(name) or "not installed") for name in PACKAGES),
+    ]
+    rows.append(Installed("platform", platform.platform()))
+    rows.append(
+        Installed("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads")
+    )
     if not torch.cuda.is_available():
-        return [*rows, ("GPU", "none")]
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    rows += [("CUDA", str(torch.version.cuda)), ("NCCL", nccl)]
+        return [*rows, Installed("GPU", "none")]
+    rows.append(Installed("NCCL", ".".join(map(str, torch.cuda.nccl.version()))))
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        rows.append((f"GPU {index}", f"{device.name}, {device.total_memory / 2**30:.0f} GiB"))
+        rows.append(
+            Installed(f"GPU {index}", f"{device.name}, {device.total_memory / 2**30:.0f} GiB")
+        )
     return rows
 
 
-def _print_tables(rows: list[tuple[str, str]], results: list[Result]) -> None:
+def _print_tables(rows: list[Installed], results: list[Result]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    table = Table("what", "version", title="installation")
-    for name, version in rows:
-        table.add_row(name, version)
+    table = Table(title="installation")
+    for heading in ("what", "version", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, (row.name, row.version, row.advice)))
     console.print(table)
     table = Table("check", "result", "difference", "detail", title="checks")
     colours = {"PASS": "green", "FAIL": "bold red", "SKIP": "yellow"}

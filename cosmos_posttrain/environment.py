@@ -15,7 +15,10 @@ from typing import Any
 
 from cosmos_posttrain import launch
 
-PACKAGES = ("cosmos_posttrain", "torch", "megatron-core", "transformer-engine", "numpy", "av")
+PACKAGES = (
+    *("cosmos_posttrain", "torch", "megatron-core", "transformer-engine", "numpy"),
+    *("av", "torchcodec"),
+)
 _GIT_SECONDS = 5
 
 

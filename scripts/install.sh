@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Installs cosmos_posttrain into the Python environment that is active, as the container image does.
 #
-# Where torch is already there (an NVIDIA image), nothing that belongs to its GPU stack is replaced:
-# megatron-core and this package go in without their dependencies, the others are resolved against
-# the installed versions, and the script fails if one of the protected packages changed after all.
-# Where it is not, everything comes from constraints.txt.
+# Where torch is already there (an NVIDIA image), nothing that belongs to its GPU stack is replaced,
+# numpy and megatron-core included: megatron-core (where it is missing) and this package go in without
+# their dependencies, the others are resolved against the installed versions, and the script fails if
+# one of the protected packages changed after all. Where torch is not there, everything comes from
+# constraints.txt. PyAV may fail to install where torchcodec is there: it then reads videos.
 #
 #   PYTHON           interpreter to install for (default: python3)
 #   EXTRAS           extras of pyproject.toml, comma separated (default: none)
@@ -19,6 +20,14 @@ trap 'rm -rf "$work"' EXIT
 cd "$root"
 
 plan() { "$python" "$root/scripts/install_plan.py" "$@"; }
+
+# With the pins of constraints.txt; where they do not fit what is here (an older numpy, constraints of
+# the image's own), with the protected versions alone.
+resolve() {
+    "$python" -m pip install --constraint "$work/constraints.txt" "$@" && return
+    echo "install: the pins of constraints.txt do not fit what is here; once more without them" >&2
+    "$python" -m pip install --constraint "$work/before.txt" "$@"
+}
 
 plan check-python
 plan protected > "$work/before.txt"
@@ -35,10 +44,22 @@ fi
 
 # megatron-core asks for torch>=2.6.0, which an image's pre-release 2.6.0a0+... does not satisfy.
 plan requirements megatron-core > "$work/megatron.txt"
-"$python" -m pip install --no-deps --constraint "$work/constraints.txt" --requirement "$work/megatron.txt"
+if ! "$python" -m pip install --no-deps --constraint "$work/constraints.txt" \
+        --requirement "$work/megatron.txt"; then
+    echo "install: needs $(cat "$work/megatron.txt"), and what is here stays: take a newer image" >&2
+    exit 1
+fi
 
 plan requirements > "$work/requirements.txt"
-"$python" -m pip install --constraint "$work/constraints.txt" --requirement "$work/requirements.txt"
+resolve --requirement "$work/requirements.txt"
+plan requirements av > "$work/video.txt"
+if ! resolve --only-binary av --requirement "$work/video.txt"; then
+    if ! plan has torchcodec; then
+        echo "install: PyAV could not be installed, and torchcodec is not here to read videos" >&2
+        exit 1
+    fi
+    echo "install: PyAV could not be installed; torchcodec, which is here, reads videos"
+fi
 "$python" -m pip install --no-deps --editable .
 
 plan protected > "$work/after.txt"

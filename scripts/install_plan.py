@@ -5,7 +5,7 @@ Flows in: pyproject.toml, constraints.txt, the packages of this interpreter. Flo
     protected              ``name==version`` of each installed package of the GPU stack
     constraints            the pins of constraints.txt for packages that are not installed yet, and
                            the installed versions of the protected ones
-    requirements           the dependencies (and those of EXTRAS) but torch and megatron-core
+    requirements           the dependencies (and those of EXTRAS) but torch, megatron-core and PyAV
     requirements NAME ...  the dependencies with these names alone
     has NAME               exit code 0 if that package is installed
     check-python           exit code 2, with a sentence, if this Python is too old
@@ -23,13 +23,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Built against each other in NVIDIA's images. numpy is here because torch and apex are compiled
-# against the image's one.
+# Built against each other, or tried together, in NVIDIA's images. numpy is here because torch and
+# apex are compiled against the image's one.
 PROTECTED = re.compile(
-    r"(torch|torchvision|torchaudio|torchao|torch-tensorrt|pytorch-triton|triton"
-    r"|transformer-engine.*|apex|flash-attn.*|numpy|nvidia-.*|cuda-.*|cudnn.*)"
+    r"(torch|torchvision|torchaudio|torchao|torchcodec|torch-tensorrt|pytorch-triton|triton"
+    r"|transformer-engine.*|apex|flash-attn.*|numpy|nvidia-.*|cuda-.*|cudnn.*"
+    r"|megatron-.*|nemo-.*)"
 )
-INSTALLED_ALONE = ("torch", "megatron-core")
+INSTALLED_ALONE = ("torch", "megatron-core", "av")
 
 
 def canonical(name: str) -> str:
@@ -71,7 +72,7 @@ def constraints() -> list[str]:
 
 
 def requirements(names: list[str]) -> list[str]:
-    """Dependencies of the package and of EXTRAS: those called ``names``, or all but two."""
+    """Dependencies of the package and of EXTRAS: those called ``names``, or all but three."""
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

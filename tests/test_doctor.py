@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from cosmos_posttrain import doctor
 from cosmos_posttrain.inference.decode_state import DecodeState
+from cosmos_posttrain.installation import Installed
 from cosmos_posttrain.models.ar_model import ARModel
 from cosmos_posttrain.tokenizer.network import DVNetwork
+from cosmos_posttrain.video import choice
 
 
 @pytest.mark.slow
@@ -87,6 +89,22 @@ def test_a_check_that_raises_fails_alone() -> None:
     assert first.status == "PASS"
     assert (second.check, second.status) == ("second", "FAIL")
     assert second.detail == "RuntimeError: no luck"
+
+
+def test_video_is_written_and_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    (result,) = doctor.check_video()
+    assert result.status == "PASS", result
+    monkeypatch.setenv(choice.VARIABLE, "opencv")
+    (result,) = doctor._guarded("video", doctor.check_video)
+    assert result.status == "FAIL" and "it may be pyav or torchcodec" in result.detail
+
+
+def test_the_tables_say_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """Advice is shown as it is: brackets are no markup."""
+    rows = [Installed("nemo_run", "not installed", "pip install '.[launch]'")]
+    doctor._print_tables(rows, [])
+    assert "pip install '.[launch]'" in capsys.readouterr().out
+    assert doctor.versions()[0].name == "python"
 
 
 def test_what_is_not_finite_is_no_match() -> None:

@@ -34,6 +34,7 @@ ROOMS = (
     ("training", "tokenizer_training"),
     ("evaluation",),
     ("nemo", "serve"),
+    ("installation",),
     ("plan", "doctor", "download", "reproduce", "toy_world"),
     ("submit",),
 )

@@ -71,6 +71,8 @@ def _rows_of(manifest: Manifest) -> Iterator[tuple[str, str]]:
         num_rejected = sum(manifest.rejected.values())
         num_read = num_listed - manifest.num_failures - num_rejected
         yield "videos", f"{num_read:,} read, {manifest.num_failures:,} could not be read"
+    if decoder := manifest.plan.get("decoder"):
+        yield "", f"decoded by {decoder}"
     for reason, count in manifest.rejected.items():
         yield "", f"{count:,} left out: {reason}"
     yield "fingerprint", manifest.fingerprint

@@ -18,16 +18,13 @@ from typing import TYPE_CHECKING
 
 from cosmos_posttrain.errors import UserError, VideoError
 from cosmos_posttrain.video import VIDEO_EXTENSIONS, VideoInfo, probe
-from cosmos_posttrain.video.decode import iter_frames
+from cosmos_posttrain.video.backend import Fit
+from cosmos_posttrain.video.choice import chosen
 from cosmos_posttrain.video.files import find_files
-from cosmos_posttrain.video.pixels import FrameFitter
-from cosmos_posttrain.video.streams import open_video, pixel_aspect
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-_BICUBIC = 0x4  # swscale's default, and nothing finer
 
 
 @dataclass(frozen=True)
@@ -188,7 +185,6 @@ def iter_pair(pair: Pair, window: Window) -> Iterator[tuple[NDArray[np.uint8], N
 
 
 def _frames(path: Path, wanted: Sequence[int], window: Window) -> Iterator[NDArray[np.uint8]]:
-    with open_video(path) as (_, stream):
-        fitter = FrameFitter(window.height, window.width, pixel_aspect(stream), _BICUBIC)
-    for _, frame in iter_frames(path, wanted):
-        yield fitter(frame)
+    fit = Fit(window.height, window.width, is_fine=False)
+    for _, pixels in chosen().iter_pixels(path, wanted, fit):
+        yield pixels

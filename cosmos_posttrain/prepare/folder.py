@@ -41,6 +41,8 @@ from cosmos_posttrain.data.threads import mapped
 from cosmos_posttrain.errors import DatasetError, OutputFolderError, SaveError
 
 MAX_SAID = 10  # warnings
+DECODER = "decoder"  # of a plan: name and version of what decoded the videos, one or several
+_NOT_RECORDED = "pyav (version not recorded)"  # by earlier versions, which had no other
 
 
 @dataclass(frozen=True)
@@ -278,13 +280,15 @@ class OutputFolder:
             contract, theirs = recorded
             difference = self.contract.difference(contract)
             for key, ours in self.plan.items():
-                if difference is None and theirs.get(key) != ours:
+                if difference is None and key != DECODER and theirs.get(key) != ours:
                     difference = f"{key} {ours} here, {theirs.get(key)} there"
             if difference:
                 raise OutputFolderError(
                     f"the output folder {self.folder} holds another data set ({difference}); "
                     "name another folder, or start anew with --overwrite."
                 )
+            if DECODER in self.plan and not (self.folder / MANIFEST_FILE).is_file():
+                self._check_decoder(str(theirs.get(DECODER, _NOT_RECORDED)))
             return
         names = os.listdir(self.folder) if self.folder.is_dir() else []
         if any(is_ours(name) for name in names):
@@ -292,6 +296,21 @@ class OutputFolder:
                 f"the output folder {self.folder} holds shards but neither {MANIFEST_FILE} nor "
                 f"{PLAN_FILE}; name another folder, or start anew with --overwrite."
             )
+
+    def _check_decoder(self, theirs: str) -> None:
+        """Other libraries give other tokens; another version goes on, and is recorded too."""
+        ours = str(self.plan[DECODER])
+        if ours.split()[0] != theirs.split()[0]:
+            raise OutputFolderError(
+                f"the shards in {self.folder} were decoded by {theirs}, and {ours} would give "
+                "other tokens; go on where the former is installed, or start anew with --overwrite."
+            )
+        if ours in theirs.split(", "):
+            ours = theirs
+        else:
+            launch.say(f"warning: going on with {ours} what {theirs} began.", error=True)
+            ours = f"{theirs}, {ours}"
+        self.plan = {**self.plan, DECODER: ours}
 
     def read_record(self, name: str) -> ShardRecord:
         """The record of a finished shard.

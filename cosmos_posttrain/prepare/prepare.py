@@ -25,7 +25,12 @@ from cosmos_posttrain.errors import PartialFailureError
 from cosmos_posttrain.prepare.config import PrepareConfig, geometry, validate
 from cosmos_posttrain.prepare.decoding import ClipSpec
 from cosmos_posttrain.prepare.encoders import PreparationEncoders
-from cosmos_posttrain.prepare.folder import OutputFolder, check_writable, recorded_contract
+from cosmos_posttrain.prepare.folder import (
+    DECODER,
+    OutputFolder,
+    check_writable,
+    recorded_contract,
+)
 from cosmos_posttrain.prepare.onex.importing import import_onex
 from cosmos_posttrain.prepare.prompt_job import PromptJob, in_shards, run_prompt_jobs
 from cosmos_posttrain.prepare.pt_files import import_pt_files
@@ -40,6 +45,7 @@ from cosmos_posttrain.prepare.sources import (
     parse_clips_per_video,
     sources_sha256,
 )
+from cosmos_posttrain.video import decoder_label, decoder_name
 
 if TYPE_CHECKING:
     from cosmos_posttrain.text import TextEncoder
@@ -61,7 +67,8 @@ def prepare(
         The manifest, on every rank.
 
     Raises:
-        UserError: bad settings or input, or another process is writing; nothing was written.
+        UserError: bad settings or input, nothing here that decodes video, or another process is
+            writing; nothing was written.
         PartialFailureError: more than ``max_failures`` videos could not be read; everything else
             is written and complete.
         SaveError: the disk is full; finished shards stay.
@@ -136,7 +143,7 @@ class Preparation:
         config, clip = self._config, geometry(self._config)
         tokenizer = self._encoders.tokenizer_facts()
         dtype = token_dtype(tokenizer.info.vocab_size)
-        plan = _make_plan(config, sources) | tokenizer.plan
+        plan = _make_plan(config, sources) | tokenizer.plan | {DECODER: decoder_label()}
         if not self._encoders.has_text:
             return make_contract(tokenizer.info, clip, dtype), plan
         earlier = None if config.overwrite else recorded_contract(self._folder)
@@ -172,15 +179,17 @@ class Preparation:
             config.batch_size,
             config.encoder_threads,
             self._folder,
+            decoder_name(),
         )
 
     def finish(self) -> Manifest:
         """Writes the manifest when all shards are done, or reads it where it was there before."""
         if self._output is None:
             manifest = Manifest.load(self._folder)
+            decoder = manifest.plan.get(DECODER)
             launch.say(
-                f"{self._folder} is complete already: {manifest.num_documents} clips; nothing to "
-                "do."
+                f"{self._folder} is complete already: {manifest.num_documents} clips"
+                f"{f', decoded by {decoder}' if decoder else ''}; nothing to do."
             )
             return manifest
         manifest = self._output.finish()

@@ -17,12 +17,13 @@ import torch
 
 from cosmos_posttrain import files, launch
 from cosmos_posttrain.distributed import groups, meeting
-from cosmos_posttrain.errors import CosmosPosttrainError, VideoError
+from cosmos_posttrain.errors import CosmosPosttrainError, UserError, VideoError
 from cosmos_posttrain.prepare.decoding import DecodingPool
 from cosmos_posttrain.prepare.shard_job import ClipEncoder, ShardJob
 from cosmos_posttrain.prepare.sources import VideoSource
 from cosmos_posttrain.runlog import ProgressDisplay
-from cosmos_posttrain.video import Clip
+from cosmos_posttrain.video import Clip, decoder_name
+from cosmos_posttrain.video.choice import VARIABLE
 
 T = TypeVar("T")
 
@@ -37,9 +38,17 @@ def run_jobs(jobs: Sequence[ShardJob], encoder: ClipEncoder, num_workers: int) -
         jobs: of one preparation.
         encoder: for all of them.
         num_workers: decoding threads.
+
+    Raises:
+        UserError: this process decodes with another library than the first one.
     """
     if not jobs:
         return
+    if (name := decoder_name()) != jobs[0].decoder:
+        raise UserError(
+            f"this process (rank {launch.rank()}) decodes with {name}, the first one with "
+            f"{jobs[0].decoder}: install the same on all machines, or set {VARIABLE} on all."
+        )
     sources = [source for job in jobs for source in job.sources if job.refusal(source) is None]
     num_ranks = launch.world_size()
     label = f"process 1 of {num_ranks}" if num_ranks > 1 else ""

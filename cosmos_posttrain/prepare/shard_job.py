@@ -67,6 +67,7 @@ class ShardJob:
         batch_size: clips in one call of the encoder.
         encoder_threads: CPU threads of the encoder.
         folder: where the shard is written.
+        decoder: name of the library that decodes, whoever runs the job: another gives other tokens.
     """
 
     number: int
@@ -76,6 +77,7 @@ class ShardJob:
     batch_size: int
     encoder_threads: int
     folder: Path
+    decoder: str
 
     def run(self, encoder: ClipEncoder, read: ReadSource) -> ShardRecord:
         """Reads, encodes and writes; sources that cannot be read are part of the result.

@@ -8,6 +8,7 @@ found or with the sentence that refuses the file. What a file makes of a decoder
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import resource
 import sys
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos_posttrain.errors import VideoError
+from cosmos_posttrain.errors import UserError, VideoError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +38,7 @@ class Wanted:
         width: likewise.
         max_side: pixels of the longer side that are let in.
         max_seconds: of a clip that are let in.
-        memory_bytes: of the process; it ends where it needs more.
+        memory_bytes: for the file; the process ends where it needs more.
         cpu_seconds: likewise.
     """
 
@@ -69,10 +70,16 @@ class Found:
 
 
 def limit_process(wanted: Wanted) -> None:
-    """Takes memory, time and files away from this process, for good."""
+    """Takes memory, time and files away from this process, for good.
+
+    What it took to come here stays: the one library for video is larger than the other.
+    """
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = int(used.ru_utime + used.ru_stime) + wanted.cpu_seconds
     for kind, amount in (
-        (resource.RLIMIT_AS, wanted.memory_bytes),
-        (resource.RLIMIT_CPU, wanted.cpu_seconds),
+        (resource.RLIMIT_AS, pages * resource.getpagesize() + wanted.memory_bytes),
+        (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_FSIZE, wanted.memory_bytes),
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
@@ -91,30 +98,25 @@ def read(wanted: Wanted) -> tuple[Found, NDArray[np.uint8]]:
     import numpy as np
 
     from cosmos_posttrain.video import is_image
-    from cosmos_posttrain.video.decode import iter_frames
-    from cosmos_posttrain.video.pixels import FrameFitter
-    from cosmos_posttrain.video.streams import frame_rate, open_video, pixel_aspect
+    from cosmos_posttrain.video.backend import Fit
+    from cosmos_posttrain.video.choice import chosen
 
     path, is_still = Path(wanted.name), is_image(wanted.name)
     if is_still:
         _check_image(path, wanted.max_side)
     count = 1 if is_still else wanted.num_frames
-    with open_video(path) as (container, stream):
-        context = stream.codec_context
-        _check_side(path, context.width, context.height, wanted.max_side)
-        seconds = float((stream.duration or 0) * (stream.time_base or 0))
-        seconds = seconds or (container.duration or 0) / 1e6
-        if not is_still and seconds > wanted.max_seconds:
-            raise VideoError(
-                f"{path} lasts {seconds:.0f} s, and at most {wanted.max_seconds:g} s are let in; "
-                "cut its beginning out."
-            )
-        fps = 0.0 if is_still else frame_rate(stream)
-        fitter = FrameFitter(wanted.height, wanted.width, pixel_aspect(stream))
-    images = []
-    for _, frame in iter_frames(path, range(count)):
-        _check_side(path, frame.width, frame.height, wanted.max_side)
-        images.append(fitter(frame))
+    video = chosen()
+    header = video.read_header(path)
+    _check_side(path, header.width, header.height, wanted.max_side)
+    if not is_still and header.duration_seconds > wanted.max_seconds:
+        raise VideoError(
+            f"{path} lasts {header.duration_seconds:.0f} s, and at most {wanted.max_seconds:g} s "
+            "are let in; cut its beginning out."
+        )
+    fps = 0.0 if is_still else header.fps
+    check = functools.partial(_check_side, path, max_side=wanted.max_side)
+    fit = Fit(wanted.height, wanted.width, check=check)
+    images = [pixels for _, pixels in video.iter_pixels(path, range(count), fit)]
     if not images:
         raise VideoError(f"{path} has no frame that can be decoded.")
     num_repeated = count - len(images)
@@ -145,10 +147,16 @@ def _check_side(path: Path, width: int, height: int, max_side: int) -> None:
 
 def main(argument: str) -> dict[str, Any]:
     """Reads an upload and leaves its frames; returns what is printed."""
-    wanted = Wanted(**json.loads(argument))
-    limit_process(wanted)
     import numpy as np
 
+    from cosmos_posttrain.video.choice import chosen
+
+    wanted = Wanted(**json.loads(argument))
+    try:
+        chosen()
+    except UserError as error:
+        return {"problem": str(error)}
+    limit_process(wanted)
     try:
         found, frames = read(wanted)
     except VideoError as error:

@@ -24,13 +24,17 @@ from cosmos_posttrain.errors import VideoError
 from cosmos_posttrain.serve import reading
 from cosmos_posttrain.serve.reading import Found, Wanted
 from cosmos_posttrain.video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from cosmos_posttrain.video.choice import VARIABLE
 
 _READ_SECONDS = 60.0
 # What is left of a refused upload is thrown away for so long, so that its sender gets the answer.
 _DRAIN_SECONDS = 30.0
 _MAX_NAME_BYTES = 100
 # Of the environment: no tokens, no proxies.
-_KEPT_VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "HOME")
+_KEPT_VARIABLES = (
+    *("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "HOME"),
+    VARIABLE,
+)
 
 
 class TooLargeError(Exception):

@@ -7,8 +7,16 @@ frames asked for as ``(3, T, H, W) uint8``, resized and centre-cropped, and H.26
 from __future__ import annotations
 
 from cosmos_posttrain.errors import VideoError
-from cosmos_posttrain.video.clips import Clip, iter_clips, read_clips, read_image, read_input
-from cosmos_posttrain.video.decode import VideoInfo, probe
+from cosmos_posttrain.video.backend import VideoInfo
+from cosmos_posttrain.video.choice import decoder_label, decoder_name
+from cosmos_posttrain.video.clips import (
+    Clip,
+    iter_clips,
+    probe,
+    read_clips,
+    read_image,
+    read_input,
+)
 from cosmos_posttrain.video.files import (
     IMAGE_EXTENSIONS,
     VIDEO_EXTENSIONS,
@@ -24,6 +32,8 @@ __all__ = [
     "Clip",
     "VideoError",
     "VideoInfo",
+    "decoder_label",
+    "decoder_name",
     "is_image",
     "iter_clips",
     "list_videos",

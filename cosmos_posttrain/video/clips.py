@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cosmos_posttrain.errors import VideoError
-from cosmos_posttrain.video.decode import iter_frames, probe
+from cosmos_posttrain.video.backend import Fit, VideoInfo
+from cosmos_posttrain.video.choice import chosen
 from cosmos_posttrain.video.files import is_image
-from cosmos_posttrain.video.pixels import FrameFitter
-from cosmos_posttrain.video.streams import frame_rate, open_video, pixel_aspect
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +57,18 @@ def _to_clip(
     return Clip(tensor, start, stride, num_repeated, fps)
 
 
+def probe(path: str | Path) -> VideoInfo:
+    """Size, rate and length of a video; decodes one frame, which proves that it can be decoded.
+
+    The number of frames is the container's own where that is exact (mp4, mov), else counted from
+    the packets.
+
+    Raises:
+        VideoError: the file cannot be opened or its first frame cannot be decoded.
+    """
+    return chosen().probe(path)
+
+
 def iter_clips(
     path: str | Path,
     starts: Sequence[int],
@@ -81,21 +92,19 @@ def iter_clips(
         )
     if not starts:
         return
-    with open_video(path) as (_, stream):
-        fps = frame_rate(stream)
-        fitter = FrameFitter(height, width, pixel_aspect(stream))
+    fps = chosen().read_header(path).fps
     ordered = sorted(set(starts))
     span = [offset * stride for offset in range(num_frames)]
     wanted = sorted({start + offset for start in ordered for offset in span})
-    source = iter_frames(path, wanted)
+    source = chosen().iter_pixels(path, wanted, Fit(height, width))
     buffer: dict[int, NDArray[np.uint8]] = {}
     for position, start in enumerate(ordered):
         needed = [start + offset for offset in span]
         while needed[-1] not in buffer:
-            number, frame = next(source, (-1, None))
-            if frame is None:
+            number, pixels = next(source, (-1, None))
+            if pixels is None:
                 break
-            buffer[number] = fitter(frame)
+            buffer[number] = pixels
         present = [buffer[number] for number in needed if number in buffer]
         if not present:
             raise VideoError(f"{path} ends before frame {start}, where a clip should start.")

@@ -1,4 +1,4 @@
-"""Exactly the frames that are needed, out of a video file.
+"""Exactly the frames that are needed, out of a video file, with PyAV.
 
 Flows in: a path and a set of frame numbers (presentation order, as a player counts). Flows out:
 those frames, in order, decoded from the keyframe before them and not further than the last one.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from cosmos_posttrain.errors import VideoError
+from cosmos_posttrain.video.backend import VideoInfo
 from cosmos_posttrain.video.streams import error_text, frame_rate, open_video, pixel_aspect
 
 if TYPE_CHECKING:
@@ -34,25 +35,6 @@ _ONE_FRAME_PER_PACKET = frozenset(
 _REORDER_MARGIN = 64
 # Below this distance, decoding on is cheaper than seeking.
 _MIN_SKIP_PACKETS = 16
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What a player would say about a file.
-
-    Attributes:
-        num_frames: frames in presentation order.
-        fps: average frames a second; 0.0 where the file does not say.
-        height: pixels, upright and with square pixels.
-        width: pixels, upright and with square pixels.
-        duration_seconds: 0.0 where the file does not say.
-    """
-
-    num_frames: int
-    fps: float
-    height: int
-    width: int
-    duration_seconds: float
 
 
 class _IndexMissError(Exception):

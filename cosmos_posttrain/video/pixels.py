@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-# FFmpeg's swscale flags: without the last four, white comes out as 253 and results differ between
-# kinds of CPU. (bicubic, full chroma both ways, accurate rounding, bit exact)
+BICUBIC = 0x4  # FFmpeg's swscale by default
+# Without the last four, white comes out as 253 and results differ between kinds of CPU. (bicubic,
+# full chroma both ways, accurate rounding, bit exact)
 SCALER_FLAGS = 0x4 | 0x2000 | 0x4000 | 0x40000 | 0x80000
 _BT709, _BT601 = 1, 5  # swscale's colour matrices
 _LIMITED, _FULL = 1, 2  # colour ranges: 16-235 and 0-255
@@ -53,8 +54,23 @@ def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 
 
 def _color_range(frame: av.VideoFrame) -> int:
-    is_full = frame.color_range == _FULL or frame.format.name.startswith("yuvj")
+    name = frame.format.name
+    is_full = frame.color_range == _FULL or name.startswith("yuvj")
+    if frame.color_range not in (_LIMITED, _FULL) and name.startswith("gray"):  # of JPEG files
+        is_full = True
     return _FULL if is_full else _LIMITED
+
+
+def _colours(frame: av.VideoFrame) -> dict[str, int]:
+    """What the scaler is told of a frame's colours."""
+    if frame.format.is_rgb:
+        return {}  # scaling goes through YUV: a matrix on one side alone would change the colours
+    # RGB has no matrix, but PyAV sets up the source's only where the two differ.
+    return {
+        "dst_colorspace": _BT601 if frame.colorspace == _BT709 else _BT709,
+        "src_color_range": _color_range(frame),
+        "dst_color_range": _FULL,
+    }
 
 
 def display_size(frame: av.VideoFrame, pixel_aspect: float) -> tuple[int, int]:
@@ -95,10 +111,7 @@ class FrameFitter:
             height=coded[0],
             format="rgb24",
             interpolation=self._flags,
-            # RGB has no matrix, but PyAV sets up the source's only where the two differ.
-            dst_colorspace=_BT601 if frame.colorspace == _BT709 else _BT709,
-            src_color_range=_color_range(frame),
-            dst_color_range=_FULL,
+            **_colours(frame),
         )
         pixels = rgb.to_ndarray()
         if transpose:

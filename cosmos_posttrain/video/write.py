@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -17,16 +16,13 @@ import numpy as np
 
 from cosmos_posttrain.errors import UserError, VideoError
 from cosmos_posttrain.files import replacing, sync
-from cosmos_posttrain.video.pixels import SCALER_FLAGS
+from cosmos_posttrain.video.choice import chosen
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
     Frames = torch.Tensor | NDArray[np.uint8]
-
-_CRF = "17"
-_BT709 = 1
 
 
 def _check(path: Path, frames: Frames, fps: float) -> None:
@@ -62,8 +58,8 @@ def write_mp4(
         before_naming: called when the clip is safely on disk, before it gets its name.
 
     Raises:
-        VideoError: a shape, dtype, size or rate that H.264 cannot hold.
-        UserError: the folder cannot be made or written to.
+        VideoError: a shape, dtype, size or rate that H.264 cannot hold, or no H.264 encoder here.
+        UserError: the folder cannot be made or written to, or nothing here writes video.
     """
     path = Path(path)
     parts: Iterator[Frames]
@@ -76,43 +72,13 @@ def write_mp4(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            _encode(temporary, itertools.chain([first], parts), fps)
+            images = (image for part in itertools.chain([first], parts) for image in _images(part))
+            chosen().encode(temporary, images, fps)
             if before_naming is not None:
                 sync(temporary)
                 before_naming()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
-
-
-def _encode(path: Path, parts: Iterator[Frames], fps: float) -> None:
-    import av
-    from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
-
-    reformatter = VideoReformatter()
-    images = (image for part in parts for image in _images(part))
-    first = next(images)
-    options = {"movflags": "+faststart"}
-    with av.open(str(path), "w", format="mp4", options=options) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width = first.shape[:2]
-        stream.pix_fmt = "yuv420p"
-        # x264's macroblock tree depends on thread timing; without it the same frames give the same
-        # bytes.
-        stream.options = {"crf": _CRF, "preset": "medium", "x264-params": "mbtree=0"}
-        context = stream.codec_context
-        context.color_range = ColorRange.MPEG
-        context.colorspace = context.color_primaries = context.color_trc = _BT709
-        for image in itertools.chain([first], images):
-            frame = reformatter.reformat(
-                av.VideoFrame.from_ndarray(image, format="rgb24"),
-                format="yuv420p",
-                interpolation=SCALER_FLAGS,
-                src_color_range=ColorRange.JPEG,
-                dst_color_range=ColorRange.MPEG,
-                dst_colorspace=Colorspace.ITU709,
-            )
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
 
 
 def _images(part: Frames) -> Iterable[NDArray[np.uint8]]:

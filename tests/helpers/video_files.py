@@ -13,6 +13,36 @@ from av.stream import Disposition
 
 BASE, STEP = 20, 3
 
+B_FRAMES = {"g": "12", "bf": "3", "b_strategy": "0", "sc_threshold": "0"}
+# File name, codec, pixel format and the encoder's options.
+FORMATS = [
+    ("h264-b.mp4", "libx264", "yuv420p", B_FRAMES),
+    ("h264-open-gop.mp4", "libx264", "yuv420p", {**B_FRAMES, "x264-params": "open-gop=1"}),
+    ("h264-intra-refresh.mp4", "libx264", "yuv420p", {"g": "12", "intra-refresh": "1"}),
+    ("h264-444.mkv", "libx264", "yuv444p", B_FRAMES),
+    ("h264-10bit.mp4", "libx264", "yuv420p10le", B_FRAMES),
+    ("h264.ts", "libx264", "yuv420p", B_FRAMES),
+    ("h264-fragmented.mp4", "libx264", "yuv420p", B_FRAMES),
+    ("hevc.mp4", "libx265", "yuv420p", {"x265-params": "keyint=12:bframes=3:log-level=none"}),
+    (
+        "vp8.webm",
+        "libvpx",
+        "yuv420p",
+        {"g": "12", "auto-alt-ref": "1", "lag-in-frames": "8", "crf": "4", "b": "4M"},
+    ),
+    (
+        "vp9.webm",
+        "libvpx-vp9",
+        "yuv420p",
+        {"g": "12", "auto-alt-ref": "1", "cpu-used": "8", "crf": "4", "b": "4M"},
+    ),
+    ("mpeg4.avi", "mpeg4", "yuv420p", {"g": "12", "bf": "2", "b": "4M"}),
+    ("mpeg2.mpg", "mpeg2video", "yuv422p", {"g": "12", "bf": "2", "b": "8M"}),
+    ("mjpeg.mov", "mjpeg", "yuvj422p", {}),
+    ("prores.mov", "prores_ks", "yuv422p10le", {}),
+    ("ffv1.mkv", "ffv1", "bgr0", {}),
+]
+
 
 def level(index: int) -> int:
     """Grey level of frame ``index``; steps of 3 survive lossy codecs."""

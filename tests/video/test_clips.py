@@ -11,6 +11,8 @@ import pytest
 import torch
 from helpers.reference import SAMPLES_DIR, needs_samples
 from helpers.video_files import (
+    B_FRAMES,
+    FORMATS,
     ROTATE_90,
     ROTATE_180,
     ROTATE_270,
@@ -36,35 +38,6 @@ from cosmos_posttrain.video import (
     to_uint8,
     write_mp4,
 )
-
-B_FRAMES = {"g": "12", "bf": "3", "b_strategy": "0", "sc_threshold": "0"}
-FORMATS = [
-    ("h264-b.mp4", "libx264", "yuv420p", B_FRAMES),
-    ("h264-open-gop.mp4", "libx264", "yuv420p", {**B_FRAMES, "x264-params": "open-gop=1"}),
-    ("h264-intra-refresh.mp4", "libx264", "yuv420p", {"g": "12", "intra-refresh": "1"}),
-    ("h264-444.mkv", "libx264", "yuv444p", B_FRAMES),
-    ("h264-10bit.mp4", "libx264", "yuv420p10le", B_FRAMES),
-    ("h264.ts", "libx264", "yuv420p", B_FRAMES),
-    ("h264-fragmented.mp4", "libx264", "yuv420p", B_FRAMES),
-    ("hevc.mp4", "libx265", "yuv420p", {"x265-params": "keyint=12:bframes=3:log-level=none"}),
-    (
-        "vp8.webm",
-        "libvpx",
-        "yuv420p",
-        {"g": "12", "auto-alt-ref": "1", "lag-in-frames": "8", "crf": "4", "b": "4M"},
-    ),
-    (
-        "vp9.webm",
-        "libvpx-vp9",
-        "yuv420p",
-        {"g": "12", "auto-alt-ref": "1", "cpu-used": "8", "crf": "4", "b": "4M"},
-    ),
-    ("mpeg4.avi", "mpeg4", "yuv420p", {"g": "12", "bf": "2", "b": "4M"}),
-    ("mpeg2.mpg", "mpeg2video", "yuv422p", {"g": "12", "bf": "2", "b": "8M"}),
-    ("mjpeg.mov", "mjpeg", "yuvj422p", {}),
-    ("prores.mov", "prores_ks", "yuv422p10le", {}),
-    ("ffv1.mkv", "ffv1", "bgr0", {}),
-]
 
 
 @pytest.mark.parametrize(
@@ -189,6 +162,18 @@ def test_colours_survive_writing_and_reading(tmp_path):
     info = probe(tmp_path / "new" / "colours.mp4")
     assert (info.num_frames, info.fps) == (6, 24.0)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["colours.mp4"]
+
+
+@pytest.mark.parametrize(("name", "mode"), [("a.png", "RGB"), ("a.webp", "RGB"), ("a.jpg", "L")])
+def test_pictures_keep_their_colours_when_they_are_scaled(tmp_path, name, mode):
+    """Scaling RGB goes through YUV: with two matrices, red came out as 233; grey JPEGs are full."""
+    for colour in [(255, 0, 0), (200, 100, 50), (0, 255, 0)]:
+        image = Image.new("RGB", (128, 96), colour).convert(mode)
+        image.save(tmp_path / name, quality=98, lossless=True)
+        expected = torch.tensor(image.convert("RGB").getpixel((0, 0)))
+        for size in ((96, 128), (48, 64), (60, 200)):
+            pixels = read_image(tmp_path / name, *size)[:, 0].int()
+            assert (pixels - expected[:, None, None]).abs().max() <= 1
 
 
 def test_full_range_video_is_not_stretched(tmp_path):

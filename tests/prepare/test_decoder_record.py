@@ -1,0 +1,114 @@
+"""A data set says what decoded its videos, and nothing else goes on with it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers.prepared import BlockMean, config, make_videos, prepare_small
+
+from cosmos_posttrain.data import Manifest
+from cosmos_posttrain.data.config import InfoConfig
+from cosmos_posttrain.data.info import info
+from cosmos_posttrain.errors import OutputFolderError, UserError
+from cosmos_posttrain.prepare import runners
+from cosmos_posttrain.prepare.prepare import Preparation, PreparationEncoders, prepare
+from cosmos_posttrain.video import choice, decoder_label
+
+OTHER = "torchcodec 0.13.0 (FFmpeg 5)"
+
+
+class _Stop(Exception):
+    pass
+
+
+class _StopsAtOnce(BlockMean):
+    def encode(self, video):
+        raise _Stop
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    return make_videos(tmp_path_factory.mktemp("videos"), num_videos=2)
+
+
+@pytest.fixture
+def begun(videos, tmp_path):
+    """A folder whose preparation was stopped."""
+    with pytest.raises(_Stop):
+        prepare(config(videos, tmp_path / "out"), _StopsAtOnce())
+    return tmp_path / "out"
+
+
+def record(folder, decoder):
+    """Makes a folder one that another decoder began; None: an earlier version of this program."""
+    path = folder / ("manifest.json" if (folder / "manifest.json").exists() else "prepare.json")
+    value = json.loads(path.read_text())
+    if decoder is None:
+        del value["plan"]["decoder"]
+    else:
+        value["plan"]["decoder"] = decoder
+    path.write_text(json.dumps(value))
+
+
+def test_the_manifest_says_what_decoded(videos, tmp_path, capsys):
+    manifest = prepare_small(videos, tmp_path / "out")
+    assert manifest.plan["decoder"] == decoder_label()
+    info(InfoConfig(str(tmp_path / "out")))
+    assert f"decoded by {decoder_label()}" in capsys.readouterr().out
+
+
+def test_another_library_does_not_go_on(videos, begun):
+    record(begun, OTHER)
+    before = (begun / "prepare.json").read_bytes()
+    with pytest.raises(OutputFolderError, match="decoded by torchcodec") as caught:
+        prepare_small(videos, begun)
+    assert "would give other tokens; go on where" in str(caught.value)
+    assert (begun / "prepare.json").read_bytes() == before
+    manifest = prepare_small(videos, begun, overwrite=True)
+    assert manifest.plan["decoder"] == decoder_label()
+
+
+def test_another_version_goes_on_and_is_recorded_too(videos, begun, capsys):
+    record(begun, "pyav 15.0.0 (FFmpeg 7.1)")
+    with pytest.raises(_Stop):  # stopped once more: recorded once
+        prepare(config(videos, begun), _StopsAtOnce())
+    assert "what pyav 15.0.0 (FFmpeg 7.1) began" in capsys.readouterr().err
+    manifest = prepare_small(videos, begun)
+    assert manifest.plan["decoder"] == f"pyav 15.0.0 (FFmpeg 7.1), {decoder_label()}"
+
+
+def test_folders_of_earlier_versions_go_on_and_are_read(videos, begun):
+    record(begun, None)
+    manifest = prepare_small(videos, begun)
+    assert manifest.plan["decoder"] == f"pyav (version not recorded), {decoder_label()}"
+    record(begun, None)
+    assert Manifest.load(begun).fingerprint == manifest.fingerprint
+    assert prepare_small(videos, begun).num_documents == manifest.num_documents
+
+
+def test_what_is_complete_stays_complete(videos, tmp_path, capsys):
+    """Nothing is decoded, so nothing is refused: the next step of a script may go on."""
+    prepare_small(videos, tmp_path / "out")
+    record(tmp_path / "out", OTHER)
+    capsys.readouterr()
+    prepare_small(videos, tmp_path / "out")
+    assert f"decoded by {OTHER}; nothing to do" in capsys.readouterr().out
+
+
+def test_a_rank_with_another_library_is_refused(videos, tmp_path, monkeypatch):
+    """Rank 0 dealt the jobs where there is PyAV; here there is torchcodec alone."""
+    settings = config(videos, tmp_path / "out")
+    jobs = Preparation(settings, PreparationEncoders(settings, BlockMean(), None)).start()
+    monkeypatch.setitem(choice.MODULES, "pyav", "no_such_av")
+    monkeypatch.setitem(choice.MODULES, "torchcodec", "json")  # some module that is installed
+    with pytest.raises(UserError, match="decodes with torchcodec, the first one with pyav"):
+        runners.run_jobs(jobs, BlockMean(), 1)
+
+
+def test_without_a_decoder_nothing_is_written(videos, tmp_path, monkeypatch):
+    """One sentence, not a failure for each video."""
+    monkeypatch.setattr(choice, "MODULES", {"pyav": "no_such_av", "torchcodec": "no_such_codec"})
+    with pytest.raises(UserError, match="nothing here can read video"):
+        prepare_small(videos, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
