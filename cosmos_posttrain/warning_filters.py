@@ -26,3 +26,8 @@ for _category, _message in _HIDDEN:
 # Megatron's own functions, and the base class of its language models, call themselves outdated.
 for _name in ("megatron.core.utils", "megatron.core.models.gpt.gpt_model"):
     logging.getLogger(_name).setLevel(logging.ERROR)
+
+# torch for CUDA where there is a compiler for CUDA but no device: doctor tells that.
+logging.getLogger("torch.utils.cpp_extension").addFilter(
+    lambda record: "No CUDA runtime is found" not in record.getMessage()
+)

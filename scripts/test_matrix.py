@@ -1,18 +1,19 @@
-"""Tries the package under several versions of Python and of Megatron-Core.
+"""Tries the package under several versions of Python, of Megatron-Core and of torch.
 
-Flows in: pairs such as 3.11/0.19.2, and constraints.txt. Flows out: an environment for each in
-``.matrix`` (kept, and made again when the constraints change), the results of the tests marked
-``compat`` in each, and of ``tests/compat``: in each version a run, whose curve is held against the
-others', and which goes on from a checkpoint of every other. The last lines are a table in markdown.
+Flows in: pairs such as 3.11/0.19.2, or 3.11/0.16.1/2.6.0 for another torch than constraints.txt's.
+Flows out: environments in ``.matrix`` (kept, and made again when the constraints change), the
+results of the tests marked ``compat`` in each, and of ``tests/compat``: in each version a run,
+whose curve is held against the others', and which goes on from a checkpoint of every other. The
+last lines are a table in markdown.
 
     python scripts/test_matrix.py                       # every pair whose Python is on this machine
     python scripts/test_matrix.py 3.11/0.15.3 3.12/0.19.2
 
-An environment for the Python that runs this file takes everything but megatron-core from the one
-that it runs in (make setup's); other ones get everything of their own, with torch from
-TORCH_INDEX_URL where that is set (pip's own index has torch with CUDA, several GB). megatron-core
-from 0.17 on asks for Python 3.12, but has files for 3.11: there that rule is set aside. Exit code 1
-where a test fails.
+A pair's environment holds its megatron-core and takes all else from a base: for the Python that
+runs this file the environment that it runs in (make setup's), for each other Python or torch one
+that is made here, with torch from TORCH_INDEX_URL where that is set (pip's own index has torch with
+CUDA, several GB). megatron-core from 0.17 on asks for Python 3.12, but has files for 3.11: there
+that rule is set aside. Exit code 1 where a test fails.
 """
 
 from __future__ import annotations
@@ -38,38 +39,60 @@ PAIRS = (
     "3.11/0.17.1",
     "3.11/0.18.2",
     "3.11/0.19.2",
+    "3.11/0.16.1/2.6.0",
     "3.12/0.16.1",
     "3.12/0.19.2",
     "3.13/0.19.2",
 )
 SELECTED = "compat and not slow and not gpu"
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+THIS_LIBRARY = sysconfig.get_path("purelib")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A version of Python (3.11) and one of Megatron-Core (0.16.1)."""
+    """A version of Python (3.11) and one of Megatron-Core (0.16.1).
+
+    Attributes:
+        python: its first two numbers.
+        core: as on the package index.
+        torch: likewise; empty means that of constraints.txt.
+    """
 
     python: str
     core: str
+    torch: str = ""
+
+    @property
+    def base(self) -> Path | None:
+        """The environment with all but Megatron-Core; None is the one that this file runs in."""
+        if (self.python, self.torch) == (THIS_PYTHON, ""):
+            return None
+        return ROOT / ".matrix" / f"python{self.python}{self.torch and f'-torch{self.torch}'}"
 
     @property
     def folder(self) -> Path:
         """Of its environment."""
-        return ROOT / ".matrix" / f"python{self.python}-core{self.core}"
+        base = f"python{self.python}{self.torch and f'-torch{self.torch}'}"
+        return ROOT / ".matrix" / f"{base}-core{self.core}"
 
     @property
     def interpreter(self) -> Path:
         """In its environment."""
-        return self.folder / "bin" / "python"
+        return interpreter_of(self.folder)
+
+
+def interpreter_of(environment: Path) -> Path:
+    """The Python of an environment."""
+    return environment / "bin" / "python"
 
 
 def read_pair(text: str) -> Pair:
-    """``3.11/0.16.1``."""
-    match = re.fullmatch(r"(\d+\.\d+)/(\d+(?:\.\d+)+)", text)
+    """``3.11/0.16.1`` or ``3.11/0.16.1/2.6.0``."""
+    match = re.fullmatch(r"(\d+\.\d+)/(\d+(?:\.\d+)+)(?:/(\d+(?:\.\d+)+))?", text)
     if match is None:
-        sys.exit(f"error: {text!r} is no PYTHON/MEGATRON_CORE, such as 3.11/0.16.1.")
-    return Pair(*match.groups())
+        sys.exit(f"error: {text!r} is no PYTHON/MEGATRON_CORE[/TORCH], such as 3.11/0.16.1.")
+    return Pair(*match.groups(default=""))
 
 
 def find_python(version: str) -> str | None:
@@ -84,50 +107,90 @@ def find_python(version: str) -> str | None:
     return found if works else None
 
 
-def pins() -> list[str]:
-    """constraints.txt without what a pair chooses."""
+def pins(torch: str) -> list[str]:
+    """constraints.txt without Megatron-Core, and with this torch where one is named."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return [line for line in lines if line and not line.startswith(("#", "megatron-core=="))]
+    chosen = ("#", "megatron-core==", *(("torch==", "sympy==") if torch else ()))
+    kept = [line for line in lines if line and not line.startswith(chosen)]
+    return [*kept, f"torch=={torch}"] if torch else kept
 
 
-def make_environment(pair: Pair, base: str) -> None:
-    """Makes it, unless it is there as it would be made."""
-    wanted = "\n".join([str(pair), THIS_PYTHON, sysconfig.get_path("purelib"), *pins()])
-    wanted += (ROOT / "pyproject.toml").read_text()
-    stamp, digest = pair.folder / "stamp", hashlib.sha256(wanted.encode()).hexdigest()
-    if stamp.is_file() and stamp.read_text() == digest:
-        return
-    shutil.rmtree(pair.folder, ignore_errors=True)
-    subprocess.run([base, "-m", "venv", pair.folder], check=True)
-    pip = [str(pair.interpreter), "-m", "pip", "install", "--quiet"]
-    if pair.python == THIS_PYTHON:
-        library = Path(_output(pair, "import sysconfig; print(sysconfig.get_path('purelib'))"))
-        (library / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    else:
-        _install_all(pip)
-    core = ["--no-deps", "--ignore-requires-python", f"megatron-core=={pair.core}"]
-    subprocess.run([*pip, *core], check=True)
-    if "No module named 'triton'" in _output(pair, "import megatron.core"):
-        # From 0.19 on it is imported, and comes with torch for CUDA alone.
-        subprocess.run([*pip, "--no-deps", "triton"], check=True)
-    stamp.write_text(digest)
+def make_environment(pair: Pair, python: str) -> None:
+    """Makes what a pair runs in, and its base, unless they are there as they would be made."""
+    parts = [pair.python, pair.torch, THIS_PYTHON, THIS_LIBRARY, *pins(pair.torch)]
+    wanted = "\n".join([*parts, (ROOT / "pyproject.toml").read_text()])
+    libraries = [THIS_LIBRARY] if pair.python == THIS_PYTHON else []
+    if pair.base is not None:
+        if not _is_made(pair.base, wanted):
+            _begin(pair.base, python, libraries)
+            _install_base(pair, pair.base)
+            _finish(pair.base, wanted)
+        libraries = [library_of(pair.base), *libraries]
+    if not _is_made(pair.folder, wanted + pair.core):
+        _begin(pair.folder, python, libraries)
+        _install_core(pair)
+        _finish(pair.folder, wanted + pair.core)
 
 
-def _install_all(pip: list[str]) -> None:
+def library_of(environment: Path) -> str:
+    """The folder of its packages."""
+    return _output(environment, "import sysconfig; print(sysconfig.get_path('purelib'))")
+
+
+def _digest(wanted: str) -> str:
+    return hashlib.sha256(wanted.encode()).hexdigest()
+
+
+def _is_made(environment: Path, wanted: str) -> bool:
+    stamp = environment / "stamp"
+    return stamp.is_file() and stamp.read_text() == _digest(wanted)
+
+
+def _begin(environment: Path, python: str, libraries: list[str]) -> None:
+    """An environment that finds, after its own packages, those of other ones."""
+    shutil.rmtree(environment, ignore_errors=True)
+    subprocess.run([python, "-m", "venv", environment], check=True)
+    (Path(library_of(environment)) / "shared.pth").write_text("\n".join(libraries) + "\n")
+
+
+def _finish(environment: Path, wanted: str) -> None:
+    (environment / "stamp").write_text(_digest(wanted))
+
+
+def _pip(environment: Path) -> list[str]:
+    return [str(interpreter_of(environment)), "-m", "pip", "install", "--quiet"]
+
+
+def _install_base(pair: Pair, base: Path) -> None:
+    """All packages, or where others are found torch alone."""
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
-        constraints.write_text("\n".join(pins()) + "\n")
-        if index := os.environ.get("TORCH_INDEX_URL"):
-            torch = ["--index-url", index, "--constraint", str(constraints), "torch"]
-            subprocess.run([*pip, *torch], check=True)
-        package = ["--constraint", str(constraints), "--editable", f"{ROOT}[dev,samples]"]
-        subprocess.run([*pip, *package], check=True)
+        constraints.write_text("\n".join(pins(pair.torch)) + "\n")
+        pip = [*_pip(base), "--constraint", str(constraints)]
+        index = os.environ.get("TORCH_INDEX_URL")
+        if index or pair.torch:
+            source = ["--index-url", index] if index else []
+            subprocess.run([*pip, *source, "torch"], check=True)
+        if pair.python != THIS_PYTHON:
+            subprocess.run([*pip, "--editable", f"{ROOT}[dev,samples]"], check=True)
 
 
-def _output(pair: Pair, code: str) -> str:
+def _install_core(pair: Pair) -> None:
+    pip = [*_pip(pair.folder), "--no-deps"]
+    core = ["--ignore-requires-python", f"megatron-core=={pair.core}"]
+    subprocess.run([*pip, *core], check=True)
+    if "No module named 'triton'" in _output(pair.folder, "import megatron.core"):
+        # From 0.19 on it is imported, and comes with torch for CUDA alone.
+        subprocess.run([*pip, "triton"], check=True)
+
+
+def _output(environment: Path, code: str) -> str:
     """What a line of Python prints there, errors included."""
     finished = subprocess.run(
-        [pair.interpreter, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [interpreter_of(environment), "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     return finished.stdout.strip()
 
@@ -187,20 +250,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("pairs", nargs="*", metavar="PYTHON/MEGATRON_CORE")
+    parser.add_argument("pairs", nargs="*", metavar="PYTHON/MEGATRON_CORE[/TORCH]")
     arguments = parser.parse_args()
     results: dict[Pair, Counts] = {}
     for pair in map(read_pair, arguments.pairs or PAIRS):
-        base = find_python(pair.python)
-        if base is None and arguments.pairs:
+        python = find_python(pair.python)
+        if python is None and arguments.pairs:
             sys.exit(f"error: there is no python{pair.python} on this machine.")
-        if base is None:
+        if python is None:
             print(f"== Python {pair.python} is not on this machine: {pair.core} is left out")
             continue
-        print(f"== Python {pair.python}, megatron-core {pair.core}", flush=True)
-        make_environment(pair, base)
+        named = f", torch {pair.torch}" if pair.torch else ""
+        print(f"== Python {pair.python}, megatron-core {pair.core}{named}", flush=True)
+        make_environment(pair, python)
         results[pair] = Counts()
-    versions = {pair: _output(pair, "import torch; print(torch.__version__)") for pair in results}
+    print_torch = "import torch; print(torch.__version__)"
+    versions = {pair: _output(pair.folder, print_torch) for pair in results}
     with tempfile.TemporaryDirectory() as folder:
         for pair, counts in results.items():
             run_tests(pair, Path(folder), ["-m", SELECTED], counts)

@@ -1,13 +1,15 @@
 """Keeps code out of torch_dist folders: their index and their common file are pickles.
 
-Flows in: the ``.metadata`` of a torch_dist folder. Flows out: its ``Metadata``, made of tables of
-names, shapes and file offsets only. torch reads the same file with an unguarded ``pickle.load``, so
-every folder passes through ``read_metadata`` first.
+Flows in: the ``.metadata`` of a torch_dist folder, and its common values. Flows out: its
+``Metadata``, made of tables of names, shapes and file offsets only, and plain values. torch reads
+the same file with an unguarded ``pickle.load``, so every folder passes through ``read_metadata``
+first.
 """
 
 from __future__ import annotations
 
 import enum
+import io
 import pickle
 import warnings
 from pathlib import Path
@@ -17,6 +19,8 @@ from cosmos_posttrain.errors import CheckpointError
 
 METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
+# megatron-core from 0.19 on puts what others keep in common.pt among the pieces, under this key.
+COMMON_OBJECT = "common_state/shard_0_1"
 
 # What torch's and Megatron's writers put into an index; nothing here runs code of the file's.
 _ALLOWED: dict[str, set[str]] = {
@@ -173,17 +177,44 @@ def load(file: Any, where: str, damaged: str) -> Any:
 
 
 def read_common(folder: Path) -> dict[str, Any]:
-    """The values that lie beside the tensors of a torch_dist folder, in ``common.pt``.
+    """The values that lie beside the tensors of a torch_dist folder.
+
+    They are in ``common.pt``, or in the one object that Megatron puts them into instead.
 
     Raises:
-        CheckpointError: it is missing, damaged, or holds more than plain values.
+        CheckpointError: they are missing, damaged, or more than plain values.
     """
     common = folder / COMMON_FILE
+    damaged = "is damaged; restore the checkpoint"
     try:
         with common.open("rb") as file:
-            values = load(file, str(common), "is damaged; restore the checkpoint")
+            values = load(file, str(common), damaged)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{common} is missing; restore the checkpoint.") from error
+        stored = _common_object(folder)
+        if stored is None:
+            raise CheckpointError(f"{common} is missing; restore the checkpoint.") from error
+        values = load(stored, f"{folder} ({COMMON_OBJECT})", damaged)
+        if isinstance(values, list) and len(values) == 1:
+            values = values[0]
     if not isinstance(values, dict):
-        raise CheckpointError(f"{common} holds no table; restore the checkpoint.")
+        raise CheckpointError(f"{folder} holds no table of common values; restore the checkpoint.")
     return values
+
+
+def _common_object(folder: Path) -> io.BytesIO | None:
+    """The bytes of the object with the common values; None where the folder has none.
+
+    Raises:
+        CheckpointError: the index is damaged, or the file that it names is missing.
+    """
+    for index, place in read_metadata(folder).storage_data.items():
+        if index.fqn != COMMON_OBJECT:
+            continue
+        path = folder / place.relative_path
+        try:
+            with path.open("rb") as file:
+                file.seek(place.offset)
+                return io.BytesIO(file.read(place.length))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing; restore the checkpoint.") from error
+    return None

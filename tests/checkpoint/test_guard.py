@@ -181,9 +181,46 @@ def test_a_damaged_index(checkpoint: Path, model: Any, damage: bytes) -> None:
     _refused(checkpoint, model, "damaged|not a torch_dist index")
 
 
-def test_a_missing_common_file(checkpoint: Path, model: Any) -> None:
+def test_a_missing_common_file(model: Any, tmp_path: Path) -> None:
+    checkpoint = _saved(model, tmp_path)
     (checkpoint / "weights" / "common.pt").unlink()
-    _refused(checkpoint, model, "common.pt is missing")
+    with pytest.raises(CheckpointError, match=r"common\.pt is missing"):
+        dist.load(checkpoint / "weights", model.module)
+
+
+def _with_common_object(weights: Path, values: Any) -> None:
+    """As megatron-core from 0.19 on writes it: an object among the pieces, and no common.pt."""
+    torch.save(values, weights / "common.distcp")
+    metadata = guard.read_metadata(weights)
+    metadata.state_dict_metadata[guard.COMMON_OBJECT] = BytesStorageMetadata()
+    size = (weights / "common.distcp").stat().st_size
+    place = filesystem._StorageInfo("common.distcp", 0, size)
+    metadata.storage_data[MetadataIndex(guard.COMMON_OBJECT)] = place
+    (weights / ".metadata").write_bytes(pickle.dumps(metadata))
+    (weights / "common.pt").unlink(missing_ok=True)
+
+
+def test_common_values_in_an_object(model: Any, tmp_path: Path) -> None:
+    weights = _saved(model, tmp_path) / "weights"
+    _with_common_object(weights, [{"step": 3}])
+    assert guard.read_common(weights) == {"step": 3}
+    dist.load(weights, model.module)
+
+
+def test_code_in_the_common_object(model: Any, tmp_path: Path) -> None:
+    weights = _saved(model, tmp_path) / "weights"
+    _with_common_object(weights, [{"x": _Call(Path.touch, tmp_path / "executed")}])
+    with pytest.raises(CheckpointError, match=r"common_state.* and was not executed"):
+        dist.load(weights, model.module)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_common_object_without_its_file(model: Any, tmp_path: Path) -> None:
+    weights = _saved(model, tmp_path) / "weights"
+    _with_common_object(weights, [{}])
+    (weights / "common.distcp").unlink()
+    with pytest.raises(CheckpointError, match=r"common\.distcp is missing"):
+        guard.read_common(weights)
 
 
 def test_tiny_is_what_the_fixture_saved(checkpoint: Path) -> None:

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.distributed_run import run_distributed
 from helpers.prepared import make_videos, prepare_small
 from helpers.run_case import losses, make_config, run
@@ -24,7 +25,10 @@ pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(NAMED is None, reason="needs COSMOS_MATRIX_DIR; see scripts/test_matrix.py"),
 ]
-HERE = f"python{platform.python_version()}-core{importlib.metadata.version('megatron-core')}"
+HERE = (
+    f"python{platform.python_version()}-core{importlib.metadata.version('megatron-core')}"
+    f"-torch{torch.__version__}"
+)
 HALF_WAY = "*step=9"
 
 

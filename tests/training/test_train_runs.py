@@ -134,14 +134,14 @@ def test_killed_run_goes_on_with_the_same_command(
     command += ["--max_steps", "20", "--save_every_n_steps", "10", "--global_batch_size", "4"]
     command += ["--num_threads", "1"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list((log_dir / "default" / "checkpoints").glob("*step=9")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list((log_dir / "default" / "checkpoints").glob("*step=19"))
-    subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL, timeout=300)
     assert largest_difference(losses(reference_run), losses(log_dir)) <= 1e-6
 
 
@@ -209,5 +209,7 @@ def test_bad_usage_is_one_sentence(
     result = run_script([*base, *arguments])
     assert result.returncode == 2, result.stderr
     assert sentence in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    lines = result.stderr.strip().splitlines()
+    # Older torch for CUDA prints this past all filters where there is nvcc but no device.
+    assert len([line for line in lines if "No CUDA runtime is found" not in line]) == 1, lines
     assert not (tmp_path / "run").exists()
