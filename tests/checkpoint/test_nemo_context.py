@@ -50,7 +50,7 @@ def _nemo(folder: Path, config: ModelConfig) -> Path:
 
 
 def _values(config: ModelConfig, *left_out: str) -> dict[str, Any]:
-    return {k: v for k, v in nemo_context._nemo_values(config).items() if k not in left_out}
+    return {k: v for k, v in nemo_context.values_of(config).items() if k not in left_out}
 
 
 def _write_yaml(nemo: Path, tree: Any) -> None:
