@@ -120,7 +120,7 @@ def test_the_nemo_context_names_the_adapter(tmp_path: Path) -> None:
 def test_a_context_of_the_originals_classes_is_parsed_not_imported(tmp_path: Path) -> None:
     """Fields without a type annotation are missing there: the published model's are taken."""
     published = preset("12B")
-    values = nemo_context._nemo_values(published)
+    values = nemo_context.values_of(published)
     for name in ("latent_shape", "original_latent_shape", "context_len", "position_scale"):
         values.pop(name, None)
     text = yaml.safe_dump({"_target_": "no.such.CosmosConfig12B", **values})
