@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cosmos_posttrain import launch
-from cosmos_posttrain.checkpoint import context
+from cosmos_posttrain.checkpoint import context, guard
 from cosmos_posttrain.distributed.watch import RankWatch
 from cosmos_posttrain.models.gpt_model import CosmosGPTModel
 from cosmos_posttrain.nemo import lightning_parts
@@ -134,11 +134,17 @@ class NemoTrainer(Trainer):
 
     @property
     def _nemo_reads(self) -> bool:
-        """Whether NeMo reads the weights to start from: a checkpoint of ours, taken as it is."""
+        """Whether NeMo reads the weights to start from: what its engine wrote, taken as it is.
+
+        It asks for the layers' extra states, which the direct engine does not write.
+        """
         path = self.inputs.source.path
         if self.resume_from is not None or self.inputs.transfer is not None or path is None:
             return False
-        return context.is_checkpoint(path) and context.read_model_config(path).lora is None
+        if not context.is_checkpoint(path) or context.read_model_config(path).lora is not None:
+            return False
+        keys = guard.read_metadata(path / "weights").state_dict_metadata
+        return any("_extra_state" in key for key in keys)
 
     def _auto_resume(self) -> Any:
         import nemo.lightning as nl
