@@ -16,6 +16,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.errors import ConfigError
 
 P = ParamSpec("P")
@@ -55,22 +56,22 @@ def compilable(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _check_compiler() -> None:
-    from torch._inductor import config, cpp_builder, exc
-    from torch.utils._triton import has_triton
+    """Compiles a function of one line: what may be missing is found in no other way."""
+    from torch._inductor import config
 
     # These kernels are few and small: processes that compile beside each rank cost more.
     config.compile_threads = 1
-    if torch.cuda.is_available():
-        if not has_triton():
-            raise ConfigError(
-                "--compile needs Triton on a GPU, and there is none that works: install triton, or "
-                "leave --compile out."
-            )
-        return
     try:
-        cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler as error:
+        with torch.no_grad():
+            torch.compile(_try, dynamic=False)(torch.ones(64, device=launch.device()))
+    except Exception as error:  # torch, Triton and the compiler each have their own
+        needed = "Triton and a C compiler" if torch.cuda.is_available() else "a C++ compiler (g++)"
+        reason = next((line for line in reversed(str(error).splitlines()) if "rror:" in line), "")
         raise ConfigError(
-            "--compile needs a C++ compiler, and there is none: install g++ (or set CXX), or leave "
-            "--compile out."
+            f"--compile needs {needed} with Python's headers, and here nothing can be compiled "
+            f"({reason.strip() or type(error).__name__}): install them, or leave --compile out."
         ) from error
+
+
+def _try(x: torch.Tensor) -> torch.Tensor:
+    return (x + 1) * x

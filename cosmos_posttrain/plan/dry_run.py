@@ -186,11 +186,11 @@ def _memory_problems(look: Look) -> list[str]:
     needed, size = max(stage.total for stage in look.stages), look.memory_bytes
     if needed <= size * (1 - RESERVE):
         return []
+    offload = "" if look.work.offload_fraction else "--optimizer_cpu_offload, "
     return [
         f"a GPU would need {needed / GIB:.1f} GiB of {size / GIB:g}, {RESERVE:.0%} of which stay "
-        "free: give --recompute, --optimizer_cpu_offload, larger parallel sizes or a smaller "
-        "--micro_batch_size (python -m cosmos_posttrain.plan names layouts), or other GPUs (--gpu, "
-        "--gpu_memory_gb)"
+        f"free: give --recompute, {offload}larger parallel sizes or a smaller --micro_batch_size "
+        "(python -m cosmos_posttrain.plan names layouts), or other GPUs (--gpu, --gpu_memory_gb)"
     ]
 
 
@@ -260,7 +260,7 @@ def _time_lines(look: Look) -> list[str]:
     return [
         f"about {expected.step_seconds:,.1f} s a step, {timedelta(seconds=seconds)} for {left:,} "
         f"steps, if {command.gpu} matrix products reach {MFU:.0%} of their peak; without "
-        "validation, saving and what the CPU updates"
+        f"validation and saving{', and what the CPU updates' * (look.work.offload_fraction > 0)}"
     ]
 
 

@@ -177,11 +177,16 @@ def offloaded_bytes(work: Workload, layout: Layout) -> float:
     """Host memory of the process that needs most for ``--optimizer_cpu_offload``.
 
     Float32 weights, in either dtype, two moments, the average where one is kept, and a float32 copy
-    of the gradients.
+    of the gradients; or, where that is more, what Megatron holds while it builds the optimizer:
+    float32 weights, and those of all data-parallel ranks beside them.
     """
     each = 16 + 4 * work.keeps_average
-    updated = max(_updated(work, layout, stage) for stage in range(layout.pipeline))
-    return each * updated * work.offload_fraction
+
+    def largest(stage: int) -> float:
+        updated = _updated(work, layout, stage)
+        return max(each * updated, 4 * (_trained(work, layout, stage) + updated))
+
+    return max(largest(stage) for stage in range(layout.pipeline)) * work.offload_fraction
 
 
 def host_bytes(work: Workload, layout: Layout) -> float:

@@ -78,7 +78,8 @@ class ModelSourceConfig:
         recompute: keep only layer inputs and compute activations again in the backward pass.
         recompute_modules: ``mlp`` computes only the feed-forward networks' again.
         compile: torch.compile of what stands between matrix products and attention (norms, RoPE,
-            SwiGLU): faster, after some seconds at the first step, with other last bits.
+            and on the CPU SwiGLU, which Megatron fuses on a GPU): faster, after some seconds at the
+            first step, with other last bits.
         rope_scaling: ``none``, ``interpolate`` or ``yarn``, where the data's grid is larger than
             the checkpoint's.
         rope_scale: replaces the ratio of the two grids.

@@ -33,6 +33,8 @@ def configure(megatron: MegatronOptimizerConfig, settings: OptimizerConfig) -> N
     megatron.optimizer_offload_fraction = settings.offloaded_share
     megatron.overlap_cpu_optimizer_d2h_h2d = True
     megatron.pin_cpu_grads = torch.cuda.is_available()
+    # Megatron takes float32 copies of pinned weights, which are not pinned.
+    megatron.pin_cpu_params = False
     # The GPU then holds no float32 weights; gradients are ``decoupled_grad``. Not through the
     # constructor, whose checks ask for a version of Transformer Engine although none is used.
     megatron.use_precision_aware_optimizer = True

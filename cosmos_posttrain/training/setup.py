@@ -309,6 +309,9 @@ def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
         f"{sizes.pipeline}{chunks} CP {sizes.context} DP "
         f"{parallel_state.get_data_parallel_world_size()}, {dtype}"
     )
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    if config.parallel.overlap_param_gather and ranks == 1:
+        say("note: --overlap_param_gather changes nothing with one data-parallel process.")
     heads.announce(config, inputs.source, inputs.transfer is not None)
     contract = inputs.folder.data.contract
     tokenizer = None if contract is None else contract.tokenizer

@@ -354,6 +354,9 @@ def test_the_optimizer_in_host_memory(
     work = Workload(preset("tiny"), 1, 2, dtype, keeps_average=average, offload_fraction=1.0)
     assert sum(tensor.nbytes for tensor in kept) == offloaded_bytes(work, Layout())
     assert optimizer_bytes(work, Layout(), 0) == 0
+    # While it is built: this rank's eighth, and the weights of all eight ranks beside it.
+    number = weight_bytes(dataclasses.replace(work, dtype="float32"), Layout(), 0) / 4
+    assert offloaded_bytes(work, Layout(data=8)) == pytest.approx(4 * number * (1 + 1 / 8))
     half = dataclasses.replace(work, offload_fraction=0.5)
     without = dataclasses.replace(work, offload_fraction=0.0)
     assert optimizer_bytes(half, Layout(), 0) == optimizer_bytes(without, Layout(), 0) / 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers.distributed_run import run_distributed
+from helpers.distributed_run import run_distributed, run_script
 from helpers.run_case import losses, make_config, run
 from torch._inductor import cpp_builder, exc
 
@@ -13,12 +13,32 @@ from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models import compiling
 
 
+@pytest.mark.slow
+def test_a_compiler_that_cannot_compile(tokens: Path, tmp_path: Path) -> None:
+    """As where Python's headers are missing."""
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exec g++ --version\n'
+        "echo fatal error: Python.h: No such file or directory >&2\nexit 1\n"
+    )
+    compiler.chmod(0o755)
+    words = ["train_general.py", "--data_path", str(tokens), "--model_path", "random:tiny"]
+    words += ["--tensor_model_parallel_size", "1", "--split_string", "3,1,1", "--compile"]
+    words += ["--log_dir", str(tmp_path / "run"), "--global_batch_size", "4"]
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CXX": str(compiler)}
+    finished = run_script(words, env=caches)
+    assert finished.returncode == 2, finished.stderr
+    line = finished.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: --compile needs a C++ compiler (g++) with Python's headers")
+    assert "Python.h" in line
+
+
 def test_without_a_compiler(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def find() -> str:
         raise exc.InvalidCxxCompiler()
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", find)
-    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler.*install g\+\+"):
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler.*leave --compile out"):
         run(make_config(tokens, tmp_path / "run", model__compile=True))
     assert not list(tmp_path.glob("run/**/*.jsonl"))
     run(make_config(tokens, tmp_path / "run", max_steps=1))
