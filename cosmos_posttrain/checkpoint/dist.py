@@ -227,12 +227,23 @@ def _sentence(error: BaseException, what: str, fix: str) -> str | None:
     """The sentence for what happens to files; None for anything else."""
     if isinstance(error, CosmosPosttrainError):
         return str(error)
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__context__  # torch.save raises an error of its own when a write fails
-    if cause is None:
-        return None
-    return f"{what} ({cause.strerror or cause}); {fix}."
+    said = file_error(error)
+    return None if said is None else f"{what} ({said}); {fix}."
+
+
+def file_error(error: BaseException) -> str | None:
+    """What the file system said, where that is behind an error; else None."""
+    waiting, seen = [error], list[BaseException]()
+    while waiting:
+        cause = waiting.pop()
+        if isinstance(cause, OSError):
+            return str(cause.strerror or cause)
+        # torch.save raises an error of its own when a write fails, and torch's distributed
+        # checkpoints one with what failed on each rank.
+        inner = [failed for failed, *_ in getattr(cause, "failures", {}).values()]
+        seen.append(cause)
+        waiting += [x for x in (cause.__context__, *inner) if x is not None and x not in seen]
+    return None
 
 
 def quiet_megatron_logging() -> None:

@@ -9,6 +9,7 @@ a ``ModelConfig`` becomes both files, with ``cosmos_posttrain.nemo.CosmosModel``
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -159,15 +160,15 @@ def read_yaml(path: Path) -> Any:
     Loader.add_multi_constructor("", lambda loader, suffix, node: None)
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, OSError, ValueError) as error:
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not YAML; copy it again.") from error
 
 
 def _mappings(tree: Any) -> Iterator[dict[Any, Any]]:
     """All dicts in a tree, the outer ones first."""
-    waiting, seen = [tree], set[int]()
+    waiting, seen = deque([tree]), set[int]()
     while waiting:
-        node = waiting.pop(0)
+        node = waiting.popleft()
         if id(node) in seen:  # YAML may hold itself
             continue
         seen.add(id(node))

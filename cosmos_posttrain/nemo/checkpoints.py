@@ -7,12 +7,15 @@ mark of NeMo's lies beside it, which the direct engine knows.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cosmos_posttrain import launch
+from cosmos_posttrain.checkpoint import context
+from cosmos_posttrain.checkpoint.dist import file_error
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.errors import SaveError
 from cosmos_posttrain.nemo.bases import ModelCheckpoint
@@ -109,11 +112,18 @@ class NemoSaver(Saver):
         callback.write_context = write_context
         try:
             callback.save(self._trainer, target)
-        except SaveError:
-            raise
-        except Exception as error:  # torch and Megatron wrap what the file system said
-            reason = (str(error).splitlines() or [repr(error)])[0]
-            raise SaveError(f"{target} cannot be written ({reason}); {failed}") from error
+        except Exception as error:
+            self._remove_half_of_it()
+            said = None if isinstance(error, SaveError) else file_error(error)
+            if said is None:
+                raise
+            raise SaveError(f"{target} cannot be written ({said}); {failed}") from error
         if launch.is_rank_zero():
             folder.prune(config)
         return target
+
+    def _remove_half_of_it(self) -> None:
+        """By one rank alone: others may be lost."""
+        if launch.is_rank_zero():
+            with contextlib.suppress(OSError):
+                context.remove_unfinished(self._folder.checkpoints)

@@ -38,7 +38,7 @@ def check() -> None:
     try:
         found = hasattr(import_module("nemo.collections.llm"), "train")
         reason = "nemo.collections.llm has no train, as without nvidia-modelopt"
-    except ImportError as error:
-        found, reason = False, str(error).splitlines()[0].rstrip(".")
+    except Exception as error:  # what it imports checks signatures, too
+        found, reason = False, (str(error).splitlines() or [repr(error)])[0].rstrip(".")
     if not found:
         raise ConfigError(f"--engine nemo cannot use the NeMo that is here ({reason}): {_FIX}.")

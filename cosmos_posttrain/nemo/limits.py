@@ -44,7 +44,7 @@ def problems(config: TrainConfig) -> list[str]:
         ),
     }
     found += [
-        f"{flag} does not work with --engine nemo, which {what}"
+        f"{flag} does not work with --engine nemo, which {what} (--no-{flag[2:]} takes it back)"
         for flag, (is_on, what) in switches.items()
         if is_on
     ]

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from cosmos_posttrain import launch
-from cosmos_posttrain.checkpoint import context, guard
+from cosmos_posttrain.checkpoint import context, damage, guard
 from cosmos_posttrain.distributed.watch import RankWatch
+from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.models.gpt_model import CosmosGPTModel
 from cosmos_posttrain.nemo import lightning_parts
 from cosmos_posttrain.nemo.bases import Callback
@@ -151,8 +152,11 @@ class NemoTrainer(Trainer):
 
         if not self._nemo_reads:
             return None
-        path = str(self.inputs.source.path)
-        return nl.AutoResume(restore_config=nl.RestoreConfig(path=path, load_artifacts=False))
+        path = self.inputs.source.path
+        assert path is not None
+        if problem := damage.problem(path):
+            raise CheckpointError(problem)
+        return nl.AutoResume(restore_config=nl.RestoreConfig(path=str(path), load_artifacts=False))
 
     def _load(self) -> dict[str, Any]:
         """As the direct engine's: Megatron's own way reads no state of torch's AdamW."""
@@ -160,6 +164,7 @@ class NemoTrainer(Trainer):
 
     def begin(self) -> None:
         """All is set up, and no step has begun."""
+        self.last_checkpoint = self.resume_from  # an older one where the newest was damaged
         done = self.completed_steps
         if done >= self.config.max_steps:
             launch.say(f"nothing to do: {self.resume_from} has {done} steps")

@@ -18,7 +18,8 @@ from cosmos_posttrain import files, launch
 from cosmos_posttrain.checkpoint import context
 from cosmos_posttrain.config import to_yaml
 from cosmos_posttrain.errors import ConfigError
-from cosmos_posttrain.plan.command import TrainCommand, validate
+from cosmos_posttrain.nemo import extra as nemo
+from cosmos_posttrain.plan.command import NEMO, TrainCommand, validate
 from cosmos_posttrain.plan.config import GPU_MEMORY_GB, RESERVE
 from cosmos_posttrain.plan.layouts import GIB
 from cosmos_posttrain.plan.looking import look_at_source
@@ -97,6 +98,8 @@ def show(command: TrainCommand, takes_text: bool = False) -> int:
     problems = _memory_problems(look) + problems
     if problems:
         raise ConfigError("; ".join(problems) + ".")
+    if command.engine == NEMO and not nemo.is_installed():
+        launch.say("note: NeMo 2 is not installed here, which --engine nemo needs where it runs.")
     launch.say("A dry run: it would run; nothing was written, and no weights were read.")
     return 0
 

@@ -174,10 +174,11 @@ class RunFolder:
     def _start(self, config: TrainConfig, num_bytes: int, resumed: Path | None) -> None:
         assert self._candidates is not None
         self._candidates.set_aside(resumed)
+        if self.checkpoints.is_dir():
+            files.remove_leftovers(self.checkpoints)
+            context.remove_unfinished(self.checkpoints)
         files.check_free_space(self.log_dir, self.size(num_bytes), "a checkpoint of this run")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        files.remove_leftovers(self.checkpoints)
-        context.remove_unfinished(self.checkpoints)
         files.write_text(self.run / "config.yaml", to_yaml(config))
         self._record_launch()
 

@@ -188,6 +188,18 @@ def test_the_newest_where_no_file_names_it(bridge: Path) -> None:
     assert open_source(bridge).path == bridge / "iter_10000000"
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe7", b"9" * 5000, b"release", b""])
+def test_a_file_that_names_nothing(bridge: Path, content: bytes) -> None:
+    expected = open_source(bridge).path
+    tracker = bridge / "latest_checkpointed_iteration.txt"
+    before = tracker.read_bytes()
+    tracker.write_bytes(content)
+    try:
+        assert open_source(bridge).path == expected
+    finally:
+        tracker.write_bytes(before)
+
+
 def test_shapes_tell_what_a_run_config_does_not_say(bridge: Path) -> None:
     checkpoint = bridge / "iter_0000000"
     values = values_of(CONFIG)

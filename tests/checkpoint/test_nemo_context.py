@@ -135,3 +135,22 @@ def test_a_context_that_says_nothing(tree: Any, tmp_path: Path) -> None:
     assert "give --model_config" in str(error.value)
     named = open_source(nemo, str(tmp_path / "pt" / "config.json"))
     assert named.config == BASE and named.open_weights().num_bytes > 0
+
+
+def test_yaml_without_a_bottom(tmp_path: Path) -> None:
+    nemo = _nemo(tmp_path, BASE)
+    (nemo / "context" / "model.yaml").write_text("model: " + "[" * 3000 + "]" * 3000)
+    with pytest.raises(CheckpointError, match="is not YAML"):
+        open_source(nemo)
+
+
+def test_mappings_are_the_outer_ones_first() -> None:
+    tree: dict[str, Any] = {"a": [{"b": {"c": {}}}, 1], "d": {"e": 2}}
+    tree["a"].append(tree)  # as an anchor in YAML may
+    assert list(nemo_context._mappings(tree)) == [
+        tree,
+        {"e": 2},
+        {"b": {"c": {}}},
+        {"c": {}},
+        {},
+    ]

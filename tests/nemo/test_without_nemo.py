@@ -11,6 +11,7 @@ import torch
 from helpers.distributed_run import REPOSITORY_DIR, run_script
 
 from cosmos_posttrain.checkpoint import context
+from cosmos_posttrain.checkpoint.dist import file_error
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.cpu_device import cpu_device
 from cosmos_posttrain.errors import ConfigError
@@ -96,6 +97,15 @@ def test_a_config_says_all_of_a_model(model: Any) -> None:
     assert config.model_config == model
     assert (config.init_seed, config.calculate_per_token_loss) == (7, True)
     assert config.params_dtype == torch.bfloat16 and config.bf16
+
+
+def test_what_the_file_system_said_is_found_behind_other_errors() -> None:
+    full = OSError(28, "No space left on device")
+    wrapped = RuntimeError("some rank failed")
+    wrapped.failures = {1: (full, "its stack")}  # type: ignore[attr-defined]
+    wrapped.__context__ = wrapped
+    assert file_error(wrapped) == "No space left on device"
+    assert file_error(AttributeError("a fault of a program")) is None
 
 
 def test_the_cpu_device_may_be_entered_twice() -> None:

@@ -16,6 +16,7 @@ from helpers.run_case import make_config
 from cosmos_posttrain.cli import parse
 from cosmos_posttrain.config import merge
 from cosmos_posttrain.errors import UserError
+from cosmos_posttrain.nemo import extra as nemo
 from cosmos_posttrain.plan import dry_run
 from cosmos_posttrain.plan.command import FLAGS, TrainCommand
 from cosmos_posttrain.plan.layouts import GIB
@@ -102,6 +103,14 @@ def test_what_changes_memory_and_time(
     of = [dict(re.findall(r"(gradients|activations) ([\d.]+)", text)) for text in (plain, changed)]
     assert float(of[1]["gradients"]) == pytest.approx(float(of[0]["gradients"]) / 2, abs=0.1)
     assert float(of[1]["activations"]) > float(of[0]["activations"])
+
+
+@pytest.mark.skipif(nemo.is_installed(), reason="NeMo is here")
+def test_the_other_engine_is_missed_here(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture, much_room: None
+) -> None:
+    text = look(capsys, [*twelve_b(clips, tmp_path / "run"), "--engine", "nemo", "--no-async_save"])
+    assert "note: NeMo 2 is not installed here" in text
 
 
 def test_the_optimizer_in_host_memory(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cosmos_posttrain.checkpoint.torch_dist_weights import TorchDistWeights
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_MAX_DIGITS = 18  # of an iteration
 
 
 class TorchDistFormat(CheckpointFormat):
@@ -57,5 +58,7 @@ def newest_iteration(folder: Path) -> list[Path]:
     tracker = folder / TRACKER
     if not tracker.is_file():
         return []
-    iteration = tracker.read_text(encoding="utf-8").strip()
-    return [folder / f"iter_{int(iteration):07d}"] if iteration.isdecimal() else []
+    iteration = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if not iteration.isdecimal() or len(iteration) > _MAX_DIGITS:
+        return []
+    return [folder / f"iter_{int(iteration):07d}"]
