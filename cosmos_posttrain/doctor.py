@@ -14,6 +14,7 @@ agreed with the reference, for weights and a video that are computed here.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import json
@@ -50,6 +51,7 @@ TOLERANCES = {
     ("cpu", "bfloat16"): 0.15,
     ("cuda", "bfloat16"): 0.15,
 }
+NEEDED = ("torch", "numpy")  # by every check
 PACKAGES = ("omegaconf", "safetensors", "huggingface_hub")
 # Levels of 255 between flat colours before and after an mp4: chroma in half size, 8 bits, x264, and
 # torchcodec's rounding.
@@ -318,13 +320,15 @@ def work(output: Path) -> None:
 
 def versions() -> list[Installed]:
     """Versions of what matters, with what to do about what is missing, and the devices."""
-    import torch
-
     rows = [
         *parts(),
         *(Installed(name, version_of(name) or "not installed") for name in PACKAGES),
     ]
     rows.append(Installed("platform", platform.platform()))
+    if cannot_run():
+        return rows
+    import torch
+
     rows.append(
         Installed("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads")
     )
@@ -337,6 +341,16 @@ def versions() -> list[Installed]:
             Installed(f"GPU {index}", f"{device.name}, {device.total_memory / 2**30:.0f} GiB")
         )
     return rows
+
+
+def cannot_run() -> str:
+    """Why no check can run here; empty where they can."""
+    for name in NEEDED:
+        try:
+            importlib.import_module(name)
+        except (ImportError, OSError):
+            return f"{name} cannot be imported, so nothing was checked"
+    return ""
 
 
 def _print_tables(rows: list[Installed], results: list[Result]) -> None:
@@ -370,6 +384,10 @@ def main() -> int:
     if launch.world_size() > 1:
         raise ConfigError("start the doctor with plain python; it starts processes by itself.")
     rows = versions()
+    if reason := cannot_run():
+        _print_tables(rows, [])
+        print(reason)
+        return 1
     results = list(run_checks(config.quick))
     _print_tables(rows, results)
     failed = sum(result.status == "FAIL" for result in results)

@@ -88,7 +88,10 @@ def _torch_parts() -> list[Installed]:
 
 
 def _cuda_part() -> Installed:
-    import torch
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # a library that torch was built against is missing
+        return Installed("CUDA", "unknown", f"torch cannot be imported ({_first_line(error)})")
 
     has_driver = _NVIDIA_DRIVER.is_file()
     if torch.version.cuda is None:
@@ -98,6 +101,10 @@ def _cuda_part() -> Installed:
         return Installed("CUDA", torch.version.cuda)
     advice = "no GPU can be used: see nvidia-smi" if has_driver else "no GPU here: runs on the CPU"
     return Installed("CUDA", torch.version.cuda, advice)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _megatron_part() -> Installed:
@@ -133,8 +140,10 @@ def _transformer_engine_advice() -> str:
 
 def _video_parts() -> list[Installed]:
     """The two libraries, what FFmpeg the second may find, and which of them reads videos here."""
-    from cosmos_posttrain.video import decoder_label  # with it comes numpy
-
+    try:
+        from cosmos_posttrain.video import decoder_label  # with it comes numpy
+    except ImportError as error:
+        return [Installed("videos are read by", "nothing", _first_line(error))]
     rows = [_library("pyav", "PyAV", "av"), _library("torchcodec", "torchcodec", "torchcodec")]
     codec = ctypes.util.find_library("avcodec") or "none in the system's folders"
     rows.append(Installed("FFmpeg libraries", codec))

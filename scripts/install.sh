@@ -22,9 +22,13 @@ cd "$root"
 plan() { "$python" "$root/scripts/install_plan.py" "$@"; }
 
 # With the pins of constraints.txt; where they do not fit what is here (an older numpy, constraints of
-# the image's own), with the protected versions alone.
+# the image's own), with the protected versions alone. What else pip fails with stays a failure.
 resolve() {
-    "$python" -m pip install --constraint "$work/constraints.txt" "$@" && return
+    local code=0
+    "$python" -m pip install --constraint "$work/constraints.txt" "$@" 2> "$work/errors.txt" || code=$?
+    cat "$work/errors.txt" >&2
+    [ "$code" -ne 0 ] || return 0
+    grep -q -e ResolutionImpossible -e "No matching distribution" "$work/errors.txt" || return "$code"
     echo "install: the pins of constraints.txt do not fit what is here; once more without them" >&2
     "$python" -m pip install --constraint "$work/before.txt" "$@"
 }
@@ -46,7 +50,9 @@ fi
 plan requirements megatron-core > "$work/megatron.txt"
 if ! "$python" -m pip install --no-deps --constraint "$work/constraints.txt" \
         --requirement "$work/megatron.txt"; then
-    echo "install: needs $(cat "$work/megatron.txt"), and what is here stays: take a newer image" >&2
+    if plan has megatron-core; then
+        echo "install: needs $(cat "$work/megatron.txt"), and what is here stays: take a newer image" >&2
+    fi
     exit 1
 fi
 
@@ -54,8 +60,9 @@ plan requirements > "$work/requirements.txt"
 resolve --requirement "$work/requirements.txt"
 plan requirements av > "$work/video.txt"
 if ! resolve --only-binary av --requirement "$work/video.txt"; then
-    if ! plan has torchcodec; then
-        echo "install: PyAV could not be installed, and torchcodec is not here to read videos" >&2
+    if ! "$python" -c 'import torchcodec' 2> "$work/errors.txt"; then
+        tail -n 1 "$work/errors.txt" >&2
+        echo "install: PyAV could not be installed, and no torchcodec can be loaded to read videos" >&2
         exit 1
     fi
     echo "install: PyAV could not be installed; torchcodec, which is here, reads videos"

@@ -30,6 +30,9 @@ PROTECTED = re.compile(
     r"|transformer-engine.*|apex|flash-attn.*|numpy|nvidia-.*|cuda-.*|cudnn.*"
     r"|megatron-.*|nemo-.*)"
 )
+# Their bounds in pyproject.toml keep numpy 1.26 with pip alone; here numpy is constrained, so what
+# is there of these stays, however new.
+BOUNDED_FOR_NUMPY = ("contourpy", "scipy", "tifffile")
 INSTALLED_ALONE = ("torch", "megatron-core", "av")
 
 
@@ -47,11 +50,11 @@ def name_of(requirement: str) -> str:
 
 def installed() -> dict[str, str]:
     """Versions of the packages that this interpreter finds, by canonical name."""
-    return {
-        canonical(distribution.metadata["Name"]): distribution.version
-        for distribution in importlib.metadata.distributions()
-        if distribution.metadata["Name"]
-    }
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        if name := distribution.metadata["Name"]:
+            found.setdefault(canonical(name), distribution.version)  # the first one is imported
+    return found
 
 
 def protected() -> list[str]:
@@ -72,7 +75,7 @@ def constraints() -> list[str]:
 
 
 def requirements(names: list[str]) -> list[str]:
-    """Dependencies of the package and of EXTRAS: those called ``names``, or all but three."""
+    """Dependencies of the package and of EXTRAS: called ``names``, or all that go together."""
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -86,7 +89,8 @@ def requirements(names: list[str]) -> list[str]:
         lines += project["optional-dependencies"][extra]
     if names:
         return [line for line in lines if name_of(line) in names]
-    return [line for line in lines if name_of(line) not in INSTALLED_ALONE]
+    left_out = {*INSTALLED_ALONE, *(name for name in BOUNDED_FOR_NUMPY if name in installed())}
+    return [line for line in lines if name_of(line) not in left_out]
 
 
 def check_python() -> int:

@@ -107,6 +107,19 @@ def test_the_tables_say_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.versions()[0].name == "python"
 
 
+@pytest.mark.parametrize("name", ["torch", "numpy"])
+def test_without_what_it_needs_it_still_says_what_is_there(name: str) -> None:
+    """As where it is not installed, or cannot be loaded."""
+    code = f"import sys; sys.modules[{name!r}] = None\nfrom cosmos_posttrain import doctor\n"
+    code += "sys.argv = ['doctor']\nsys.exit(doctor.main())"
+    finished = run_script(["-c", code], timeout_seconds=100)
+    assert finished.returncode == 1, finished.stdout + finished.stderr
+    assert "Traceback" not in finished.stderr
+    last = finished.stdout.strip().splitlines()[-1]
+    assert last == f"{name} cannot be imported, so nothing was checked"
+    assert "megatron-core" in finished.stdout
+
+
 def test_what_is_not_finite_is_no_match() -> None:
     nothing = torch.tensor([float("nan")])
     assert doctor._max_difference(nothing, torch.zeros(1)) == float("inf")

@@ -6,8 +6,11 @@ versions and bounds of this environment's, and newer ones of the image's package
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -121,6 +124,82 @@ def install(python: Path, index: Path, tree: Path) -> subprocess.CompletedProces
     )
 
 
+def plan(*words: str, path: str = "") -> str:
+    """What scripts/install_plan.py says, with these folders before all others."""
+    finished = subprocess.run(
+        [sys.executable, REPOSITORY_DIR / "scripts/install_plan.py", *words],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return finished.stdout
+
+
+def unpacked(folder: Path, name: str, version: str) -> str:
+    with zipfile.ZipFile(write_stub(folder.parent, name, version)) as wheel:
+        wheel.extractall(folder)
+    return str(folder)
+
+
+def test_of_two_versions_the_first_counts(tmp_path):
+    """As for Python's import, and pip: an image may have a second one further back."""
+    folders = [unpacked(tmp_path / v, "apex", v) for v in ("0.1", "0.2")]
+    assert "apex==0.1" in plan("protected", path=os.pathsep.join(folders)).splitlines()
+
+
+def test_what_is_newer_than_the_bounds_stays(tmp_path):
+    lines = plan("requirements", path=unpacked(tmp_path / "site", "scipy", "1.18.1")).splitlines()
+    assert not [line for line in lines if line.startswith("scipy")]
+    assert "scikit-image" in lines
+
+
+def failing_python(folder: Path, packages: str, said: str, loads_torchcodec: bool = False) -> Path:
+    """An interpreter whose pip fails with ``said``, where the named packages are installed."""
+    path = folder / "python"
+    path.write_text(
+        f"""#!/bin/bash
+case "$*" in
+    *"has torch") exit 0 ;;
+    *"plan.py has "*) [[ " {packages} " == *" ${{@: -1}} "* ]]; exit ;;
+    *install_plan.py*) echo a==1 ;;
+    *"import torchcodec"*) exit {0 if loads_torchcodec else 1} ;;
+    *"pip install"*) echo "$*" >> {folder}/calls; [[ "$*" != *{said.split(":")[0]}* ]] && exit 0
+        echo "{said.split(":")[1]}" >&2; exit 3 ;;
+esac
+"""
+    )
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("packages", "said", "loads", "code", "words", "is_tried_again"),
+    [
+        ("", "requirements.txt: No space left on device", False, 3, "No space left", False),
+        ("", "requirements.txt: ResolutionImpossible", False, 3, "once more without", True),
+        ("", "no-deps: No space left on device", False, 1, "No space left", False),
+        ("megatron-core", "no-deps: old", False, 1, "take a newer image", False),
+        ("torchcodec", "only-binary: No matching distribution", False, 1, "no torchcodec", True),
+        ("torchcodec", "only-binary: No matching distribution", True, 0, "once more", True),
+    ],
+    ids=["disk", "pins", "megatron", "old megatron", "broken torchcodec", "torchcodec"],
+)
+def test_what_pip_says_decides(tmp_path, packages, said, loads, code, words, is_tried_again):
+    finished = subprocess.run(
+        ["bash", REPOSITORY_DIR / "scripts/install.sh"],
+        env={**os.environ, "PYTHON": str(failing_python(tmp_path, packages, said, loads))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == code, finished.stderr
+    assert words in finished.stderr.splitlines()[-1] or code in (0, 3)
+    assert words in finished.stderr
+    assert ("once more" in finished.stderr) == is_tried_again
+    assert ("newer image" in finished.stderr) == ("newer image" in words)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "versions",
@@ -160,6 +239,11 @@ def test_without_pyav_there_must_be_torchcodec(tmp_path, index):
     assert finished.stderr.splitlines()[-1].startswith("install: PyAV could not be installed, and")
     codec = write_stub(tmp_path, "torchcodec", "0.13.0")
     python = make_environment(tmp_path / "other", [*image, codec])
+    finished = install(python, without, tree)
+    assert finished.returncode == 1  # its metadata alone reads nothing
+    with zipfile.ZipFile(codec, "a") as wheel:
+        wheel.writestr("torchcodec/__init__.py", "")
+    python = make_environment(tmp_path / "third", [*image, codec])
     finished = install(python, without, tree)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "torchcodec, which is here, reads videos" in finished.stdout

@@ -32,6 +32,7 @@ from cosmos_posttrain.inference.outputs import Item
 from cosmos_posttrain.inference.session import Session
 from cosmos_posttrain.inference.token_inputs import open_tokens
 from cosmos_posttrain.runlog import ProgressDisplay
+from cosmos_posttrain.video import check_writing
 
 # So few are encoded before anybody asks how long it takes.
 _MAX_SILENT_PROMPTS = 8
@@ -184,6 +185,7 @@ def run(config: InferConfig) -> None:
             launch.say(f"note: {num_complete} output(s) are complete already; skipped.", error=True)
         if not left:
             return
+        check_writing()
         allowed, outcomes = _allowed(config, guardrail, left)
         batches = make_batches(session, allowed, config.batch_size)
         if batches:

@@ -39,7 +39,8 @@ def read_source(source: VideoSource, spec: ClipSpec) -> Iterator[Clip]:
 
     Raises:
         VideoError: it cannot be read.
-        CosmosPosttrainError: the machine is at fault, so nothing is known about the source.
+        CosmosPosttrainError: the machine is at fault, or what decodes here; nothing is known about
+            the source.
     """
     starts = [0]
     _check_text(source)
@@ -57,9 +58,9 @@ def read_source(source: VideoSource, spec: ClipSpec) -> Iterator[Clip]:
                 f"{source.path} could not be read now ({cause.strerror}), which says nothing about "
                 "the video; finished shards stay, so mend that and give the same command again."
             ) from error
-        if isinstance(error, VideoError):
+        if isinstance(error, CosmosPosttrainError):
             raise
-        # Whatever it is, it belongs to this one file.
+        # Whatever else it is, it belongs to this one file.
         raise VideoError(
             f"{source.path} cannot be read: {type(error).__name__}: {error}."
         ) from error

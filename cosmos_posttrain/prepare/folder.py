@@ -12,7 +12,7 @@ import dataclasses
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -235,33 +235,45 @@ class OutputFolder:
         self._names = [shard_name(number) for number in range(num_shards)]
         self._prompt_names = [prompt_shard_name(number) for number in range(num_prompt_shards)]
 
-    def start(self, overwrite: bool) -> list[int] | None:
+    def start(self, overwrite: bool, decoder: Callable[[], str] | None = None) -> list[int] | None:
         """Makes the folder ready and says which shards are still to do; None if it is complete.
+
+        Args:
+            overwrite: start anew.
+            decoder: gives name and version of what decodes here, for the plan; only asked where
+                there is something to decode. None: nothing is decoded.
 
         Raises:
             OutputFolderError: it holds another data set, and ``overwrite`` is off.
+            UserError: of ``decoder``; nothing was written or removed.
             SaveError: the disk is full.
         """
         if overwrite:
+            if decoder is not None:
+                decoder()
             self._remove_ours()
-        self._check_same_job()
+        earlier = self._check_same_job()
         if (self.folder / MANIFEST_FILE).is_file():
             self._tidy()  # a run may have been killed between the manifest and this
             return None
+        missing = self._missing(self._names)
+        if decoder is not None:
+            name = self._decoder_of(earlier, bool(missing), decoder)
+            self.plan = {**self.plan, DECODER: name}
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             files.remove_leftovers(self.folder)
             files.write_json(
                 self.folder / PLAN_FILE, {"contract": to_plain(self.contract), "plan": self.plan}
             )
-        return self._missing(self._names)
+        return missing
 
     def missing_prompts(self) -> list[int]:
         """Which prompt shards are still to do, after ``start``."""
         return self._missing(self._prompt_names)
 
     def _missing(self, names: list[str]) -> list[int]:
-        present = set(os.listdir(self.folder))
+        present = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         candidates = [name for name in names if f"{name}.json" in present]
         is_done = dict(zip(candidates, mapped(self._is_done, candidates), strict=True))
         return [number for number, name in enumerate(names) if not is_done.get(name, False)]
@@ -274,43 +286,48 @@ class OutputFolder:
                 if is_ours(name):
                     (self.folder / name).unlink()
 
-    def _check_same_job(self) -> None:
+    def _check_same_job(self) -> dict[str, Any] | None:
+        """The plan of what the folder holds; None if it holds nothing yet."""
         recorded = _read_job(self.folder)
         if recorded is not None:
             contract, theirs = recorded
             difference = self.contract.difference(contract)
             for key, ours in self.plan.items():
-                if difference is None and key != DECODER and theirs.get(key) != ours:
+                if difference is None and theirs.get(key) != ours:
                     difference = f"{key} {ours} here, {theirs.get(key)} there"
             if difference:
                 raise OutputFolderError(
                     f"the output folder {self.folder} holds another data set ({difference}); "
                     "name another folder, or start anew with --overwrite."
                 )
-            if DECODER in self.plan and not (self.folder / MANIFEST_FILE).is_file():
-                self._check_decoder(str(theirs.get(DECODER, _NOT_RECORDED)))
-            return
+            return theirs
         names = os.listdir(self.folder) if self.folder.is_dir() else []
         if any(is_ours(name) for name in names):
             raise OutputFolderError(
                 f"the output folder {self.folder} holds shards but neither {MANIFEST_FILE} nor "
                 f"{PLAN_FILE}; name another folder, or start anew with --overwrite."
             )
+        return None
 
-    def _check_decoder(self, theirs: str) -> None:
+    def _decoder_of(
+        self, earlier: dict[str, Any] | None, is_needed: bool, decoder: Callable[[], str]
+    ) -> str:
         """Other libraries give other tokens; another version goes on, and is recorded too."""
-        ours = str(self.plan[DECODER])
+        if earlier is None:
+            return decoder()
+        theirs = str(earlier.get(DECODER, _NOT_RECORDED))
+        if not is_needed:
+            return theirs
+        ours = decoder()
         if ours.split()[0] != theirs.split()[0]:
             raise OutputFolderError(
                 f"the shards in {self.folder} were decoded by {theirs}, and {ours} would give "
                 "other tokens; go on where the former is installed, or start anew with --overwrite."
             )
         if ours in theirs.split(", "):
-            ours = theirs
-        else:
-            launch.say(f"warning: going on with {ours} what {theirs} began.", error=True)
-            ours = f"{theirs}, {ours}"
-        self.plan = {**self.plan, DECODER: ours}
+            return theirs
+        launch.say(f"warning: going on with {ours} what {theirs} began.", error=True)
+        return f"{theirs}, {ours}"
 
     def read_record(self, name: str) -> ShardRecord:
         """The record of a finished shard.

@@ -34,7 +34,7 @@ from cosmos_posttrain.prepare.folder import (
 from cosmos_posttrain.prepare.onex.importing import import_onex
 from cosmos_posttrain.prepare.prompt_job import PromptJob, in_shards, run_prompt_jobs
 from cosmos_posttrain.prepare.pt_files import import_pt_files
-from cosmos_posttrain.prepare.runners import PreparationRanks, run_jobs
+from cosmos_posttrain.prepare.runners import PreparationRanks, check_decoder, run_jobs
 from cosmos_posttrain.prepare.shard_job import ClipEncoder, ShardJob
 from cosmos_posttrain.prepare.sources import (
     VideoSource,
@@ -96,6 +96,7 @@ def _prepare(
     """As ``prepare``, of videos."""
     preparation = Preparation(config, encoders)
     jobs = ranks.deal(preparation.start)
+    check_decoder(jobs or [])
     if jobs is not None and encoders.has_text:
         run_prompt_jobs(ranks.deal(preparation.prompt_jobs) or [], encoders)
     encoders.close_text_encoder()
@@ -130,7 +131,7 @@ class Preparation:
         shards = [sources[i : i + step] for i in range(0, len(sources), step)]
         contract, plan = self._job_of(sources)
         output = OutputFolder(self._folder, contract, plan, len(shards), len(self._prompts))
-        to_do = output.start(config.overwrite)
+        to_do = output.start(config.overwrite, decoder_label)
         if to_do is None:
             return None
         self._output = output
@@ -143,7 +144,7 @@ class Preparation:
         config, clip = self._config, geometry(self._config)
         tokenizer = self._encoders.tokenizer_facts()
         dtype = token_dtype(tokenizer.info.vocab_size)
-        plan = _make_plan(config, sources) | tokenizer.plan | {DECODER: decoder_label()}
+        plan = _make_plan(config, sources) | tokenizer.plan
         if not self._encoders.has_text:
             return make_contract(tokenizer.info, clip, dtype), plan
         earlier = None if config.overwrite else recorded_contract(self._folder)

@@ -23,7 +23,7 @@ from cosmos_posttrain.prepare.shard_job import ClipEncoder, ShardJob
 from cosmos_posttrain.prepare.sources import VideoSource
 from cosmos_posttrain.runlog import ProgressDisplay
 from cosmos_posttrain.video import Clip, decoder_name
-from cosmos_posttrain.video.choice import VARIABLE
+from cosmos_posttrain.video.choice import VARIABLE, chosen
 
 T = TypeVar("T")
 
@@ -40,15 +40,10 @@ def run_jobs(jobs: Sequence[ShardJob], encoder: ClipEncoder, num_workers: int) -
         num_workers: decoding threads.
 
     Raises:
-        UserError: this process decodes with another library than the first one.
+        CosmosPosttrainError: the machine cannot read now.
     """
     if not jobs:
         return
-    if (name := decoder_name()) != jobs[0].decoder:
-        raise UserError(
-            f"this process (rank {launch.rank()}) decodes with {name}, the first one with "
-            f"{jobs[0].decoder}: install the same on all machines, or set {VARIABLE} on all."
-        )
     sources = [source for job in jobs for source in job.sources if job.refusal(source) is None]
     num_ranks = launch.world_size()
     label = f"process 1 of {num_ranks}" if num_ranks > 1 else ""
@@ -68,6 +63,25 @@ def run_jobs(jobs: Sequence[ShardJob], encoder: ClipEncoder, num_workers: int) -
 
         for job in jobs:
             job.run(encoder, read)
+
+
+def check_decoder(jobs: Sequence[ShardJob]) -> None:
+    """Loads what decodes here, if there is something to decode, before any other work is done.
+
+    Raises:
+        UserError: it cannot be loaded, or is another library than the first process decodes with.
+    """
+    if not jobs:
+        return
+    if (name := decoder_name()) != jobs[0].decoder:
+        raise UserError(
+            f"this process (rank {launch.rank()}) decodes with {name}, the first one with "
+            f"{jobs[0].decoder}: install the same on all machines, or set {VARIABLE} on all."
+        )
+    try:
+        chosen()
+    except UserError as error:
+        raise UserError(f"this process (rank {launch.rank()}) cannot decode: {error}") from error
 
 
 class PreparationRanks:

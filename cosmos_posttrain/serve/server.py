@@ -29,6 +29,7 @@ from cosmos_posttrain.serve.config import ServeConfig, validate
 from cosmos_posttrain.serve.metrics import Metrics
 from cosmos_posttrain.serve.queue import JobQueue
 from cosmos_posttrain.serve.worker import Worker
+from cosmos_posttrain.video import check_writing
 
 # After a signal, until connections and then the worker are left to themselves.
 _LAST_SECONDS = 20
@@ -101,7 +102,7 @@ def open_session(config: ServeConfig) -> Session:
     """The session with its model loaded; all ranks together.
 
     Raises:
-        UserError: it cannot be opened, or its clips are of a size that no mp4 has.
+        UserError: it cannot be opened, or no mp4 can be written, or none of its clips' size.
     """
     session = Session(config)
     size, clip = session.tensor_model_parallel_size, session.geometry
@@ -116,6 +117,7 @@ def open_session(config: ServeConfig) -> Session:
         raise ConfigError(
             f"clips of {clip.num_frames} frames are one latent frame, with nothing to generate."
         )
+    check_writing()
     session.load()
     return session
 

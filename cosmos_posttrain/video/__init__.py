@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from cosmos_posttrain.errors import VideoError
 from cosmos_posttrain.video.backend import VideoInfo
-from cosmos_posttrain.video.choice import decoder_label, decoder_name
+from cosmos_posttrain.video.choice import check_writing, decoder_label, decoder_name
 from cosmos_posttrain.video.clips import (
     Clip,
     iter_clips,
@@ -32,6 +32,7 @@ __all__ = [
     "Clip",
     "VideoError",
     "VideoInfo",
+    "check_writing",
     "decoder_label",
     "decoder_name",
     "is_image",

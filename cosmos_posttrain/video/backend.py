@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+class EncodingError(Exception):
+    """A library cannot write; says why, fit for the end of a sentence."""
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """What a player would say about a file.
@@ -94,5 +98,12 @@ class VideoBackend(Protocol):
         ...
 
     def encode(self, path: Path, images: Iterator[NDArray[np.uint8]], fps: float) -> None:
-        """Writes (H, W, 3) uint8 RGB images as H.264 in an mp4; raises VideoError if it cannot."""
+        """Writes (H, W, 3) uint8 RGB images as H.264 in an mp4.
+
+        Raises EncodingError: the library cannot; what ``images`` raises stays what it is.
+        """
+        ...
+
+    def check_encoder(self) -> None:
+        """Raises EncodingError: it has no H.264 encoder."""
         ...

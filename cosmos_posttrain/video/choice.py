@@ -10,9 +10,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from importlib.metadata import version
 
 from cosmos_posttrain.errors import UserError
-from cosmos_posttrain.video.backend import VideoBackend
+from cosmos_posttrain.video.backend import EncodingError, VideoBackend
 
 VARIABLE = "COSMOS_VIDEO_DECODER"
 # Name here -> the module that is imported for it; the first that is installed is taken.
@@ -26,6 +27,19 @@ def chosen() -> VideoBackend:
         UserError: none is installed, or the one asked for cannot be loaded.
     """
     return loaded(decoder_name())
+
+
+def check_writing() -> None:
+    """Before anything is computed that is to become an mp4.
+
+    Raises:
+        UserError: as ``chosen``, or that has no H.264 encoder.
+    """
+    backend = chosen()
+    try:
+        backend.check_encoder()
+    except EncodingError as error:
+        raise UserError(f"no mp4 can be written by {backend.label()}: {error}.") from error
 
 
 def decoder_label() -> str:
@@ -71,8 +85,15 @@ def loaded(name: str) -> VideoBackend:
             from cosmos_posttrain.video import with_pyav
 
             return with_pyav
-        import torchcodec  # noqa: F401
+        import torchcodec
+        from torchcodec.decoders import VideoStreamMetadata
 
+        rotation = "rotation" in VideoStreamMetadata.__dataclass_fields__
+        if not (rotation and hasattr(torchcodec, "ffmpeg_major_version")):
+            raise UserError(
+                f"torchcodec {version('torchcodec')} is too old to read video with: 0.11 or newer "
+                "is needed, or PyAV (pip install av)."
+            )
         from cosmos_posttrain.video import with_torchcodec
 
         return with_torchcodec

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_posttrain.video import decode
-from cosmos_posttrain.video.backend import Fit, VideoHeader, VideoInfo
+from cosmos_posttrain.video.backend import EncodingError, Fit, VideoHeader, VideoInfo
 from cosmos_posttrain.video.pixels import BICUBIC, SCALER_FLAGS, FrameFitter
 from cosmos_posttrain.video.streams import frame_rate, open_video, pixel_aspect
 
@@ -57,6 +57,18 @@ def iter_pixels(
         if fit.check is not None:
             fit.check(frame.width, frame.height)
         yield number, fitter(frame)
+
+
+def check_encoder() -> None:
+    """FFmpeg may have been built without x264."""
+    import av
+
+    try:
+        av.Codec("libx264", "w")
+    except ValueError as error:  # av's UnknownCodecError
+        raise EncodingError(
+            "its FFmpeg is built without libx264; pip install av has one that is not"
+        ) from error
 
 
 def encode(path: Path, images: Iterator[NDArray[np.uint8]], fps: float) -> None:

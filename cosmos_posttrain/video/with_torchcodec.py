@@ -10,16 +10,18 @@ downwards), so frames are near PyAV's and not the same: docs/data.md has the mea
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from cosmos_posttrain.errors import VideoError
-from cosmos_posttrain.video.backend import Fit, VideoHeader, VideoInfo
+from cosmos_posttrain.video.backend import EncodingError, Fit, VideoHeader, VideoInfo
 from cosmos_posttrain.video.files import check_whole, is_image
 
 if TYPE_CHECKING:
@@ -203,19 +205,26 @@ def encode(path: Path, images: Iterator[NDArray[np.uint8]], fps: float) -> None:
     """H.264, yuv420p, with the x264 of FFmpeg's libraries.
 
     Raises:
-        VideoError: torchcodec is older than 0.13, or FFmpeg's libraries are without x264.
+        EncodingError: torchcodec is older than 0.13, or FFmpeg's libraries are without x264.
     """
+    with path.open("wb") as file:
+        _encode(file, images, fps)
+
+
+def check_encoder() -> None:
+    """Encodes one frame into memory: FFmpeg says only then what it lacks."""
+    _encode(io.BytesIO(), iter([np.zeros((16, 16, 3), np.uint8)]), 25)
+
+
+def _encode(file: BinaryIO, images: Iterator[NDArray[np.uint8]], fps: float) -> None:
     import torch
     from torchcodec import encoders
 
     if not hasattr(encoders, "Encoder"):
-        raise VideoError(
-            f"{path} cannot be written by {label()}: install torchcodec 0.13 or newer, or PyAV "
-            "(pip install av)."
-        )
+        raise EncodingError("install torchcodec 0.13 or newer, or PyAV (pip install av)")
     first = next(images)
     encoder = encoders.Encoder()
-    try:
+    with _refusals():
         stream = encoder.add_video(
             height=first.shape[0],
             width=first.shape[1],
@@ -227,11 +236,25 @@ def encode(path: Path, images: Iterator[NDArray[np.uint8]], fps: float) -> None:
             preset="medium",
             extra_options={"x264-params": "mbtree=0"},
         )
-        with path.open("wb") as file, encoder.open_file_like(file, format="mp4"):
-            for image in itertools.chain([first], images):
+        encoder.open_file_like(file, format="mp4")
+    try:
+        for image in itertools.chain([first], images):
+            with _refusals():
                 stream.add_frames(torch.from_numpy(image).permute(2, 0, 1)[None])
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # what ended it says more than what is missing now
+            encoder.close()
+        raise
+    with _refusals():
+        encoder.close()
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What torchcodec raises, and nothing of where the images come from."""
+    try:
+        yield
     except (RuntimeError, ValueError) as error:
-        raise VideoError(
-            f"{path} cannot be written by {label()}: {error_text(error)}; PyAV (pip install av) "
-            "brings its own H.264 encoder."
+        raise EncodingError(
+            f"{error_text(error)}; PyAV (pip install av) brings its own H.264 encoder"
         ) from error

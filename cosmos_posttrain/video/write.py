@@ -16,6 +16,7 @@ import numpy as np
 
 from cosmos_posttrain.errors import UserError, VideoError
 from cosmos_posttrain.files import replacing, sync
+from cosmos_posttrain.video.backend import EncodingError
 from cosmos_posttrain.video.choice import chosen
 
 if TYPE_CHECKING:
@@ -73,12 +74,21 @@ def write_mp4(
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             images = (image for part in itertools.chain([first], parts) for image in _images(part))
-            chosen().encode(temporary, images, fps)
+            _encode(path, temporary, images, fps)
             if before_naming is not None:
                 sync(temporary)
                 before_naming()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
+
+
+def _encode(path: Path, temporary: Path, images: Iterator[NDArray[np.uint8]], fps: float) -> None:
+    """Names the user's file where it cannot be written."""
+    backend = chosen()
+    try:
+        backend.encode(temporary, images, fps)
+    except EncodingError as error:
+        raise VideoError(f"{path} cannot be written by {backend.label()}: {error}.") from error
 
 
 def _images(part: Frames) -> Iterable[NDArray[np.uint8]]:

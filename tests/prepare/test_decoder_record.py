@@ -10,7 +10,7 @@ from helpers.prepared import BlockMean, config, make_videos, prepare_small
 from cosmos_posttrain.data import Manifest
 from cosmos_posttrain.data.config import InfoConfig
 from cosmos_posttrain.data.info import info
-from cosmos_posttrain.errors import OutputFolderError, UserError
+from cosmos_posttrain.errors import OutputFolderError, UserError, VideoError
 from cosmos_posttrain.prepare import runners
 from cosmos_posttrain.prepare.prepare import Preparation, PreparationEncoders, prepare
 from cosmos_posttrain.video import choice, decoder_label
@@ -38,6 +38,10 @@ def begun(videos, tmp_path):
     with pytest.raises(_Stop):
         prepare(config(videos, tmp_path / "out"), _StopsAtOnce())
     return tmp_path / "out"
+
+
+def broken(name):
+    raise UserError(f"{name} cannot be loaded.")
 
 
 def record(folder, decoder):
@@ -103,7 +107,35 @@ def test_a_rank_with_another_library_is_refused(videos, tmp_path, monkeypatch):
     monkeypatch.setitem(choice.MODULES, "pyav", "no_such_av")
     monkeypatch.setitem(choice.MODULES, "torchcodec", "json")  # some module that is installed
     with pytest.raises(UserError, match="decodes with torchcodec, the first one with pyav"):
+        runners.check_decoder(jobs)
+
+
+def test_what_cannot_be_loaded_ends_the_run(videos, tmp_path, monkeypatch):
+    """Installed on this rank and broken: not the videos' fault, so none is recorded as failed."""
+    settings = config(videos, tmp_path / "out")
+    jobs = Preparation(settings, PreparationEncoders(settings, BlockMean(), None)).start()
+    monkeypatch.setattr(choice, "loaded", broken)
+    with pytest.raises(UserError, match=r"\(rank 0\) cannot decode: pyav cannot be loaded"):
+        runners.check_decoder(jobs)
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
         runners.run_jobs(jobs, BlockMean(), 1)
+    assert not isinstance(caught.value, VideoError)
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def test_a_rank_is_asked_before_its_encoders_are_loaded(videos, tmp_path, monkeypatch):
+    start = Preparation.start
+
+    def started(self):
+        """As on rank 0; from then on as on another machine, where nothing can be loaded."""
+        jobs = start(self)
+        monkeypatch.setattr(choice, "loaded", broken)
+        monkeypatch.setattr(PreparationEncoders, "tokenizer", lambda self: pytest.fail("loaded"))
+        return jobs
+
+    monkeypatch.setattr(Preparation, "start", started)
+    with pytest.raises(UserError, match="cannot decode"):
+        prepare_small(videos, tmp_path / "out")
 
 
 def test_without_a_decoder_nothing_is_written(videos, tmp_path, monkeypatch):
@@ -112,3 +144,30 @@ def test_without_a_decoder_nothing_is_written(videos, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="nothing here can read video"):
         prepare_small(videos, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def nothing_decodes(monkeypatch):
+    monkeypatch.setattr(choice, "MODULES", {"pyav": "no_such_av", "torchcodec": "no_such_codec"})
+
+
+def test_what_is_complete_stays_complete_where_nothing_decodes(videos, tmp_path, monkeypatch):
+    fingerprint = prepare_small(videos, tmp_path / "out").fingerprint
+    nothing_decodes(monkeypatch)
+    assert prepare_small(videos, tmp_path / "out").fingerprint == fingerprint
+    with pytest.raises(UserError, match="nothing here can read video"):
+        prepare_small(videos, tmp_path / "out", overwrite=True)
+    assert Manifest.load(tmp_path / "out").fingerprint == fingerprint  # not removed before
+
+
+def test_killed_before_the_manifest_another_library_finishes(videos, tmp_path, monkeypatch):
+    """All shards are there: nothing is decoded, so it is neither refused nor recorded."""
+
+    def stop(self):
+        raise _Stop
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Preparation, "finish", stop)
+        with pytest.raises(_Stop):
+            prepare_small(videos, tmp_path / "out")
+    record(tmp_path / "out", OTHER)
+    assert prepare_small(videos, tmp_path / "out").plan["decoder"] == OTHER

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from cosmos_posttrain.errors import UserError
-from cosmos_posttrain.video import choice, decoder_label, probe, read_clips, write_mp4
+from cosmos_posttrain.video import (
+    check_writing,
+    choice,
+    decoder_label,
+    probe,
+    read_clips,
+    write_mp4,
+)
 
 NEEDS_NO_TORCHCODEC = pytest.mark.skipif(
     importlib.util.find_spec("torchcodec") is not None, reason="torchcodec is installed"
@@ -68,3 +76,39 @@ def test_a_torchcodec_that_cannot_be_loaded_is_one_sentence(monkeypatch, tmp_pat
     with pytest.raises(UserError, match="needs FFmpeg's shared libraries") as caught:
         choice.chosen()
     assert "\n" not in str(caught.value)
+
+
+@NEEDS_NO_TORCHCODEC
+@pytest.mark.parametrize(("has_version", "fields"), [(False, "rotation"), (True, "fps")])
+def test_a_torchcodec_that_is_too_old_is_one_sentence(monkeypatch, tmp_path, has_version, fields):
+    """0.8 does not say FFmpeg's version, 0.10 nothing of rotation: no video could be read."""
+    monkeypatch.setitem(choice.MODULES, "pyav", "no_such_av")
+    (tmp_path / "torchcodec").mkdir()
+    line = "ffmpeg_major_version = 5" if has_version else ""
+    (tmp_path / "torchcodec/__init__.py").write_text(line)
+    (tmp_path / "torchcodec/decoders.py").write_text(
+        "from dataclasses import dataclass\n@dataclass\nclass VideoStreamMetadata:\n"
+        f"    {fields}: float\n"
+    )
+    (tmp_path / "torchcodec-0.10.0.dist-info").mkdir()
+    (tmp_path / "torchcodec-0.10.0.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torchcodec\nVersion: 0.10.0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("torchcodec", "torchcodec.decoders"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(UserError, match=r"torchcodec 0\.10\.0 is too old .* 0\.11 or newer"):
+        choice.chosen()
+
+
+def test_without_an_h264_encoder_is_said_before_anything_is_computed(monkeypatch):
+    import av
+
+    check_writing()
+
+    def unknown(name, mode):
+        raise av.codec.codec.UnknownCodecError(name)
+
+    monkeypatch.setattr(av, "Codec", unknown)
+    with pytest.raises(UserError, match=r"no mp4 can be written by pyav .*built without libx264"):
+        check_writing()

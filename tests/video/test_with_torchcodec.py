@@ -28,7 +28,15 @@ from helpers.video_files import (
 from PIL import Image
 
 from cosmos_posttrain.errors import UserError, VideoError
-from cosmos_posttrain.video import choice, probe, read_clips, read_image, with_pyav, write_mp4
+from cosmos_posttrain.video import (
+    check_writing,
+    choice,
+    probe,
+    read_clips,
+    read_image,
+    with_pyav,
+    write_mp4,
+)
 from cosmos_posttrain.video.backend import Fit
 from cosmos_posttrain.video.with_torchcodec import _shown_size, error_text, fitted
 
@@ -205,6 +213,23 @@ def test_torchcodec_writes_what_pyav_reads(tmp_path):
     expected = frames.permute(1, 2, 3, 0).numpy().astype(int)
     assert np.abs(pixels.astype(int) - expected).mean() < 6  # half the chroma, and x264
     assert [p.name for p in path.parent.iterdir()] == ["clip.mp4"]
+
+
+@pytest.mark.usefixtures("with_torchcodec")
+def test_what_the_frames_come_from_is_not_taken_for_the_encoder(tmp_path):
+    """A GPU without memory is no bad video, and the mp4 is the user's, not a temporary file."""
+
+    def frames():
+        yield torch.zeros(3, 1, 48, 64, dtype=torch.uint8)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    check_writing()
+    with pytest.raises(torch.OutOfMemoryError):
+        write_mp4(tmp_path / "clip.mp4", frames(), 10)
+    sizes = [torch.zeros(3, 1, 48, 64 + 2 * i, dtype=torch.uint8) for i in range(2)]
+    with pytest.raises(VideoError, match=r"/clip\.mp4 cannot be written by torchcodec"):
+        write_mp4(tmp_path / "clip.mp4", iter(sizes), 10)
+    assert not list(tmp_path.iterdir())
 
 
 @needs_samples

@@ -42,7 +42,7 @@ from cosmos_posttrain.evaluation.lpips import LPIPS, MIN_SIZE, load_lpips
 from cosmos_posttrain.evaluation.result_folder import ResultFolder, check_foreign, result
 from cosmos_posttrain.inference.request import GeneratedClip
 from cosmos_posttrain.runlog import ProgressDisplay
-from cosmos_posttrain.video import write_mp4
+from cosmos_posttrain.video import check_writing, write_mp4
 
 CLIPS_FOLDER = "clips"
 _PRODUCTS = (CLIPS_FOLDER,)
@@ -79,6 +79,7 @@ def run(config: GenerateEvalConfig) -> dict[str, Any]:
             files.check_writable(config.output)
             held.enter_context(files.locked(config.output))
             check_foreign(config.output, _PRODUCTS, config.overwrite)
+            check_writing()
             metrics = folder.start(config.overwrite)
             return metrics is not None, len(folder.rows)
 
