@@ -373,6 +373,7 @@ def test_shares_of_a_checkpoint_add_up() -> None:
     assert 8 * host_bytes(work, Layout(2, 2, data=2)) == pytest.approx(whole, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_lora_in_two_processes(tokens: Path, tmp_path: Path) -> None:
     layout = Layout(tensor=2, sequence_parallel=True)

@@ -68,7 +68,7 @@ def _norms(log_dir: Path) -> list[str]:
     return [line.partition('"grad_norm"')[2].partition("data_wait")[0] for line in lines]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_with_and_without_a_run_is_the_same(tokens: Path, tmp_path: Path, dtype: str) -> None:
     """Curve, norms and checkpoints; half way it is resumed with the other's setting."""
     steps = {"float32": 20, "bfloat16": 6}[dtype]
@@ -187,6 +187,7 @@ def on_two_ranks(tmp_path: Path) -> None:
         _assert_equal(again.tensors(), states[1].tensors())
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_divided_over_two_ranks(tmp_path: Path) -> None:
     run_distributed(on_two_ranks, 2, tmp_path)

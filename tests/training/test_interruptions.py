@@ -162,9 +162,9 @@ COMMAND = [
     ("nproc", "name"),
     # torchrun passes SIGUSR1 on only where it is told to.
     [
-        (2, "SIGTERM"),
+        (1, "SIGTERM"),
         pytest.param(1, "SIGUSR1", marks=pytest.mark.slow),
-        pytest.param(1, "SIGTERM", marks=pytest.mark.slow),
+        pytest.param(2, "SIGTERM", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_saves_and_ends_the_run(
