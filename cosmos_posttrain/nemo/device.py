@@ -38,8 +38,6 @@ def nemo_device() -> Iterator[None]:
 
     with (
         patch.object(pl, "_fix_tensors_device", lambda checkpoint: checkpoint),
-        patch.object(torch.cuda, "Stream", lambda *_: None),
-        patch.object(torch.cuda, "stream", lambda *_: contextlib.nullcontext()),
         patch.object(tensor_parallel, "model_parallel_cuda_manual_seed", lambda *_, **__: None),
         cpu_device(),
         _NothingPinned(),

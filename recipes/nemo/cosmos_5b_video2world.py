@@ -5,10 +5,7 @@ Flows in: where the data is, and how many machines and GPUs. Flows out: a ``run.
 
 from __future__ import annotations
 
-import nemo_run as run
 from cosmos_models import Model
-
-from cosmos_posttrain.nemo.recipe import finetune
 
 MODEL = Model(
     "cosmos_5b_video2world",
@@ -16,25 +13,4 @@ MODEL = Model(
     takes_text=True,
 )
 
-
-@run.cli.factory(target=finetune, name=MODEL.name)
-def finetune_recipe(
-    data_path: str = "",
-    dir: str | None = None,
-    name: str = "default",
-    num_nodes: int = 1,
-    num_gpus_per_node: int = 8,
-) -> run.Partial:
-    """A run on prepared data; ``recipe.config`` holds all settings of training.
-
-    Args:
-        data_path: folder that prepare_dataset.py wrote.
-        dir: folder of runs; None means nemo_experiments.
-        name: of the run, and of its folder in ``dir``.
-        num_nodes: machines.
-        num_gpus_per_node: GPUs, and processes, of each.
-
-    Raises:
-        ConfigError: the model's parallel sizes do not fit the number of GPUs.
-    """
-    return MODEL.recipe(data_path, dir, name, num_nodes, num_gpus_per_node)
+finetune_recipe = MODEL.factory()

@@ -6,12 +6,14 @@ values of ``configs/train_*.yaml``, whose comments say why they are as they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import nemo_run as run
 
 from cosmos_posttrain.config import merge
-from cosmos_posttrain.nemo.recipe import make_recipe
+from cosmos_posttrain.nemo.recipe import finetune, make_recipe
 from cosmos_posttrain.training.config import TrainConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
@@ -36,14 +38,35 @@ class Model:
         fitting = [number for number in self.configs if number <= num_gpus]
         return CONFIG_DIR / self.configs[max(fitting, default=min(self.configs))]
 
-    def recipe(
-        self, data_path: str, dir: str | None, name: str, num_nodes: int, num_gpus_per_node: int
-    ) -> Any:
-        """See ``finetune_recipe`` of the models' files."""
-        log_dir = str(Path(dir or "nemo_experiments") / name)
-        config = merge(
-            TrainConfig,
-            self.config_file(num_nodes * num_gpus_per_node),
-            [("data.path", data_path), ("log_dir", log_dir), ("async_save", False)],
-        )
-        return make_recipe(config, self.takes_text, num_nodes, num_gpus_per_node)
+    def factory(self) -> Callable[..., run.Partial]:
+        """The model's ``finetune_recipe``, which NeMo-Run knows by the model's name."""
+
+        @run.cli.factory(target=finetune, name=self.name)
+        def finetune_recipe(
+            data_path: str = "",
+            dir: str | None = None,
+            name: str = "default",
+            num_nodes: int = 1,
+            num_gpus_per_node: int = 8,
+        ) -> run.Partial:
+            """A run on prepared data; ``recipe.config`` holds all settings of training.
+
+            Args:
+                data_path: folder that prepare_dataset.py wrote.
+                dir: folder of runs; None means nemo_experiments.
+                name: of the run, and of its folder in ``dir``.
+                num_nodes: machines.
+                num_gpus_per_node: GPUs, and processes, of each.
+
+            Raises:
+                ConfigError: the model's parallel sizes do not fit the number of GPUs.
+            """
+            log_dir = str(Path(dir or "nemo_experiments") / name)
+            config = merge(
+                TrainConfig,
+                self.config_file(num_nodes * num_gpus_per_node),
+                [("data.path", data_path), ("log_dir", log_dir), ("async_save", False)],
+            )
+            return make_recipe(config, self.takes_text, num_nodes, num_gpus_per_node)
+
+        return finetune_recipe
