@@ -1,9 +1,10 @@
 """Training speed: a run of this package against plain loops around a Hugging Face Llama.
 
 The same shape (grouped queries, vocabulary, tied to nothing), batch, AdamW, clipping and schedule;
-float32, on the CPU. One process takes a step of each in turn, so a busy machine slows all of them;
-CPU seconds hardly notice it, wall seconds do. Ours is ``Trainer.train_step``, as train_general.py
-runs it: its model has two norms a layer more (queries and keys), and a 3D RoPE.
+float32, on the CPU. One process takes a step of each in turn, in an order that turns with the
+rounds; a ratio is the median of the rounds' ratios, which a machine that slows down for a while
+leaves alone. Ours is ``Trainer.train_step``, as train_general.py runs it: its model has two norms a
+layer more (queries and keys), and a 3D RoPE.
 
     python benchmarks/bench_train.py                              # ~30M and ~100M, one thread
     python benchmarks/bench_train.py --size 30M --threads 2 --compile
@@ -155,11 +156,13 @@ def run_size(size: str, args: argparse.Namespace) -> dict:
             variants["Hugging Face, fused AdamW, compiled"] = (True, True)
         for name, variant in variants.items():
             steps[name] = hugging_face_step(size, args.batch_size, *variant)
+        names = list(steps)
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
         for number in range(args.warmup + args.steps):
-            for name, step in steps.items():
+            first = number % len(steps)
+            for name in [*names[first:], *names[:first]]:
                 started = time.perf_counter(), time.process_time()
-                loss = step()
+                loss = steps[name]()
                 ended = time.perf_counter(), time.process_time()
                 assert np.isfinite(loss), f"{name}: the loss is not finite"
                 if number >= args.warmup:
@@ -175,17 +178,24 @@ def run_size(size: str, args: argparse.Namespace) -> dict:
         }
     result["is_faster_by"] = {
         own: {
-            name: {
-                kind: values[kind] / result["loops"][own][kind]
-                for kind in ("wall_seconds", "cpu_seconds")
-            }
-            for name, values in result["loops"].items()
+            name: _ratios(theirs, seconds[own])
+            for name, theirs in seconds.items()
             if not name.startswith("ours")
         }
-        for own in result["loops"]
+        for own in seconds
         if own.startswith("ours")
     }
     return result
+
+
+def _ratios(theirs: list[tuple[float, float]], ours: list[tuple[float, float]]) -> dict:
+    """Medians over the rounds, and between which half of the rounds lie."""
+    found = {}
+    for column, kind in enumerate(("wall_seconds", "cpu_seconds")):
+        ratios = [their[column] / own[column] for their, own in zip(theirs, ours, strict=True)]
+        low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+        found[kind] = {"median": median, "quartiles": [low, high]}
+    return found
 
 
 def show(result: dict) -> None:
@@ -202,9 +212,12 @@ def show(result: dict) -> None:
         )
     for own, others in result["is_faster_by"].items():
         for name, ratio in others.items():
+            cpu = ratio["cpu_seconds"]
+            low, high = cpu["quartiles"]
             print(
-                f"  {own} is {ratio['cpu_seconds']:.3f}x as fast as {name} by CPU time, "
-                f"{ratio['wall_seconds']:.3f}x by the clock"
+                f"  {own} is {cpu['median']:.3f}x as fast as {name} by CPU time "
+                f"(half of the rounds {low:.3f} to {high:.3f}), "
+                f"{ratio['wall_seconds']['median']:.3f}x by the clock"
             )
 
 

@@ -86,7 +86,7 @@ _PATCHES: dict[str, Callable] = {
 _FULL_SPEED = ("megatron.core.pipeline_parallel.schedules.backward_step",)
 
 
-class _Patches:
+class Patches:
     """Puts replacements in the places of functions, for as long as any thread asks for it.
 
     Args:
@@ -144,8 +144,8 @@ def _schedule_patches() -> dict[str, Callable]:
     return {name: _at_full_speed(getattr(*_place(name))) for name in _FULL_SPEED}
 
 
-_CUDA = _Patches(lambda: _PATCHES)
-_SCHEDULES = _Patches(_schedule_patches)
+_CUDA = Patches(lambda: _PATCHES)
+_SCHEDULES = Patches(_schedule_patches)
 
 
 @contextlib.contextmanager

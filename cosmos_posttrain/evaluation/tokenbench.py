@@ -31,7 +31,7 @@ from cosmos_posttrain.evaluation.pairs import Pair, Pairs, Window, find_pairs, i
 from cosmos_posttrain.evaluation.result_folder import METRICS_FILE, ResultFolder, result
 from cosmos_posttrain.prepare.sources import VideoSource, sources_sha256
 from cosmos_posttrain.runlog import ProgressDisplay
-from cosmos_posttrain.video import to_float
+from cosmos_posttrain.video import decoder_label, decoder_name, to_float
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -156,6 +156,7 @@ def _settings(config: TokenBenchConfig, found: Pairs) -> dict[str, Any]:
     return {
         "recursive": config.recursive,
         "num_pairs": len(found.pairs),
+        "videos_read_by": decoder_name(),
         "videos_sha256": sources_sha256(videos),
         "width": config.width,
         "num_frames": config.num_frames,
@@ -285,7 +286,7 @@ def _summary(
             figures[name] = float(np.mean([row[name] for row in rows]))
     if networks.i3d is not None and len(rows) > 1:
         figures["rfvd"] = fvd.distance(folder.sums, len(rows))
-    used = environment(networks.device)
+    used = environment(networks.device) | {"videos_read_by": decoder_label()}
     whole = result("tokenbench", folder.settings, figures, rows, failures, used, folder.seconds)
     return whole | {
         "gtpath": config.gtpath,

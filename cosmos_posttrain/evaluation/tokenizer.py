@@ -31,7 +31,7 @@ from cosmos_posttrain.geometry import ClipGeometry
 from cosmos_posttrain.prepare.sources import VideoSource, sources_sha256
 from cosmos_posttrain.runlog import ProgressDisplay
 from cosmos_posttrain.tokenizer import VideoTokenizer, load_tokenizer_pair
-from cosmos_posttrain.video import to_float, to_uint8
+from cosmos_posttrain.video import decoder_label, decoder_name, to_float, to_uint8
 
 _SHEET_FILE = "contact_sheet.png"
 _SHEET_CLIPS = 4
@@ -103,6 +103,7 @@ def _settings(
             "vocab_size": tokenizer.vocab_size,
         },
         "decoder": config.decoder,
+        "videos_read_by": decoder_name(),
         "num_videos": len(sources),
         "videos_sha256": sources_sha256(sources),
         "num_frames": config.num_frames,
@@ -218,6 +219,7 @@ def _summary(
     figures["max_entropy_bits"] = math.log2(tokenizer.vocab_size)
     figures |= speed(num_frames, totals[0], totals[1])
     used = environment(tokenizer.device, tokenizer.dtype) | {"batch_size": config.batch_size}
+    used["videos_read_by"] = decoder_label()
     whole = result("tokenizer", folder.settings, figures, rows, failures, used, folder.seconds)
     # As they were before all commands had one shape.
     measured = ("device", "device_name", "dtype", "num_threads", "batch_size", "torch")

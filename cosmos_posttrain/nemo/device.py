@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from megatron.core import tensor_parallel
 from torch.overrides import TorchFunctionMode
 
-from cosmos_posttrain.distributed.cpu_device import cpu_device
+from cosmos_posttrain.distributed.cpu_device import Patches, cpu_device
 
 
 class _NothingPinned(TorchFunctionMode):
@@ -28,18 +26,19 @@ class _NothingPinned(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_PATCHES = Patches(
+    lambda: {
+        "nemo.lightning.io.pl._fix_tensors_device": lambda checkpoint: checkpoint,
+        "megatron.core.tensor_parallel.model_parallel_cuda_manual_seed": lambda *_, **__: None,
+    }
+)
+
+
 @contextlib.contextmanager
 def nemo_device() -> Iterator[None]:
     """NeMo's CUDA calls mean the CPU inside; nothing at all happens where CUDA exists."""
     if torch.cuda.is_available():
         yield
         return
-    from nemo.lightning.io import pl
-
-    with (
-        patch.object(pl, "_fix_tensors_device", lambda checkpoint: checkpoint),
-        patch.object(tensor_parallel, "model_parallel_cuda_manual_seed", lambda *_, **__: None),
-        cpu_device(),
-        _NothingPinned(),
-    ):
+    with _PATCHES, cpu_device(), _NothingPinned():
         yield

@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers.distributed_run import REPOSITORY_DIR, run_distributed, run_script
 from helpers.prepared import BlockMean, config, contents, make_videos, prepare_small
+from helpers.script_here import run_here
 from helpers.video_files import grey_frames, write_audio, write_video
 
 from cosmos_posttrain.data import Manifest, TokenDataset
@@ -377,6 +378,11 @@ def test_the_script_under_python_and_torchrun(tmp_path):
     assert twin.returncode == 0, twin.stderr
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert len(TokenDataset(tmp_path / "two", split="all")) == 3
-    refused = run_script([*common, "--output_prefix", videos])
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
-    assert "something else" in refused.stderr
+
+
+def test_the_script_refuses_a_folder_of_other_things(tmp_path, monkeypatch, capsys):
+    videos = make_videos(tmp_path / "videos", 3)
+    command = [*SCRIPT[1:], "--input_videos_dir", videos, "--output_prefix", videos]
+    code, said = run_here(SCRIPT[0], command, monkeypatch, capsys)
+    assert code == 2 and said.count("\n") == 1
+    assert "something else" in said

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.script_here import run_here
 from safetensors.torch import load_file, save_file
 from test_tokenizer_network import random_video, small_network
 from torch import Tensor, nn
@@ -21,8 +20,6 @@ from cosmos_posttrain.tokenizer.export import export_torchscript
 from cosmos_posttrain.tokenizer.torchscript import ScriptEncoder
 from cosmos_posttrain.tokenizer.weights_io import write_native
 from cosmos_posttrain.video import write_mp4
-
-REPOSITORY_DIR = Path(__file__).resolve().parents[2]
 
 
 class _WrongOutput(nn.Module):
@@ -78,19 +75,6 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-def run_main(
-    script: str,
-    arguments: list[object],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> tuple[object, str]:
-    """Runs a script in this process as ``python SCRIPT ARGUMENTS``; exit code and stderr."""
-    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        runpy.run_path(str(REPOSITORY_DIR / script), run_name="__main__")
-    return exit_.value.code, capsys.readouterr().err
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_preparation_refuses(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -106,7 +90,7 @@ def test_preparation_refuses(
     arguments += ["--width", 48, "--height", 32, "--num_context_frames", 9]
     arguments += ["--tokenizer_compression_factor", "4,8,8", "--encoder_path", tokenizer]
     arguments += ["--decoder_path", tokenizer]
-    code, message = run_main("prepare_dataset.py", arguments, monkeypatch, capsys)
+    code, message = run_here("prepare_dataset.py", arguments, monkeypatch, capsys)
     assert code == 2
     assert message.startswith("error: ") and message.count("\n") == 1
     assert sentence in message and str(tokenizer) in message
@@ -123,7 +107,7 @@ def test_inference_refuses_a_corrupt_file(
     arguments += ["--height", 32, "--num_context_frames", 9, "--num_input_frames", 5]
     arguments += ["--tokenizer_compression_factor", "4,8,8"]
     arguments += ["--video_save_name", tmp_path / "out.mp4", "--disable_diffusion_decoder"]
-    code, message = run_main("infer.py", arguments, monkeypatch, capsys)
+    code, message = run_here("infer.py", arguments, monkeypatch, capsys)
     assert code == 2
     assert message.count("\n") == 1 and "not a readable safetensors file" in message
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from helpers.distributed_run import run_distributed, run_script
 from helpers.run_case import losses, make_config, run
+from helpers.script_here import run_here
 
 from cosmos_posttrain.errors import ConfigError, OutputFolderError
 
@@ -190,25 +191,41 @@ def test_foreign_log_dir_is_refused(tokens: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def bad_usage(tokens: Path, tmp_path: Path) -> list[str]:
+    base = ["--data_path", str(tokens), "--log_dir", str(tmp_path / "run")]
+    return [*base, "--model_path", "random:tiny", "--tensor_model_parallel_size", "1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--data_path", "/no/such/folder"], "/no/such/folder"),
         (["--tensor_model_parallel_size", "3"], "use one of 1, 2"),
-        (["--tensor_model_parallel_size", "2"], "torchrun --nproc-per-node=2"),
         (["--lr", "-1"], "--lr -1.0 must be above 0"),
         (["--model_path", "/no/such/model"], "/no/such/model does not exist"),
         (["--no_such_flag", "1"], "--no_such_flag"),
     ],
 )
 def test_bad_usage_is_one_sentence(
-    tokens: Path, tmp_path: Path, arguments: list[str], sentence: str
+    tokens: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
 ) -> None:
-    base = ["train_general.py", "--data_path", str(tokens), "--log_dir", str(tmp_path / "run")]
-    base += ["--model_path", "random:tiny", "--tensor_model_parallel_size", "1"]
-    result = run_script([*base, *arguments])
+    command = [*bad_usage(tokens, tmp_path), *arguments]
+    code, said = run_here("train_general.py", command, monkeypatch, capsys)
+    assert code == 2
+    assert sentence in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_ends_with_one_sentence(tokens: Path, tmp_path: Path) -> None:
+    command = ["train_general.py", *bad_usage(tokens, tmp_path)]
+    result = run_script([*command, "--tensor_model_parallel_size", "2"])
     assert result.returncode == 2, result.stderr
-    assert sentence in result.stderr
+    assert "torchrun --nproc-per-node=2" in result.stderr
     lines = result.stderr.strip().splitlines()
     # Older torch for CUDA prints this past all filters where there is nvcc but no device.
     assert len([line for line in lines if "No CUDA runtime is found" not in line]) == 1, lines
