@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,25 @@ def test_a_missing_nemo_is_one_sentence(script: str, tmp_path: Path) -> None:
     assert line.startswith("error: --engine nemo needs NeMo 2, which is not installed here")
     assert "make nemo-env" in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(extra.is_installed(), reason="NeMo is here")
+@pytest.mark.skipif(find_spec("lightning") is not None, reason="Lightning is here")
+def test_nemo_toolkit_alone_is_not_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pip installs it: without Lightning and Fiddle."""
+    (tmp_path / "nemo" / "lightning").mkdir(parents=True)
+    for folder in ("nemo", "nemo/lightning"):
+        (tmp_path / folder / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not extra.is_installed()
+    with pytest.raises(
+        ConfigError, match="the NeMo that is here without lightning and fiddle: run"
+    ):
+        extra.check()
+    words = ["-c", "from cosmos_posttrain.nemo import CosmosModel; print(CosmosModel.__name__)"]
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    finished = run_script(words, cwd=tmp_path, env={"PYTHONPATH": paths})
+    assert (finished.returncode, finished.stdout) == (0, "CosmosModel\n"), finished.stderr
 
 
 def test_an_engine_that_does_not_exist() -> None:
