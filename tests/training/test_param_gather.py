@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.distributed_run import run_distributed
+from helpers.prepared import make_videos, prepare_small
 from helpers.run_case import make_config
 
 from cosmos_posttrain import launch, load_model
@@ -134,14 +135,16 @@ def fit_in_small_buckets(configs: list[TrainConfig]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_nothing_changes_in_the_layouts_of_the_configs(
-    tokens: Path, tmp_path: Path, name: str
-) -> None:
+def test_nothing_changes_in_the_layouts_of_the_configs(tmp_path: Path, name: str) -> None:
+    (tmp_path / "videos").mkdir()
+    prepare_small(make_videos(tmp_path / "videos"), tmp_path / "tokens", width=32)  # 3x2x4 tokens
     num_processes, settings = LAYOUTS[name]
     settings = {"max_steps": 5, "save_every_n_steps": 3, "val_check_interval": 2} | settings
     plain, late = tmp_path / "plain", tmp_path / "late"
     configs = [
-        make_config(tokens, run, **settings, parallel__overlap_param_gather=run is late)
+        make_config(
+            tmp_path / "tokens", run, **settings, parallel__overlap_param_gather=run is late
+        )
         for run in (plain, late)
     ]
     run_distributed(fit_in_small_buckets, num_processes, configs)
