@@ -74,7 +74,8 @@ test-all: setup  ## Also the slow ones, and those for a GPU and the network wher
 
 # This checkout's package, whichever one is installed there.
 test-nemo: nemo-env  ## The tests of NeMo's engine, connector, recipes and NeMo-Run's executors, in that environment
-	@PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 "$(NEMO_VENV)/bin/python" -m pytest -m "not gpu" tests/nemo tests/submit
+	@export PATH="$(NEMO_VENV)/bin:$$PATH" PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1
+	python -m pytest -m "not gpu" tests/nemo tests/submit
 
 # PAIRS="3.11/0.15.3 3.12/0.19.2" names some of them.
 test-matrix: setup  ## Other versions of Python and megatron-core: what they might break (docs/versions.md)
