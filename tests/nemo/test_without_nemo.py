@@ -46,13 +46,13 @@ def test_nemo_toolkit_alone_is_not_enough(tmp_path: Path) -> None:
     for folder in ("nemo", "nemo/lightning"):
         (tmp_path / folder / "__init__.py").touch()
     program = """
-from cosmos_posttrain.nemo import CosmosModel, extra
-print(CosmosModel.__name__, extra.is_installed())
+from cosmos_posttrain.nemo import bases, extra
+print(bases.ModelCheckpoint.__module__, extra.is_installed())
 extra.check()
 """
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     finished = run_script(["-c", program], cwd=tmp_path, env={"PYTHONPATH": paths})
-    assert finished.stdout == "CosmosModel False\n", finished.stderr
+    assert finished.stdout == "cosmos_posttrain.nemo.bases False\n", finished.stderr
     said = "--engine nemo cannot use the NeMo that is here without lightning and fiddle: run make"
     assert said in finished.stderr.splitlines()[-1]
 
