@@ -16,8 +16,8 @@ QUICKSTART_ARGS ?=
 # The environment of make nemo-env: NeMo wants older packages than the rest.
 NEMO_VENV ?= $(CURDIR)/.venv-nemo
 NEMO_STAMP := $(NEMO_VENV)/.cosmos_posttrain_nemo
-# Processes that run tests at the same time; one more than two cores, since tests wait for others, too.
-TEST_WORKERS ?= 3
+# Processes that run tests at the same time: two a core of two, since tests wait for others, too.
+TEST_WORKERS ?= 4
 
 # An active virtual environment is used as it is; otherwise one is made here.
 VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),$(CURDIR)/.venv)
