@@ -87,8 +87,8 @@ def test_a_save_costs_the_loop_less_than_a_step(
     )
     monkeypatch.setitem(PRESETS, "30M", model)
     waits = {}
-    for name in ("sync", "async"):
-        settings = {"max_steps": 12, "save_every_n_steps": 4, "async_save": name == "async"}
+    for name, num_steps in (("sync", 4), ("async", 12)):
+        settings = {"max_steps": num_steps, "save_every_n_steps": 4, "async_save": name == "async"}
         config = make_config(tmp_path / "unused", tmp_path / name, **settings)
         config.model.path, config.global_batch_size = "random:30M", 1
         config.num_threads = num_threads
@@ -100,8 +100,8 @@ def test_a_save_costs_the_loop_less_than_a_step(
         waits[name] = [row["save_wait_seconds"] for row in rows if "save_wait_seconds" in row]
         shown = ", ".join(f"{seconds:.2f}" for seconds in waits[name])
         print(f"{name}, {num_threads} threads: waited {shown} s, a step {step:.2f} s")
-    assert len(waits["async"]) == 3 and max(waits["async"]) < step
-    assert statistics.median(waits["async"]) < statistics.median(waits["sync"])
+    assert len(waits["async"]) == 3
+    assert max(waits["async"]) < step
 
 
 class Gate:
