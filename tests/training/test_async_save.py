@@ -31,10 +31,6 @@ def checkpoints(log_dir: Path) -> list[str]:
     return sorted(path.name for path in (log_dir / "default" / "checkpoints").iterdir())
 
 
-def metrics_file(log_dir: Path) -> Path:
-    return log_dir / "default" / "metrics.jsonl"
-
-
 def written(log_dir: Path) -> dict[str, bytes]:
     """All that checkpoints hold, without what tells the time or the settings."""
     folder = log_dir / "default" / "checkpoints"
@@ -95,11 +91,12 @@ def test_a_save_costs_the_loop_less_than_a_step(
         for key, value in bench_train.data_settings(tmp_path, model).items():
             setattr(config.data, key.removeprefix("data."), value)
         run(config)
-        rows = [json.loads(line) for line in metrics_file(tmp_path / name).open()]
+        lines = (tmp_path / name / "default" / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
         step = statistics.median(row[STEP_SECONDS] for row in rows[1:])  # the first one allocates
         waits[name] = [row["save_wait_seconds"] for row in rows if "save_wait_seconds" in row]
         shown = ", ".join(f"{seconds:.2f}" for seconds in waits[name])
-        print(f"{name}, {num_threads} threads: waited {shown} s, a step {step:.2f} s")
+        print(f"{name}, {num_threads} thread(s): waited {shown} s, a step {step:.2f} s")
     assert len(waits["async"]) == 3
     assert max(waits["async"]) < step
 
