@@ -18,14 +18,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, not installed
 
+from cosmos_posttrain import launch
 from cosmos_posttrain.config import merge
 from cosmos_posttrain.data.indexed import ShardWriter
+from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.geometry import LatentShape
 from cosmos_posttrain.models.compiling import compile_models
 from cosmos_posttrain.models.config import ModelConfig
@@ -59,23 +62,31 @@ MAX_STEPS = 10_000
 Step = Callable[[], float]
 
 
+def data_settings(folder: Path, model: ModelConfig, num_clips: int = 64) -> dict[str, Any]:
+    """Settings of a run on random tokens for a model, which are written into a folder."""
+    tokens = folder / "tokens"
+    generator = np.random.default_rng(0)
+    with ShardWriter(tokens.with_suffix(".bin"), tokens.with_suffix(".idx"), "uint16") as shard:
+        for _ in range(num_clips):
+            shard.add(generator.integers(0, model.vocab_size, model.seq_length, dtype=np.uint16))
+        shard.finish()
+    return {
+        "data.path": str(tokens),
+        "data.split_string": "1,0,0",
+        "data.latent_shape": ",".join(map(str, model.latent_shape)),
+        "data.vocab_size": model.vocab_size,
+    }
+
+
 def our_step(size: str, batch_size: int, folder: Path, compiled: bool = False) -> Step:
     """A run on random tokens, set up as train_general.py sets it up."""
     folder.mkdir()
     model = ModelConfig(latent_shape=GRID, params_dtype="float32", **SIZES[size])
     PRESETS[size] = model
-    tokens = folder / "tokens"
-    generator = np.random.default_rng(0)
-    with ShardWriter(tokens.with_suffix(".bin"), tokens.with_suffix(".idx"), "uint16") as shard:
-        for _ in range(64):
-            shard.add(generator.integers(0, model.vocab_size, model.seq_length, dtype=np.uint16))
-        shard.finish()
     settings = {
-        "data.path": str(tokens),
-        "data.split_string": "1,0,0",
-        "data.latent_shape": ",".join(map(str, GRID)),
-        "data.vocab_size": model.vocab_size,
+        **data_settings(folder, model),
         "model.path": f"random:{size}",
+        "model.dtype": "float32",
         "log_dir": str(folder / "run"),
         "parallel.tensor_model_parallel_size": 1,
         "global_batch_size": batch_size,
@@ -236,6 +247,11 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
+    if launch.device().type != "cpu":
+        raise ConfigError(
+            "this compares loops on the CPU, but ours would run on this machine's GPU: give "
+            "CUDA_VISIBLE_DEVICES= before the command, or run benchmarks/bench_gpu.py."
+        )
     torch.set_num_threads(args.threads)
     results = []
     for size in args.size or sorted(SIZES, key=lambda name: int(name[:-1])):
@@ -246,4 +262,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run_cli(main)

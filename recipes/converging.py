@@ -94,6 +94,17 @@ RUNS = {
         )
         for name, run in LAYOUTS.items()
     },
+    **{
+        f"{name}_continued": Run(
+            f"{run.what}, stopped after 10 steps and continued",
+            run.num_processes,
+            run.flags,
+            against=name,
+            after=(name, 10),
+            bound=0.0,
+        )
+        for name, run in LAYOUTS.items()
+    },
     "offload": Run("the optimizer in host memory", flags=OFFLOAD, bound=0.0),
     "offload_dp": Run(
         "the optimizer in host memory at DP 2, against DP 2", 2, OFFLOAD, "dp", bound=0.0
@@ -200,18 +211,17 @@ def difference(work: Path, name: str, run: Run) -> float:
     return max(abs(own - other) / other for own, other in pairs)
 
 
-def main() -> None:
-    """Trains what is missing, and writes the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work_dir", type=Path, default=Path("converging_output"))
-    work = parser.parse_args().work_dir.resolve()
+def measure(work: Path, runs: dict[str, Run]) -> None:
+    """Trains what is missing, prints the table and writes it.
+
+    Raises:
+        CosmosPosttrainError: a run failed, or differs by more than its bound.
+    """
     work.mkdir(parents=True, exist_ok=True)
     prepare(work)
     lines = ["| run | processes | flags | largest difference | bound |", "|---|---|---|---|---|"]
     beyond = []
-    for name, run in RUNS.items():
+    for name, run in runs.items():
         if run.after is not None:
             begin(work, name, run.after)
         train(work, name, run, work / "start", NUM_STEPS)
@@ -227,6 +237,15 @@ def main() -> None:
     print("\n".join(lines))
     if beyond:
         raise CosmosPosttrainError(f"beyond their bounds: {', '.join(beyond)}.")
+
+
+def main() -> None:
+    """Measures all runs."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work_dir", type=Path, default=Path("converging_output"))
+    measure(parser.parse_args().work_dir.resolve(), RUNS)
 
 
 if __name__ == "__main__":

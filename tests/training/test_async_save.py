@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
+import statistics
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.distributed_run import DistributedTestError, run_distributed
+import torch
+from helpers.distributed_run import REPOSITORY_DIR, DistributedTestError, run_distributed
 from helpers.run_case import losses, make_config, run
 
 from cosmos_posttrain.checkpoint import torch_dist
 from cosmos_posttrain.errors import NonFiniteLossError, SaveError, StoppedError
+from cosmos_posttrain.models.config import ModelConfig
+from cosmos_posttrain.models.presets import PRESETS
 from cosmos_posttrain.training.config import TrainConfig
+from cosmos_posttrain.training.metrics import STEP_SECONDS
 
 SAVES = {"max_steps": 6, "save_every_n_steps": 2}
 
@@ -53,6 +60,45 @@ def test_the_files_are_the_same_on_two_ranks(tokens: Path, tmp_path: Path, tenso
     assert losses(tmp_path / "async") == losses(tmp_path / "sync")
     assert checkpoints(tmp_path / "async") == checkpoints(tmp_path / "sync")
     assert written(tmp_path / "async") == written(tmp_path / "sync")
+
+
+@pytest.fixture(params=[1, 2])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Of a run, which are the process's until the next one."""
+    before = torch.get_num_threads()
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_a_save_costs_the_loop_less_than_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_threads: int
+) -> None:
+    """31.5M parameters, 1,200 tokens a step, 378 MB a checkpoint; -s shows the figures."""
+    monkeypatch.syspath_prepend(str(REPOSITORY_DIR / "benchmarks"))
+    import bench_train
+
+    model = ModelConfig(
+        latent_shape=bench_train.GRID, params_dtype="float32", **bench_train.SIZES["30M"]
+    )
+    monkeypatch.setitem(PRESETS, "30M", model)
+    waits = {}
+    for name, num_steps in (("sync", 4), ("async", 12)):
+        settings = {"max_steps": num_steps, "save_every_n_steps": 4, "async_save": name == "async"}
+        config = make_config(tmp_path / "unused", tmp_path / name, **settings)
+        config.model.path, config.global_batch_size = "random:30M", 1
+        config.num_threads = num_threads
+        for key, value in bench_train.data_settings(tmp_path, model).items():
+            setattr(config.data, key.removeprefix("data."), value)
+        run(config)
+        lines = (tmp_path / name / "default" / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        step = statistics.median(row[STEP_SECONDS] for row in rows[1:])  # the first one allocates
+        waits[name] = [row["save_wait_seconds"] for row in rows if "save_wait_seconds" in row]
+        shown = ", ".join(f"{seconds:.2f}" for seconds in waits[name])
+        print(f"{name}, {num_threads} thread(s): waited {shown} s, a step {step:.2f} s")
+    assert len(waits["async"]) == 3
+    assert max(waits["async"]) < step
 
 
 class Gate:

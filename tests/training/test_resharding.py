@@ -1,7 +1,8 @@
 """Weights and optimizer state move from layout to layout; the losses go on as if nothing happened.
 
 The checkpoint after 10 steps is loaded at each layout in turn, saved again from there, and trained
-on for 5 steps; the next layout starts from what that one saved.
+on for 5 steps; the next layout starts from what that one saved. A run that goes on in its own
+layout is the uninterrupted one to the last bit.
 """
 
 from __future__ import annotations
@@ -88,3 +89,29 @@ def test_the_next_losses_are_those_of_the_unmoved_run(even_tokens: Path, tmp_pat
         assert again.shapes == first.shapes, layout
         for key in first.shapes:
             assert torch.equal(again.read(key), first.read(key)), (layout, key)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [*LAYOUTS, "TP2, sequence parallel"])
+def test_a_run_that_goes_on_in_its_layout_is_the_uninterrupted_one(
+    even_tokens: Path, tmp_path: Path, layout: str
+) -> None:
+    name, _, sequence_parallel = layout.partition(", sequence ")
+    num_processes, *sizes = LAYOUTS[name]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    config = _configure(even_tokens, whole, *sizes)
+    config.parallel.sequence_parallel = bool(sequence_parallel)
+    run_distributed(run, num_processes, config, timeout_seconds=300)
+    shutil.copytree(whole, stopped)
+    last = _checkpoint(whole, 14)
+    shutil.rmtree(_checkpoint(stopped, 14))
+    config.log_dir = str(stopped)
+    run_distributed(run, num_processes, config, timeout_seconds=300)
+    assert losses(stopped) == losses(whole)
+    files = [path.relative_to(last) for path in (last / "weights").rglob("*") if path.is_file()]
+    assert len(files) > num_processes
+    again = _checkpoint(stopped, 14)
+    assert [
+        file for file in files if (again / file).read_bytes() != (last / file).read_bytes()
+    ] == []
