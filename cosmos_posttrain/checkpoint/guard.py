@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from cosmos_posttrain.checkpoint.reading import Window, refusal
+from cosmos_posttrain.checkpoint.reading import FileWindow, refusal
 from cosmos_posttrain.errors import CheckpointError, UnreadableCheckpointError
 
 METADATA_FILE = ".metadata"
@@ -175,7 +175,7 @@ def _check_tables(path: Path, metadata: Any) -> None:
             raise ValueError(f"{index.fqn} has no place")
 
 
-def load(file: Path | Window, where: str, damaged: str) -> Any:
+def load(file: Path | FileWindow, where: str, damaged: str) -> Any:
     """``torch.load`` of plain values and tensors, onto the CPU.
 
     Args:
@@ -191,11 +191,12 @@ def load(file: Path | Window, where: str, damaged: str) -> Any:
     import torch
 
     is_path = isinstance(file, Path)
+    opened: Any = file  # torch asks a file for less than its types say
     try:
         with warnings.catch_warnings():
             # About pickles that torch did not write; they are refused anyway, or plain.
             warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_path)
+            return torch.load(opened, map_location="cpu", weights_only=True, mmap=is_path)
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged file raises whatever its bytes happen to mean
@@ -234,7 +235,7 @@ def read_common(folder: Path) -> dict[str, Any]:
 
 
 def _plain(data: bytes, where: str) -> Any:
-    window = Window(io.BytesIO(data), 0, len(data))
+    window = FileWindow(io.BytesIO(data), 0, len(data))
     return load(window, where, "is damaged; restore the checkpoint")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 NO_MEMORY = "there is not enough host memory for it"
 
 
-class Window(io.RawIOBase):
+class FileWindow(io.RawIOBase):
     """A part of an open file that looks like a file of its own.
 
     Args:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.checkpoint import guard
-from cosmos_posttrain.checkpoint.reading import Window
+from cosmos_posttrain.checkpoint.reading import FileWindow
 from cosmos_posttrain.errors import CheckpointError, UnreadableCheckpointError
 from cosmos_posttrain.files import sync, write_json
 
@@ -153,7 +153,7 @@ class TorchDistReader:
         path = self.folder / place.relative_path
         try:
             with path.open("rb") as file:
-                window = Window(file, place.offset, place.length)
+                window = FileWindow(file, place.offset, place.length)
                 where = f"{self.folder} ({key})"
                 piece = guard.load(window, where, "is damaged; restore the checkpoint")
                 is_sound = not self._verify or _has_stored_checksum(window, piece)
@@ -178,7 +178,7 @@ class TorchDistReader:
         return piece.reshape(tuple(chunk.sizes))
 
 
-def _has_stored_checksum(file: Window, piece: Any) -> bool:
+def _has_stored_checksum(file: FileWindow, piece: Any) -> bool:
     """Whether a loaded tensor's bytes are those that ``torch.save`` wrote, by the file's CRC-32."""
     file.seek(0)
     try:

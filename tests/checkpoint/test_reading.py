@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cosmos_posttrain.checkpoint import guard
-from cosmos_posttrain.checkpoint.reading import NO_MEMORY, Window, refusal
+from cosmos_posttrain.checkpoint.reading import NO_MEMORY, FileWindow, refusal
 from cosmos_posttrain.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from cosmos_posttrain.errors import CheckpointError, UnreadableCheckpointError
 
@@ -88,10 +88,10 @@ def test_a_window_keeps_the_systems_own_error(tmp_path: Path) -> None:
     """torch puts an AttributeError of its own in its place."""
     path = write(tmp_path, torch.zeros(64))
     with path.open("rb") as file, Path("/proc/self/mem").open("rb") as refuses:
-        whole = Window(file, 0, path.stat().st_size)
+        whole = FileWindow(file, 0, path.stat().st_size)
         guard.load(whole, "here", "is damaged")
         assert whole.problem is None
         with pytest.raises(UnreadableCheckpointError, match=r"^here cannot be read: Input/output"):
-            guard.load(Window(refuses, 0, 1000), "here", "is damaged")
+            guard.load(FileWindow(refuses, 0, 1000), "here", "is damaged")
         with pytest.raises(ValueError, match="before"):
             whole.seek(-1)
