@@ -49,6 +49,14 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or does not fit the model."""
 
 
+class UnreadableCheckpointError(CheckpointError):
+    """A checkpoint that cannot be read now or here, which says nothing of what it holds.
+
+    A file system that does not answer, a machine that does not see a file, too little host memory:
+    nothing is moved or given up for it, and the same command may work in a minute.
+    """
+
+
 class OutputFolderError(UserError):
     """An output folder that holds something else than what this command would write there."""
 

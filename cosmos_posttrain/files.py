@@ -131,23 +131,30 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_json(path: Path, error: type[UserError], fix: str = "restore it") -> dict[str, Any]:
+def read_json(
+    path: Path,
+    error: type[UserError],
+    fix: str = "restore it",
+    unreadable: type[UserError] | None = None,
+) -> dict[str, Any]:
     """Reads a JSON object.
 
     Args:
         path: the file.
         error: what is raised.
         fix: the advice that the sentence ends with.
+        unreadable: what is raised where the file is missing or cannot be read; None means the same.
 
     Raises:
         UserError: of the given kind: the file is missing, damaged, or holds no object.
     """
+    unreadable = unreadable or error
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as cause:
-        raise error(f"{path} is missing; {fix}.") from cause
+        raise unreadable(f"{path} is missing; {fix}.") from cause
     except OSError as cause:
-        raise error(f"{path} cannot be read: {cause.strerror}.") from cause
+        raise unreadable(f"{path} cannot be read: {cause.strerror}.") from cause
     except (ValueError, RecursionError) as cause:
         raise error(f"{path} is damaged: it is not JSON ({cause}); {fix}.") from cause
     if not isinstance(value, dict):

@@ -16,7 +16,7 @@ from typing import Any
 from cosmos_posttrain import files
 from cosmos_posttrain.data.contract import Contract
 from cosmos_posttrain.data.serial import from_plain, to_plain
-from cosmos_posttrain.errors import CheckpointError, DatasetError
+from cosmos_posttrain.errors import CheckpointError, DatasetError, UnreadableCheckpointError
 from cosmos_posttrain.models.config import ModelConfig
 
 # In LOG_DIR/default: how the run was started, each time.
@@ -166,9 +166,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object of a checkpoint.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: the file is damaged.
+        UnreadableCheckpointError: it is missing, or cannot be read.
     """
-    return files.read_json(path, CheckpointError, "restore the checkpoint")
+    fix = "restore the checkpoint"
+    return files.read_json(path, CheckpointError, fix, UnreadableCheckpointError)
 
 
 def write_context(

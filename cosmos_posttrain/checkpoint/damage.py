@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cosmos_posttrain.checkpoint import context, guard
 from cosmos_posttrain.checkpoint.formats.megatron import CONTEXT, WEIGHTS
-from cosmos_posttrain.errors import CheckpointError
+from cosmos_posttrain.errors import CheckpointError, UnreadableCheckpointError
 
 _COUNTS = ("completed_steps", "consumed_samples")
 
@@ -19,24 +19,31 @@ def problem(checkpoint: Path) -> str | None:
     """What is missing or damaged, as a sentence; None where nothing seems to be.
 
     Raises:
-        CheckpointError: a file is there and cannot be read at all, which is no damage: a network
-            file system that does not answer, or missing permissions.
+        UnreadableCheckpointError: a file is there and cannot be read, which is no damage: a network
+            file system that does not answer, missing permissions, too little memory.
     """
-    for path in sorted(checkpoint.rglob("*")):
-        try:
-            if path.is_file():
-                path.open("rb").close()
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     try:
-        context.read_model_config(checkpoint)
-        context.read_data(checkpoint)
-        state = context.read_json(checkpoint / CONTEXT / "state.json")
-        if (row := checkpoint / CONTEXT / "metrics.json").exists():
-            context.read_json(row)
-        _check_weights(checkpoint / WEIGHTS)
+        return _problem(checkpoint)
+    except UnreadableCheckpointError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return str(error)
+        raise
     except CheckpointError as error:
         return str(error)
+    except OSError as error:
+        raise guard.unreadable(str(error.filename or checkpoint), error) from error
+
+
+def _problem(checkpoint: Path) -> str | None:
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file():
+            path.open("rb").close()
+    context.read_model_config(checkpoint)
+    context.read_data(checkpoint)
+    state = context.read_json(checkpoint / CONTEXT / "state.json")
+    if (row := checkpoint / CONTEXT / "metrics.json").exists():
+        context.read_json(row)
+    _check_weights(checkpoint / WEIGHTS)
     if not all(isinstance(state.get(key), int) for key in _COUNTS):
         return f"{checkpoint / CONTEXT / 'state.json'} does not say how far the run was."
     return None

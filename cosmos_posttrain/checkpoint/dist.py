@@ -21,6 +21,7 @@ from torch import nn
 from cosmos_posttrain import launch
 from cosmos_posttrain.checkpoint import guard, pieces
 from cosmos_posttrain.checkpoint.pieces import PartitionedOptimizer, Piece
+from cosmos_posttrain.checkpoint.reading import refusal
 from cosmos_posttrain.checkpoint.torch_dist import (
     BACKEND,
     Index,
@@ -30,13 +31,19 @@ from cosmos_posttrain.checkpoint.torch_dist import (
     write_index,
 )
 from cosmos_posttrain.distributed.cpu_device import cpu_device
-from cosmos_posttrain.errors import CheckpointError, CosmosPosttrainError, SaveError
+from cosmos_posttrain.errors import (
+    CheckpointError,
+    CosmosPosttrainError,
+    SaveError,
+    UnreadableCheckpointError,
+)
 from cosmos_posttrain.files import read_json
 
 _WRITABLE = (
     "make sure that every machine sees the folder and that there is room, then give the same "
     "command again"
 )
+_READABLE = "make sure that every machine can read the folder, then give the same command again"
 
 
 @dataclass(frozen=True)
@@ -76,14 +83,14 @@ def write(folder: Path, part: RankPart, group: Any = None) -> None:
         SaveError: on every rank, if any of them could not write its part.
     """
     writer = TorchDistWriter(folder, launch.rank())
-    with _together(SaveError, f"{folder} cannot be written", _WRITABLE, group):
+    with _together(SaveError, SaveError, f"{folder} cannot be written", _WRITABLE, group):
         try:
             for piece in part.pieces:
                 writer.add_box(piece.key, piece.shape, piece.box)
         finally:
             writer.close()
     indexes = _gather(writer.index, group)
-    with _together(SaveError, f"{folder} cannot be written", _WRITABLE, group):
+    with _together(SaveError, SaveError, f"{folder} cannot be written", _WRITABLE, group):
         if launch.is_rank_zero():
             write_index(folder, indexes, part.common)
 
@@ -104,8 +111,10 @@ def load(folder: Path, model: nn.Module, optimizer: PartitionedOptimizer | None 
 
     Raises:
         CheckpointError: on every rank; the folder is damaged, or does not fit the model.
+        UnreadableCheckpointError: on every rank; one of them cannot read it, or does not see it.
     """
-    with _together(CheckpointError, f"{folder} cannot be read", "restore the checkpoint"):
+    kinds = (CheckpointError, UnreadableCheckpointError)
+    with _together(*kinds, f"{folder} cannot be read", _READABLE):
         # A run goes on from nothing but what it wrote; a model is read as fast as may be.
         reader, common = _open(folder, verify=optimizer is not None)
         step = _saved_step(folder, common) if optimizer else 0
@@ -145,8 +154,11 @@ def _saved_step(folder: Path, common: dict[str, Any]) -> int:
 def _open(folder: Path, verify: bool) -> tuple[TorchDistReader, dict[str, Any]]:
     """The tensors of a folder, and the values beside them."""
     if not is_torch_dist(folder):
-        raise CheckpointError(f"{folder} holds no Megatron torch_dist checkpoint; check the path.")
-    form = read_json(folder / "metadata.json", CheckpointError, "restore the checkpoint")
+        raise UnreadableCheckpointError(
+            f"{folder} holds no Megatron torch_dist checkpoint; check the path."
+        )
+    kinds = (CheckpointError, "restore the checkpoint", UnreadableCheckpointError)
+    form = read_json(folder / "metadata.json", *kinds)
     if form.get("sharded_backend") != BACKEND["sharded_backend"]:
         raise CheckpointError(
             f"{folder} is in Megatron's form {form.get('sharded_backend')!r}, not in torch_dist; "
@@ -199,14 +211,19 @@ def _gather(index: Index, group: Any) -> list[Index]:
 
 @contextlib.contextmanager
 def _together(
-    kind: type[CosmosPosttrainError], what: str, fix: str, group: Any = None
+    kind: type[CosmosPosttrainError],
+    refused: type[CosmosPosttrainError],
+    what: str,
+    fix: str,
+    group: Any = None,
 ) -> Iterator[None]:
     """Raises on every rank what went wrong on any of them, so that none waits for another.
 
     Args:
         kind: of the error that is raised.
-        what: how its sentence begins, where the system refused something.
-        fix: how it ends.
+        refused: its kind where the system of any rank refused something.
+        what: how its sentence begins then.
+        fix: how it ends then.
         group: all ranks; None means the usual group.
     """
     problem: Exception | None = None
@@ -214,20 +231,23 @@ def _together(
         yield
     except Exception as error:
         problem = error
+    is_refused = not isinstance(problem, CosmosPosttrainError) or isinstance(problem, refused)
     sentence = problem and _sentence(problem, what, fix)
-    told = _all(sentence or (problem and f"{what} ({problem!r})."), group)
+    mine = problem and (sentence or f"{what} ({problem!r}).", is_refused)
+    told = _all(mine, group)
     if problem is not None and sentence is None:
         raise problem  # not what happens to files but a fault of this package
+    raised = refused if any(text and text[1] for text in told) else kind
     for number, text in enumerate(told):
-        if text is not None:
-            raise kind(text if number == 0 else f"rank {number}: {text}") from problem
+        if text is not None and (raised is kind or text[1]):
+            raise raised(text[0] if number == 0 else f"rank {number}: {text[0]}") from problem
 
 
 def _sentence(error: BaseException, what: str, fix: str) -> str | None:
-    """The sentence for what happens to files; None for anything else."""
+    """The sentence for what happens to files and memory; None for anything else."""
     if isinstance(error, CosmosPosttrainError):
         return str(error)
-    said = file_error(error)
+    said = file_error(error) or refusal(error)
     return None if said is None else f"{what} ({said}); {fix}."
 
 

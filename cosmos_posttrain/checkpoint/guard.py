@@ -15,7 +15,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from cosmos_posttrain.errors import CheckpointError
+from cosmos_posttrain.checkpoint.reading import FileWindow, refusal
+from cosmos_posttrain.errors import CheckpointError, UnreadableCheckpointError
 
 METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
@@ -89,16 +90,17 @@ def read_metadata(folder: Path) -> Any:
     """The index of a torch_dist folder (``torch.distributed.checkpoint.metadata.Metadata``).
 
     Raises:
-        CheckpointError: the index is missing, damaged, or asks for anything but tables.
+        CheckpointError: the index is damaged, or asks for anything but tables.
+        UnreadableCheckpointError: it is missing, or cannot be read.
     """
     from torch.distributed.checkpoint.metadata import Metadata
 
     path = folder / METADATA_FILE
+    data = _read(path)
     try:
-        with path.open("rb") as file:
-            metadata = _GuardedUnpickler(file).load()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; restore the checkpoint.") from error
+        metadata = _GuardedUnpickler(io.BytesIO(data)).load()
+    except MemoryError as error:
+        raise unreadable(str(path), error) from error
     except pickle.UnpicklingError as error:
         if "is not allowed" not in str(error):
             raise CheckpointError(
@@ -119,6 +121,35 @@ def read_metadata(folder: Path) -> Any:
             f"{path} is not a torch_dist index ({error}); restore the checkpoint."
         ) from error
     return metadata
+
+
+def _read(path: Path, offset: int = 0, length: int = -1) -> bytes:
+    """A small file, or a part of one.
+
+    Raises:
+        UnreadableCheckpointError: it is missing, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(length)
+    except FileNotFoundError as error:
+        raise UnreadableCheckpointError(f"{path} is missing; restore the checkpoint.") from error
+    except (OSError, MemoryError) as error:
+        raise unreadable(str(path), error) from error
+
+
+def unreadable(where: str, error: BaseException) -> UnreadableCheckpointError:
+    """The error for a file that the system refuses.
+
+    Args:
+        where: what to call it.
+        error: what the system said.
+    """
+    return UnreadableCheckpointError(
+        f"{where} cannot be read: {refusal(error) or error}; give the same command again when it "
+        "can be."
+    )
 
 
 def _check_tables(path: Path, metadata: Any) -> None:
@@ -144,35 +175,40 @@ def _check_tables(path: Path, metadata: Any) -> None:
             raise ValueError(f"{index.fqn} has no place")
 
 
-def load(file: Any, where: str, damaged: str) -> Any:
+def load(file: Path | FileWindow, where: str, damaged: str) -> Any:
     """``torch.load`` of plain values and tensors, onto the CPU.
 
     Args:
-        file: a path or an open file.
+        file: a path, which is mapped into memory, or a part of an open file, which is copied.
         where: what to call it in messages.
-        damaged: what to say and to advise where it cannot be read, without a full stop.
+        damaged: what to say and to advise where it holds something else, without a full stop.
 
     Raises:
         CheckpointError: the file is damaged, or holds more than that; nothing was executed.
+        UnreadableCheckpointError: it cannot be read.
         FileNotFoundError: it does not exist.
     """
     import torch
 
+    is_path = isinstance(file, Path)
+    opened: Any = file  # torch asks a file for less than its types say
     try:
         with warnings.catch_warnings():
             # About pickles that torch did not write; they are refused anyway, or plain.
             warnings.simplefilter("ignore")
-            # A path is mapped into memory, not copied.
-            mapped = isinstance(file, Path)
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(opened, map_location="cpu", weights_only=True, mmap=is_path)
     except FileNotFoundError:
         raise
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{where} holds more than tensors and plain values and was not executed; use a file "
-            "from a source that you trust."
-        ) from error
     except Exception as error:  # a damaged file raises whatever its bytes happen to mean
+        problem = None if isinstance(file, Path) else file.problem
+        size = file.stat().st_size if isinstance(file, Path) else file.length
+        if problem is not None or refusal(error, size) is not None:
+            raise unreadable(where, problem or error) from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise CheckpointError(
+                f"{where} holds more than tensors and plain values and was not executed; use a "
+                "file from a source that you trust."
+            ) from error
         raise CheckpointError(f"{where} {damaged}.") from error
 
 
@@ -182,18 +218,15 @@ def read_common(folder: Path) -> dict[str, Any]:
     They are in ``common.pt``, or in the one object that Megatron puts them into instead.
 
     Raises:
-        CheckpointError: they are missing, damaged, or more than plain values.
+        CheckpointError: they are damaged, or more than plain values.
+        UnreadableCheckpointError: they are missing, or cannot be read.
     """
-    common = folder / COMMON_FILE
-    damaged = "is damaged; restore the checkpoint"
-    try:
-        with common.open("rb") as file:
-            values = load(file, str(common), damaged)
-    except FileNotFoundError as error:
-        stored = _common_object(folder)
-        if stored is None:
-            raise CheckpointError(f"{common} is missing; restore the checkpoint.") from error
-        values = load(stored, f"{folder} ({COMMON_OBJECT})", damaged)
+    path = folder / COMMON_FILE
+    stored = None if path.exists() else _common_object(folder)
+    if stored is None:
+        values = _plain(_read(path), str(path))
+    else:
+        values = _plain(stored, f"{folder} ({COMMON_OBJECT})")
         if isinstance(values, list) and len(values) == 1:
             values = values[0]
     if not isinstance(values, dict):
@@ -201,20 +234,20 @@ def read_common(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _common_object(folder: Path) -> io.BytesIO | None:
+def _plain(data: bytes, where: str) -> Any:
+    window = FileWindow(io.BytesIO(data), 0, len(data))
+    return load(window, where, "is damaged; restore the checkpoint")
+
+
+def _common_object(folder: Path) -> bytes | None:
     """The bytes of the object with the common values; None where the folder has none.
 
     Raises:
-        CheckpointError: the index is damaged, or the file that it names is missing.
+        CheckpointError: the index is damaged.
+        UnreadableCheckpointError: the file that it names is missing, or cannot be read.
     """
     for index, place in read_metadata(folder).storage_data.items():
-        if index.fqn != COMMON_OBJECT:
-            continue
-        path = folder / place.relative_path
-        try:
-            with path.open("rb") as file:
-                file.seek(place.offset)
-                return io.BytesIO(file.read(place.length))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path} is missing; restore the checkpoint.") from error
+        if index.fqn == COMMON_OBJECT:
+            path = folder / place.relative_path
+            return _read(path, place.offset, place.length)
     return None

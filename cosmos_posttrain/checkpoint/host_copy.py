@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cosmos_posttrain.checkpoint.page_lock import PageLock
 from cosmos_posttrain.checkpoint.pieces import Piece
 
 _ALIGNMENT = 64  # bytes; of every dtype and of a cache line
@@ -31,10 +32,15 @@ class HostCopy:
         self._starts = [0, *itertools.accumulate(sizes)]
         self._memory = torch.empty(self._starts[-1], dtype=torch.uint8)
         self._memory.zero_()  # the system hands memory out when it is first written to
-        if torch.cuda.is_available():
-            # Not torch's pinned memory, which rounds up to powers of two. Where the system refuses,
-            # copying is slower.
-            torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), self._starts[-1], 0)
+        # Not torch's pinned memory, which rounds up to powers of two.
+        self._lock = (
+            PageLock(self._memory, torch.cuda.cudart()) if torch.cuda.is_available() else None
+        )
+
+    def close(self) -> None:
+        """Gives page-locked memory back; nothing may be copied any more."""
+        if self._lock is not None:
+            self._lock.release()
 
     def take(self, pieces: Sequence[Piece]) -> list[Piece]:
         """Copies the pieces; the copies are valid until the next call."""

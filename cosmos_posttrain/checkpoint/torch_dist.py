@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import io
 import os
 import pickle
 import zipfile
@@ -28,7 +27,8 @@ import torch
 from torch import Tensor
 
 from cosmos_posttrain.checkpoint import guard
-from cosmos_posttrain.errors import CheckpointError
+from cosmos_posttrain.checkpoint.reading import FileWindow
+from cosmos_posttrain.errors import CheckpointError, UnreadableCheckpointError
 from cosmos_posttrain.files import sync, write_json
 
 # NeMo wraps its models once, so all its keys start with this.
@@ -50,35 +50,6 @@ BACKEND = {
 def is_torch_dist(folder: Path) -> bool:
     """True where the folder holds a complete torch_dist checkpoint."""
     return (folder / guard.METADATA_FILE).is_file() and any(folder.glob("*.distcp"))
-
-
-class _Window(io.RawIOBase):
-    """A part of an open file that looks like a file of its own."""
-
-    def __init__(self, file: Any, offset: int, length: int) -> None:
-        self._file, self._offset, self._length, self._position = file, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = start + offset
-        return self._position
-
-    def readinto(self, buffer: Any, /) -> int:
-        view = memoryview(buffer).cast("B")
-        size = max(0, min(len(view), self._length - self._position))
-        self._file.seek(self._offset + self._position)
-        count: int = self._file.readinto(view[:size])
-        self._position += count
-        return count
 
 
 # Where a box begins in a tensor on disk, and the numbers in it.
@@ -130,6 +101,7 @@ class TorchDistReader:
 
         Raises:
             CheckpointError: a piece is missing or damaged.
+            UnreadableCheckpointError: its file is missing, or cannot be read.
         """
         shape = self.shapes[key]
         first = [0] * len(shape) if layer is None else [layer, *[0] * (len(shape) - 1)]
@@ -151,6 +123,7 @@ class TorchDistReader:
 
         Raises:
             CheckpointError: a piece is missing or damaged.
+            UnreadableCheckpointError: its file is missing, or cannot be read.
         """
         boxes = list(boxes)
         missing = sum(memory.numel() for _, memory in boxes)
@@ -177,16 +150,21 @@ class TorchDistReader:
                 f"{self.folder} holds {key} in a form that is not torch_dist's own (missing or "
                 "compressed pieces); restore the checkpoint."
             )
+        path = self.folder / place.relative_path
         try:
-            with (self.folder / place.relative_path).open("rb") as file:
-                window = _Window(file, place.offset, place.length)
+            with path.open("rb") as file:
+                window = FileWindow(file, place.offset, place.length)
                 where = f"{self.folder} ({key})"
                 piece = guard.load(window, where, "is damaged; restore the checkpoint")
                 is_sound = not self._verify or _has_stored_checksum(window, piece)
+                if window.problem is not None:
+                    raise window.problem
         except FileNotFoundError as error:
-            raise CheckpointError(
+            raise UnreadableCheckpointError(
                 f"{self.folder} lacks {place.relative_path}; restore the checkpoint."
             ) from error
+        except (OSError, MemoryError) as error:
+            raise guard.unreadable(str(path), error) from error
         if (
             not is_sound
             or not isinstance(piece, Tensor)
@@ -200,10 +178,16 @@ class TorchDistReader:
         return piece.reshape(tuple(chunk.sizes))
 
 
-def _has_stored_checksum(file: Any, piece: Any) -> bool:
+def _has_stored_checksum(file: FileWindow, piece: Any) -> bool:
     """Whether a loaded tensor's bytes are those that ``torch.save`` wrote, by the file's CRC-32."""
     file.seek(0)
-    stored = [i for i in zipfile.ZipFile(file).infolist() if i.filename.endswith("/data/0")]
+    try:
+        members = zipfile.ZipFile(file).infolist()
+    except MemoryError:
+        raise
+    except Exception:  # a damaged directory raises whatever its bytes happen to mean
+        return False
+    stored = [member for member in members if member.filename.endswith("/data/0")]
     if not (isinstance(piece, Tensor) and len(stored) == 1):
         return False
     numbers = torch.empty(0, dtype=torch.uint8).set_(piece.untyped_storage())

@@ -57,12 +57,12 @@ def make_job(config: SubmitConfig, command: list[str]) -> TrainingJob:
         raise ConfigError("--dry_run needs no launcher; call the training script by itself.")
     check_assumptions(training)
     num_processes = config.nodes * config.gpus_per_node
-    validate(training.run_config, num_processes)
     if misfit := training.parallel.misfit(num_processes):  # before it waits in a queue for it
         raise ConfigError(
             f"{misfit}, but --nodes x --gpus_per_node makes {num_processes}; give other numbers, "
             "or choose smaller sizes."
         )
+    validate(training.run_config, num_processes)
     if config.repository is None and not _in_container(config):
         arguments = _absolute_config(arguments)
     return in_repository(config, [script, *arguments])

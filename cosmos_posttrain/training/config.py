@@ -23,7 +23,9 @@ from cosmos_posttrain.training.watching_config import (
     SAMPLES_FLAGS,
     SamplesConfig,
     profile_problems,
+    retention_problems,
     samples_problems,
+    validation_problems,
 )
 from cosmos_posttrain.transfer.config import COOCCURRENCE_INITS
 
@@ -285,8 +287,15 @@ def validate(config: TrainConfig, world_size: int) -> None:
     else:
         problems += _path_problems(config.data)
     problems += optimizer_problems(config.optimizer, config.max_steps, config.model.dtype)
-    if config.save_top_k == 0:
-        problems.append("--save_top_k 0 must be at least 1, or -1 for all")
+    problems += validation_problems(
+        config.data.split_string, config.limit_val_batches, config.val_check_interval
+    )
+    problems += retention_problems(
+        config.save_top_k,
+        config.keep_last_n,
+        config.save_every_n_steps,
+        config.val_check_interval,
+    )
     parallel = config.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         problems.append("--sequence_parallel needs --tensor_model_parallel_size above 1")
@@ -302,7 +311,7 @@ def validate(config: TrainConfig, world_size: int) -> None:
         )
     problems += _embedding_problems(config.model)
     problems += _lora_problems(config.model)
-    problems += _medusa_problems(config.model, parallel)
+    problems += _medusa_problems(config.model, parallel, config.optimizer)
     problems += _batch_problems(config, world_size)
     problems += samples_problems(
         config.samples, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
@@ -346,9 +355,13 @@ def _lora_problems(model: ModelSourceConfig) -> list[str]:
     return []
 
 
-def _medusa_problems(model: ModelSourceConfig, parallel: ParallelConfig) -> list[str]:
+def _medusa_problems(
+    model: ModelSourceConfig, parallel: ParallelConfig, optimizer: OptimizerConfig
+) -> list[str]:
     if not model.num_medusa_heads:
-        return []
+        if model.medusa_freeze_backbone:
+            return []
+        return ["--no-medusa_freeze_backbone has no effect without --medusa_num_heads"]
     problems = []
     if parallel.virtual_pipeline_model_parallel_size > 1:
         problems.append("--medusa_num_heads needs --virtual_pipeline_model_parallel_size 1")
@@ -371,12 +384,29 @@ def _medusa_problems(model: ModelSourceConfig, parallel: ParallelConfig) -> list
                 f"--embedding_init {model.embedding_init} makes rows that a frozen backbone never "
                 f"learns to use: {thaw}, or train the heads in a run of their own"
             )
+        if optimizer.freeze_body_steps:
+            problems.append(
+                f"--freeze_body_steps {optimizer.freeze_body_steps} trains nothing at all with a "
+                f"frozen backbone: leave it out, or {thaw}"
+            )
+        if optimizer.embedding_lr is not None:
+            problems.append(
+                f"--embedding_lr {optimizer.embedding_lr} has no effect with a frozen backbone: "
+                f"leave it out, or {thaw}"
+            )
     return problems
 
 
 def _batch_problems(config: TrainConfig, world_size: int) -> list[str]:
     parallel = config.parallel
-    data_parallel = max(world_size // max(math.prod(parallel.sizes), 1), 1)
+    size = max(math.prod(parallel.sizes), 1)
+    if misfit := parallel.misfit(world_size):
+        there = "is 1" if world_size == 1 else f"are {world_size}"
+        return [
+            f"{misfit}, but there {there}; start with torchrun --nproc-per-node={size}, or choose "
+            "smaller sizes"
+        ]
+    data_parallel = world_size // size
     per_step = config.micro_batch_size * data_parallel
     if per_step < 1:
         return []

@@ -36,7 +36,8 @@ class Candidates:
         """The newest that is left and seems whole; None where the run has none at all.
 
         Raises:
-            CheckpointError: none of them is whole, or one cannot be read.
+            CheckpointError: none of them is whole.
+            UnreadableCheckpointError: one cannot be read.
         """
         while self._left:
             checkpoint = self._left.pop()

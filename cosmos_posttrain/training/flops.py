@@ -10,7 +10,22 @@ from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.models.lora_shapes import num_lora_parameters
 
 # Dense bfloat16 peak in FLOP/s, from the vendors' data sheets, by a part of the device's name.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 989e12,  # SXM
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200": 989e12,  # SXM, and GH200
+    "H200 NVL": 835e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The peak of a device, by the longest part of its name that is known; None where none is."""
+    known = [part for part in PEAK_FLOPS if part in device_name]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 def flops_per_token(model: ModelConfig, heads_alone: bool = False) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from cosmos_posttrain import launch
 from cosmos_posttrain.inference.memory import peak_bytes
 from cosmos_posttrain.models.config import ModelConfig
-from cosmos_posttrain.training.flops import PEAK_FLOPS, flops_per_token
+from cosmos_posttrain.training.flops import flops_per_token, peak_flops
 from cosmos_posttrain.training.norms import gradient_norms, parameter_norm
 
 STEP_SECONDS = "train_step_timing in s"  # NeMo's name
@@ -49,7 +49,10 @@ class StepMeter:
         self._optimizer = optimizer
         self._num_clips, self._num_tokens = num_clips, num_tokens
         self._flops_per_clip = flops_per_token(model, heads_alone) * num_tokens
-        self._peak_flops = peak_flops()
+        # None on the CPU, and where it is not known.
+        self._peak_flops = (
+            peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        )
         self._seconds: deque[float] = deque(maxlen=_WINDOW)
         self._num_steps = 0
 
@@ -104,14 +107,6 @@ def jitter(seconds: deque[float]) -> float:
     """95th percentile of some times over their median; 1 where all are the same."""
     slow = sorted(seconds)[round(0.95 * (len(seconds) - 1))]
     return slow / max(statistics.median(seconds), 1e-9)
-
-
-def peak_flops() -> float | None:
-    """FLOP/s of this process's GPU at most; None on the CPU, and where that is not known."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((value for part, value in PEAK_FLOPS.items() if part in name), None)
 
 
 def _largest(device: torch.device, *values: float) -> Tensor:

@@ -66,6 +66,11 @@ class OptimizerConfig:
         """Share of the optimizer that lies in host memory."""
         return (self.offload_fraction or 1.0) if self.cpu_offload else 0.0
 
+    def warmup_steps(self, max_steps: int) -> int:
+        """Steps of the warm-up, given all of the run's."""
+        given = self.lr_warmup_steps
+        return max_steps // 20 if given is None else given
+
     def wsd_decay_steps(self, max_steps: int) -> int:
         """Steps of ``wsd``'s decay, given all of the run's."""
         given = self.lr_wsd_decay_steps
@@ -112,21 +117,28 @@ def optimizer_problems(optimizer: OptimizerConfig, max_steps: int, dtype: str | 
 
 
 def _schedule_problems(optimizer: OptimizerConfig, max_steps: int) -> list[str]:
-    problems = []
-    if optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
+    problems, style = [], optimizer.lr_decay_style
+    if optimizer.min_lr is not None and style == "constant":
+        problems.append(
+            f"--min_lr {optimizer.min_lr} has no effect with --lr_decay_style constant: leave it "
+            "out (optimizer.min_lr=null where a YAML file has it)"
+        )
+    elif optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
         problems.append(f"--min_lr {optimizer.min_lr} must be at most --lr {optimizer.lr}")
-    warmup = optimizer.lr_warmup_steps
-    if warmup is not None and warmup >= max_steps:
+    warmup = optimizer.warmup_steps(max_steps)
+    if optimizer.lr_warmup_steps is not None and warmup >= max_steps:
         problems.append(f"--lr_warmup_steps {warmup} must be below --max_steps {max_steps}")
-    decay = optimizer.lr_wsd_decay_steps
-    if decay is not None and optimizer.lr_decay_style != "wsd":
-        problems.append(
-            f"--lr_wsd_decay_steps {decay} has no effect with --lr_decay_style "
-            f"{optimizer.lr_decay_style}: give wsd"
-        )
-    elif decay is not None and decay + (warmup or 0) > max_steps:
-        problems.append(
-            f"--lr_wsd_decay_steps {decay} and --lr_warmup_steps {warmup or 0} together must be at "
-            f"most --max_steps {max_steps}"
-        )
+    elif style == "wsd":
+        decay = optimizer.wsd_decay_steps(max_steps)
+        if decay + warmup > max_steps:
+            problems.append(
+                f"--lr_wsd_decay_steps {decay} and --lr_warmup_steps {warmup} together must be at "
+                f"most --max_steps {max_steps}"
+            )
+    if style != "wsd":
+        problems += [
+            f"--{name} {given} has no effect with --lr_decay_style {style}: give wsd"
+            for name in ("lr_wsd_decay_steps", "lr_wsd_decay_style")
+            if (given := getattr(optimizer, name)) != getattr(OptimizerConfig, name)
+        ]
     return problems

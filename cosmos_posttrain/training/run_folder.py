@@ -29,7 +29,13 @@ from cosmos_posttrain import environment, files
 from cosmos_posttrain.checkpoint import context, dist
 from cosmos_posttrain.config import to_yaml
 from cosmos_posttrain.distributed import groups
-from cosmos_posttrain.errors import CheckpointError, ConfigError, OutputFolderError, SaveError
+from cosmos_posttrain.errors import (
+    CheckpointError,
+    ConfigError,
+    OutputFolderError,
+    SaveError,
+    UnreadableCheckpointError,
+)
 from cosmos_posttrain.models.config import ModelConfig
 from cosmos_posttrain.training.config import TrainConfig
 from cosmos_posttrain.training.fallback import Candidates
@@ -292,7 +298,10 @@ class RunFolder:
         Each gets a hidden name first, so that none is half.
         """
         checkpoints = context.list_checkpoints(self.log_dir)
-        losses = [_validation_loss(checkpoint) for checkpoint in checkpoints]
+        try:
+            losses = [_validation_loss(checkpoint) for checkpoint in checkpoints]
+        except UnreadableCheckpointError:  # which may be one of the best
+            return
         for number in to_remove(losses, config.save_top_k, config.keep_last_n):
             hidden = files.temporary_path(checkpoints[number])
             checkpoints[number].rename(hidden)
@@ -305,9 +314,10 @@ class RunFolder:
 
         Raises:
             CheckpointError: on every rank; see ``fall_back``.
+            UnreadableCheckpointError: on every rank; it may be whole, and stays where it is.
         """
         dist.load(checkpoint / "weights", model, optimizer)
-        return context.read_json(checkpoint / "context" / "state.json")
+        return groups.decide(lambda: context.read_json(checkpoint / "context" / "state.json"))
 
     def fall_back(self, checkpoint: Path, error: CheckpointError) -> Path:
         """The newest whole checkpoint before one that could not be restored.
@@ -339,9 +349,15 @@ def _saving(function: Callable[[], None], what: Path) -> None:
 
 
 def _validation_loss(checkpoint: Path) -> float | None:
-    """Of a checkpoint's last step; None where it has none, or none that can be read any more."""
+    """Of a checkpoint's last step; None where it has none, or a damaged one.
+
+    Raises:
+        UnreadableCheckpointError: it cannot be read now.
+    """
     try:
         return saved_row(checkpoint).get("val_loss")
+    except UnreadableCheckpointError:
+        raise
     except CheckpointError:
         return None
 

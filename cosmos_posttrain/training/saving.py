@@ -52,6 +52,7 @@ class Saver:
         self._pending: Path | None = None
         self._background: Background | None = None
         self._group: Any = None
+        self._copy: HostCopy | None = None
         if config.async_save:
             self._background = Background()
             self._group = groups.side_group()
@@ -76,6 +77,7 @@ class Saver:
         temporary = self._folder.make_room(name, self.num_bytes)
         part = dist.own_part(self._model, self._optimizer)
         if self._background is not None:
+            assert self._copy is not None
             part = dist.RankPart(self._copy.take(part.pieces), copy.deepcopy(part.common))
         # The loop goes on changing its own.
         record = Record(self._model.model_config, copy.deepcopy(state), dict(row))
@@ -131,6 +133,9 @@ class Saver:
         ) from problem
 
     def close(self) -> None:
-        """Lets what was begun be written; raises nothing."""
+        """Lets what was begun be written, and gives its memory back; raises nothing."""
         if self._background is not None:
             self._background.join()
+        if self._copy is not None:
+            self._copy.close()
+            self._copy = None

@@ -47,9 +47,7 @@ class Schedule:
     def __init__(self, config: TrainConfig, optimizer: Any) -> None:
         settings = config.optimizer
         self._settings, self._optimizer = settings, optimizer
-        warmup = settings.lr_warmup_steps
-        if warmup is None:
-            warmup = config.max_steps // 20
+        warmup = settings.warmup_steps(config.max_steps)
         style = settings.lr_decay_style
         self._rates = OptimizerParamScheduler(
             optimizer,

@@ -24,7 +24,12 @@ from cosmos_posttrain.data.batch import Batch, BatchSizes, clip_names, training_
 from cosmos_posttrain.data.prefetch import prefetched
 from cosmos_posttrain.distributed import groups
 from cosmos_posttrain.distributed.watch import RankWatch
-from cosmos_posttrain.errors import CheckpointError, NonFiniteLossError, StoppedError
+from cosmos_posttrain.errors import (
+    CheckpointError,
+    NonFiniteLossError,
+    StoppedError,
+    UnreadableCheckpointError,
+)
 from cosmos_posttrain.models.chunks import chunks_of
 from cosmos_posttrain.models.sequence import sequence_layout
 from cosmos_posttrain.training import building, setup
@@ -158,6 +163,8 @@ class Trainer:
         while saved is None:
             try:
                 saved = self.folder.restore(self.resume_from, self.model, self.optimizer)
+            except UnreadableCheckpointError:
+                raise  # it may be whole
             except CheckpointError as error:  # on every rank alike
                 self.inputs.resume_from = self.folder.fall_back(self.resume_from, error)
         return self._go_on(saved)
@@ -232,7 +239,8 @@ class Trainer:
 
     def _finish_interrupted_step(self) -> None:
         """What a run that was killed between saving and logging still owes its last step."""
-        row = saved_row(self.resume_from) if self.resume_from is not None else {}
+        before = self.resume_from
+        row = {} if before is None else groups.decide(lambda: saved_row(before))
         is_logged = self.log.last_step == row.get("step")
         if not row or groups.decide(lambda: is_logged):
             return

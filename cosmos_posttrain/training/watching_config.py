@@ -1,4 +1,4 @@
-"""What of a run is looked at besides its numbers: sample clips and profiled steps. No torch.
+"""What of a run is looked at: validations, sample clips and profiled steps. No torch.
 
 Flows in: a run's settings. Flows out: what is wrong with them, in words.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from cosmos_posttrain.cli import Flag
 from cosmos_posttrain.config import setting
+from cosmos_posttrain.errors import ConfigError
 
 # A trace of a step of a large model is tens of MB.
 MAX_PROFILED_STEPS = 50
@@ -50,14 +51,15 @@ def samples_problems(
 ) -> list[str]:
     """What keeps a run from making samples, or from what it says of them."""
     if samples.every_n_steps is None:
-        given = {
-            "--sample_tokenizer_path": samples.tokenizer_path,
-            "--sample_videos_dir": samples.videos_dir,
+        flags = {
+            "--num_sample_clips": "num_clips",
+            "--sample_tokenizer_path": "tokenizer_path",
+            "--sample_videos_dir": "videos_dir",
         }
         return [
             f"{flag} has no effect without --sample_every_n_steps"
-            for flag, value in given.items()
-            if value is not None
+            for flag, name in flags.items()
+            if getattr(samples, name) != getattr(SamplesConfig, name)
         ]
     sizes = {
         "--pipeline_model_parallel_size": pipeline_parallel_size,
@@ -68,6 +70,49 @@ def samples_problems(
         "cannot: leave samples out, and run evaluate.py generate on the checkpoints"
         for flag, size in sizes.items()
         if size > 1
+    ]
+
+
+def validation_problems(
+    split_string: str, limit_val_batches: int, val_check_interval: int | None
+) -> list[str]:
+    """What keeps a run from validating when it is asked to."""
+    from cosmos_posttrain.data.splits import parse_split_string  # which needs NumPy
+
+    try:
+        has_split = parse_split_string(split_string)[1] > 0
+    except ConfigError as error:
+        return [str(error).rstrip(".")]
+    if val_check_interval is None or (has_split and limit_val_batches != 0):
+        return []
+    why = f"--split_string {split_string}" if not has_split else "--limit_val_batches 0"
+    return [
+        f"--val_check_interval {val_check_interval} has no effect with {why}: leave it out "
+        "(val_check_interval=null where a YAML file has it)"
+    ]
+
+
+def retention_problems(
+    save_top_k: int | None, keep_last_n: int | None, save_every: int, validate_every: int | None
+) -> list[str]:
+    """What keeps a run from keeping the checkpoints that it is asked to keep.
+
+    Args:
+        save_top_k: the best this many; None where nobody asked.
+        keep_last_n: the newest this many; None where nobody asked.
+        save_every: steps between checkpoints.
+        validate_every: steps between validations; None means at every checkpoint.
+    """
+    if save_top_k == 0:
+        return ["--save_top_k 0 must be at least 1, or -1 for all"]
+    if save_top_k == -1 and keep_last_n is not None:
+        return [f"--keep_last_n {keep_last_n} has no effect with --save_top_k -1, which keeps all"]
+    if save_top_k in (None, -1) or not validate_every or save_every % validate_every == 0:
+        return []
+    return [
+        f"--save_top_k {save_top_k} would remove checkpoints without a validation loss: "
+        f"--save_every_n_steps {save_every} must be a multiple of --val_check_interval "
+        f"{validate_every}"
     ]
 
 

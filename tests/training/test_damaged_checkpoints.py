@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.distributed_run import run_distributed
 from helpers.run_case import losses, make_config, run
 
-from cosmos_posttrain.errors import CheckpointError
+from cosmos_posttrain import launch
+from cosmos_posttrain.errors import CheckpointError, UnreadableCheckpointError
+from cosmos_posttrain.training.config import TrainConfig
 from cosmos_posttrain.training.fallback import Candidates
 
 
@@ -67,20 +71,76 @@ def test_the_newest_that_is_whole_is_chosen(finished: Path, tmp_path: Path, kind
     assert Candidates(tmp_path).newest() == checkpoint(tmp_path, 3)
 
 
-def test_what_cannot_be_read_is_not_called_damaged(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A network file system that does not answer now may do so in a minute."""
+class Refusing(io.BufferedReader):
+    """An open file from which nothing can be read."""
+
+    error: BaseException = OSError(5, "Input/output error")
+
+    def readinto(self, buffer: Any, /) -> int:
+        raise self.error
+
+
+def refuse_to_read(patch: pytest.MonkeyPatch, suffix: str, error: BaseException) -> None:
+    """As a network file system that does not answer: names and sizes are there, bytes are not."""
     open_file = Path.open
 
     def refuse(path: Path, mode: str = "r", **options: str) -> object:
-        if path.suffix == ".distcp":
-            raise OSError(5, "Input/output error")
-        return open_file(path, mode, **options)  # type: ignore[call-overload]
+        if path.suffix != suffix:
+            return open_file(path, mode, **options)  # type: ignore[call-overload]
+        if isinstance(error, FileNotFoundError):
+            raise error
+        file = Refusing(io.FileIO(path))
+        file.error = error
+        return file
 
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(CheckpointError, match=r"distcp cannot be read: Input/output error\."):
-        Candidates(finished).newest()
+    patch.setattr(Path, "open", refuse)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(OSError(5, "Input/output error"), "Input/output error"), (MemoryError(), "not enough host")],
+    ids=["disk", "memory"],
+)
+def test_what_cannot_be_read_is_not_called_damaged(
+    tokens: Path, finished: Path, tmp_path: Path, error: BaseException, words: str
+) -> None:
+    """It may be read in a minute, and is the checkpoint that the run then goes on from."""
+    log_dir = tmp_path / "run"
+    shutil.copytree(finished, log_dir)
+    config = make_config(tokens, log_dir, max_steps=8, save_every_n_steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        refuse_to_read(patch, ".distcp", error)
+        with pytest.raises(UnreadableCheckpointError, match=f"cannot be read: .*{words}"):
+            run(config)
+    assert not (log_dir / "default" / "damaged_checkpoints").exists()
+    assert Candidates(log_dir).newest() == checkpoint(log_dir, 5)
+    run(config)
+    assert losses(log_dir)[:6] == losses(finished)
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt"])
+def test_tables_that_cannot_be_read_are_not_called_damaged(
+    finished: Path, tmp_path: Path, name: str
+) -> None:
+    """The first page of a process's memory is a file that opens, and whose bytes give EIO."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    path = checkpoint(tmp_path, 5) / "weights" / name
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(UnreadableCheckpointError, match="cannot be read: Input/output error;"):
+        Candidates(tmp_path).newest()
+
+
+def test_a_best_checkpoint_whose_row_cannot_be_read_is_kept(
+    tokens: Path, finished: Path, tmp_path: Path
+) -> None:
+    log_dir = tmp_path / "run"
+    shutil.copytree(finished, log_dir)
+    row = checkpoint(log_dir, 1) / "context" / "metrics.json"
+    row.unlink()
+    row.symlink_to("/proc/self/mem")
+    run(make_config(tokens, log_dir, max_steps=8, save_every_n_steps=2, keep_last_n=1))
+    assert len(list(checkpoint(log_dir, 1).parent.iterdir())) == 4
 
 
 def test_a_truncated_checkpoint_costs_only_its_steps(
@@ -119,6 +179,17 @@ def test_a_damaged_row_of_an_older_checkpoint_ends_no_run(
     assert left == {"3", "5", "7"}
 
 
+def run_after_a_lag(config: TrainConfig) -> str:
+    """At first a machine does not see the numbers yet, which ends the run on all of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if launch.rank() == 1:
+            refuse_to_read(patch, ".distcp", FileNotFoundError(2, "No such file or directory"))
+        with pytest.raises(UnreadableCheckpointError, match=r"^rank 1: .* lacks __0_0\.distcp"):
+            run(config)
+    assert not (Path(config.log_dir) / "default" / "damaged_checkpoints").exists()
+    return run(config)
+
+
 @pytest.mark.distributed
 def test_changed_numbers_are_found_on_any_rank(
     tokens: Path, finished: Path, tmp_path: Path
@@ -128,7 +199,8 @@ def test_changed_numbers_are_found_on_any_rank(
     shutil.copytree(finished, log_dir)
     flip_a_bit(pieces(checkpoint(log_dir, 5)))
     assert Candidates(log_dir).newest() == checkpoint(log_dir, 5)
-    run_distributed(run, 2, make_config(tokens, log_dir, max_steps=6, save_every_n_steps=2))
+    config = make_config(tokens, log_dir, max_steps=6, save_every_n_steps=2)
+    run_distributed(run_after_a_lag, 2, config)
     assert (log_dir / "default" / "damaged_checkpoints" / "epoch=3-step=5").is_dir()
     for ours, theirs in zip(losses(log_dir), losses(finished), strict=True):
         assert abs(ours - theirs) <= 1e-6 * theirs

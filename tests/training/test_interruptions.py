@@ -35,11 +35,11 @@ def checkpoints(log_dir: Path) -> list[str]:
 def test_the_learning_rate_of_the_command_counts_on_resume(tokens: Path, tmp_path: Path) -> None:
     settings = {"optimizer__lr_decay_style": "constant", "optimizer__lr_warmup_steps": 0}
     run(make_config(tokens, tmp_path, max_steps=2, **settings))
-    changes = settings | {"optimizer__lr": 1e-5, "optimizer__min_lr": 1e-6}
+    changes = settings | {"optimizer__lr": 1e-5}
     run(make_config(tokens, tmp_path, max_steps=4, **changes))
     assert [row["lr"] for row in rows(tmp_path)] == [1e-3, 1e-3, 1e-5, 1e-5]
     # The end of a decay, too.
-    changes |= {"optimizer__lr_decay_style": "linear"}
+    changes |= {"optimizer__lr_decay_style": "linear", "optimizer__min_lr": 1e-6}
     run(make_config(tokens, tmp_path, max_steps=200, save_every_n_steps=5, **changes))
     assert rows(tmp_path)[-1]["lr"] < 1.1e-6
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -92,6 +93,20 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
             {"lr_wsd_decay_steps": 90, "lr_decay_style": "wsd", "lr_warmup_steps": 20},
             "together must be at most --max_steps 100",
         ),
+        # Where no warm-up is given, there is one all the same: 5 of 100 steps.
+        (
+            {"lr_wsd_decay_steps": 100, "lr_decay_style": "wsd"},
+            "--lr_wsd_decay_steps 100 and --lr_warmup_steps 5 together must be at most",
+        ),
+        (
+            {"lr_warmup_steps": 95, "lr_decay_style": "wsd"},
+            "--lr_wsd_decay_steps 10 and --lr_warmup_steps 95 together must be at most",
+        ),
+        ({"lr_wsd_decay_style": "linear"}, "--lr_wsd_decay_style linear has no effect with"),
+        (
+            {"lr_decay_style": "constant", "min_lr": 1e-6},
+            "--min_lr 1e-06 has no effect with --lr_decay_style constant",
+        ),
         ({"embedding_lr": 0.0}, "--embedding_lr 0.0 must be above 0"),
         ({"ema_decay": 1.0}, "--ema_decay 1.0"),
     ):
@@ -100,6 +115,26 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         config.optimizer = dataclasses.replace(config.optimizer, **changes)
         with pytest.raises(ConfigError, match=sentence):
             validate(config, world_size=1)
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 19, 20, 100])
+def test_the_longest_decay_of_wsd_falls_evenly(max_steps: int) -> None:
+    """Behind the default warm-up; what the checks let through makes no jump."""
+    config = TrainConfig(max_steps=max_steps)
+    config.data.path, config.parallel.tensor_model_parallel_size = "x", 1
+    settings: dict[str, Any] = {"lr": 1.0, "min_lr": 0.0, "lr_decay_style": "wsd"}
+    settings["lr_wsd_decay_style"] = "linear"
+    config.optimizer = dataclasses.replace(config.optimizer, **settings)
+    validate(config, world_size=1)
+    decay = max_steps - max_steps // 20
+    config.optimizer.lr_wsd_decay_steps = decay
+    validate(config, world_size=1)
+    curve = [row[0] for row in rates(max_steps, **settings, lr_wsd_decay_steps=decay)]
+    falls = [now - later for now, later in itertools.pairwise(curve)]
+    assert max(falls, default=0.0) <= 1.0 / decay + 1e-9
+    config.optimizer.lr_wsd_decay_steps = decay + 1
+    with pytest.raises(ConfigError, match="together must be at most"):
+        validate(config, world_size=1)
 
 
 def test_matrices_decay_and_norms_do_not() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from helpers.run_case import make_config, run
 
 from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.training.config import validate
 from cosmos_posttrain.training.retention import to_remove
 
 
@@ -52,3 +54,16 @@ def test_the_best_need_a_validation(tokens: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="validation is off here"):
         run(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_every_checkpoint_that_may_be_the_best_is_validated(tokens: Path, tmp_path: Path) -> None:
+    """Validated at every 3rd step and saved at every 2nd, two of three would be thrown away."""
+    settings = {"save_every_n_steps": 2, "val_check_interval": 3}
+    config = make_config(tokens, tmp_path / "run", save_top_k=2, **settings)
+    with pytest.raises(ConfigError, match="--save_every_n_steps 2 must be a multiple of --val_ch"):
+        validate(config, world_size=1)
+    for changes in ({"val_check_interval": 1}, {"save_top_k": -1}, {"save_top_k": None}):
+        validate(dataclasses.replace(config, **changes), world_size=1)
+    config = make_config(tokens, tmp_path / "run", save_top_k=-1, keep_last_n=2)
+    with pytest.raises(ConfigError, match="--keep_last_n 2 has no effect with --save_top_k -1"):
+        validate(config, world_size=1)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from cosmos_posttrain.checkpoint import context
+from cosmos_posttrain.config import merge, to_yaml
 from cosmos_posttrain.errors import ConfigError
 from cosmos_posttrain.models.presets import PRESETS, preset
 from cosmos_posttrain.training.config import TrainConfig, validate
-from cosmos_posttrain.training.flops import flops_per_token
+from cosmos_posttrain.training.flops import flops_per_token, peak_flops
+from cosmos_posttrain.training.metrics import StepMeter
 from cosmos_posttrain.training.run_folder import TrainState
 from cosmos_posttrain.training.schedule import Schedule
+from cosmos_posttrain.training.trainer import train
 
 pytestmark = pytest.mark.compat
 
@@ -37,6 +42,63 @@ def test_batch_must_divide_over_ranks() -> None:
     validate(config, world_size=3)
     with pytest.raises(ConfigError, match="use a multiple of 4"):
         validate(config, world_size=2)
+
+
+def test_a_wrong_number_of_processes_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
+    """Not after tens of gigabytes of a model have been downloaded."""
+    config = TrainConfig(global_batch_size=8, log_dir=str(tmp_path / "run"))
+    config.data.path, config.model.path = str(tmp_path / "no data"), "nobody/nothing"
+    config.parallel.tensor_model_parallel_size = 2
+    for processes, words in ((1, "but there is 1;"), (3, "but there are 3;")):
+        with pytest.raises(ConfigError) as error:
+            validate(config, processes)
+        said = str(error.value)
+        assert "2 x 1 x 1 needs a multiple of 2 processes" in said and words in said
+        assert "torchrun --nproc-per-node=2" in said and "global_batch_size" not in said
+    validate(config, world_size=4)
+    with pytest.raises(ConfigError, match="needs a multiple of 2 processes"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"val_check_interval": 5, "limit_val_batches": 0}, "with --limit_val_batches 0: leave"),
+        ({"val_check_interval": 5, "data.split_string": "4,0,1"}, "with --split_string 4,0,1: l"),
+        ({"data.split_string": "some"}, "split_string 'some' is not three shares"),
+        ({"samples.num_clips": 3}, "--num_sample_clips has no effect without --sample_every"),
+        ({"optimizer.lr_wsd_decay_style": "cosine"}, "--lr_wsd_decay_style cosine has no effect"),
+        (
+            {"optimizer.min_lr": 1e-6, "optimizer.lr_decay_style": "constant"},
+            r"--min_lr 1e-06 has no effect .* \(optimizer.min_lr=null where",
+        ),
+        ({"model.medusa_freeze_backbone": False}, "has no effect without --medusa_num_heads"),
+        (
+            {"model.num_medusa_heads": 2, "optimizer.freeze_body_steps": 5},
+            "--freeze_body_steps 5 trains nothing at all with a frozen backbone",
+        ),
+        (
+            {"model.num_medusa_heads": 2, "optimizer.embedding_lr": 1e-4},
+            r"--embedding_lr 0\.0001 has no effect with a frozen backbone",
+        ),
+    ],
+)
+def test_settings_without_effect_are_refused(settings: dict[str, Any], sentence: str) -> None:
+    """From YAML as from flags."""
+    base = {"data.path": "x", "parallel.tensor_model_parallel_size": 1}
+    with pytest.raises(ConfigError, match=sentence):
+        validate(merge(TrainConfig, None, list((base | settings).items())), world_size=1)
+
+
+def test_a_recorded_config_is_accepted_again(tmp_path: Path) -> None:
+    """It holds every setting, those without effect too, at their defaults."""
+    config = TrainConfig()
+    config.data.path, config.parallel.tensor_model_parallel_size = "x", 1
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    again = merge(TrainConfig, tmp_path / "config.yaml")
+    assert again == config and "lr_wsd_decay_style: minus_sqrt" in to_yaml(config)
+    validate(again, world_size=1)
 
 
 def test_an_interleaved_pipeline_needs_stages_layers_and_batches() -> None:
@@ -117,3 +179,42 @@ def test_flops_need_no_torch() -> None:
     """A plan starts in a second."""
     code = "import sys, cosmos_posttrain.training.flops as f; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("device", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_the_peak_is_that_of_the_card(
+    device: str, tflops: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card for PCI Express reaches less than what its name shares with the module's."""
+    assert peak_flops(device) == (None if tflops is None else tflops * 1e12)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: device)
+    row = StepMeter(None, preset("4B"), num_clips=4, num_tokens=12800).speed(2.0, 0.0)
+    assert row["TFLOPS_per_GPU"] is not None
+    mfu = None if tflops is None else pytest.approx(row["TFLOPS_per_GPU"] / tflops)
+    assert row["mfu"] == mfu
+
+
+def test_the_flops_of_a_gpu_are_its_share_of_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 clips in 5 + 3 seconds on 8 processes; waiting for the batch counts."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    model = preset("4B")
+    row = StepMeter(None, model, num_clips=4, num_tokens=12800).speed(5.0, 3.0)
+    assert row["tokens_per_second"] == 6400 and row["tokens_per_second_per_gpu"] == 800
+    assert row["clips_per_second_per_gpu"] == pytest.approx(1 / 16)
+    assert row["TFLOPS_per_GPU"] == pytest.approx(800 * flops_per_token(model) / 1e12)
+    assert row["mfu"] is None
