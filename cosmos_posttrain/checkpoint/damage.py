@@ -34,7 +34,7 @@ def problem(checkpoint: Path) -> str | None:
         state = context.read_json(checkpoint / CONTEXT / "state.json")
         if (row := checkpoint / CONTEXT / "metrics.json").exists():
             context.read_json(row)
-        _check_weights(checkpoint / WEIGHTS)
+        check_weights(checkpoint / WEIGHTS)
     except CheckpointError as error:
         return str(error)
     if not all(isinstance(state.get(key), int) for key in _COUNTS):
@@ -42,8 +42,8 @@ def problem(checkpoint: Path) -> str | None:
     return None
 
 
-def _check_weights(folder: Path) -> None:
-    """Compares the files with the index.
+def check_weights(folder: Path) -> None:
+    """Compares the files of a torch_dist folder with its index.
 
     Raises:
         CheckpointError: names the first that is wrong.
