@@ -73,9 +73,7 @@ TensorBoardLogger.log_metrics = log_and_flush
 """
 
 
-def test_a_full_disk_ends_the_curves_and_not_the_run(
-    data: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_full_disk_ends_the_curves_and_not_the_run(data: dict[str, Path], tmp_path: Path) -> None:
     words = [*words_of(data, "base", tmp_path / "run", "nemo", 1), "--max_steps", 4]
     said = finish(watched(tmp_path / "program", FULL_FOR_TENSORBOARD, words))
     assert said.count("warning: nothing more for TensorBoard in this launch (") == 1, said

@@ -19,7 +19,7 @@ from cosmos_posttrain.checkpoint.context import list_checkpoints
 pytestmark = NEEDS_NEMO
 
 # bfloat16 keeps 8 bits, and the engines round gradients in another order.
-CLOSE_IN_BFLOAT16 = 5e-3
+CLOSE_IN_BFLOAT16 = 1e-2
 
 SAYS_WHAT_NEMO_READS = """
 from nemo.lightning import MegatronStrategy
@@ -41,7 +41,7 @@ def test_nemo_reads_what_its_engine_or_a_conversion_wrote(
     """In bfloat16, where the optimizer's own copies of the weights must follow them."""
     own = list_checkpoints(train("nemo", 2))[0]
     converted = tmp_path / "converted"
-    words = ["convert_checkpoint.py", "--checkpoint_path", own, "--output_path", converted]
+    words = ["convert_checkpoint.py", "--source", own, "--target", converted]
     finish([*words, "--target_format", "nemo"])
     for engine, start in (("direct", own), ("nemo", own), ("converted", converted)):
         log_dir = tmp_path / engine
@@ -85,7 +85,7 @@ def test_a_damaged_checkpoint_is_one_sentence_and_leaves_nothing(
         damage(path)
     words = words_of(data, "base", log_dir, "nemo", 1)
     said = finish([*words, "--model_path", start], code=2)
-    (line,) = (line for line in said.splitlines() if "error" in line.lower())
+    (line,) = (line for line in said.splitlines() if line.lower().startswith("error"))
     assert line.startswith("error: ") and sentence in line, said
     assert "Traceback" not in said
     assert not log_dir.exists()
