@@ -112,6 +112,7 @@ def test_plain_python_in_an_allocation_of_slurms(data: dict[str, Path], tmp_path
     words = words_of(data, "base", tmp_path / "run", "nemo", 1)
     words += ["--max_steps", 2, "--num_threads", num_threads]
     allocation = {"NTASKS": "8", "NTASKS_PER_NODE": "8", "NNODES": "2", "JOB_NAME": "train"}
+    allocation |= {"PROCID": "0", "LOCALID": "0", "NODEID": "0"}
     said = finish(
         watched(tmp_path / "program", SAYS_ITS_THREADS, words),
         env={f"SLURM_{name}": value for name, value in allocation.items()},
