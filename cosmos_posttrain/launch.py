@@ -66,8 +66,17 @@ def local_rank() -> int:
 
 
 def local_world_size() -> int:
-    """Processes of this job on this machine, as the launcher says; else all of them."""
-    return _variable("LOCAL_WORLD_SIZE", world_size())
+    """Processes of this job on this machine: as the launcher says, else by the machines' names.
+
+    Where the launcher does not say, every rank takes part; before the process groups exist, all
+    processes count as this machine's.
+    """
+    count, group = world_size(), _group()
+    if group and count > 1 and not os.environ.get("LOCAL_WORLD_SIZE"):
+        names = [""] * count
+        group.all_gather_object(names, socket.gethostname())
+        count = names.count(socket.gethostname())
+    return _variable("LOCAL_WORLD_SIZE", count)
 
 
 def is_launched() -> bool:

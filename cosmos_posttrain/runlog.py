@@ -225,11 +225,7 @@ class RunLog:
             write(self._tensorboard)
         except OSError as error:
             self._tensorboard_is_off = True
-            launch.say(
-                "warning: nothing more for TensorBoard in this launch "
-                f"({error.strerror or error}); {METRICS_FILE} has every number.",
-                error=True,
-            )
+            say_tensorboard_ends(error.strerror or str(error))
 
     def close(self) -> None:
         """Flushes and closes everything."""
@@ -239,6 +235,19 @@ class RunLog:
             self._show(lambda board: board.close())
             if self._wandb is not None:
                 self._wandb.finish()
+
+
+def say_tensorboard_ends(reason: str) -> None:
+    """Warns of curves that end before the run does.
+
+    Args:
+        reason: what the system said.
+    """
+    launch.say(
+        f"warning: nothing more for TensorBoard in this launch ({reason}); {METRICS_FILE} has "
+        "every number.",
+        error=True,
+    )
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

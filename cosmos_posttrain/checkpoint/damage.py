@@ -43,14 +43,14 @@ def _problem(checkpoint: Path) -> str | None:
     state = context.read_json(checkpoint / CONTEXT / "state.json")
     if (row := checkpoint / CONTEXT / "metrics.json").exists():
         context.read_json(row)
-    _check_weights(checkpoint / WEIGHTS)
+    check_weights(checkpoint / WEIGHTS)
     if not all(isinstance(state.get(key), int) for key in _COUNTS):
         return f"{checkpoint / CONTEXT / 'state.json'} does not say how far the run was."
     return None
 
 
-def _check_weights(folder: Path) -> None:
-    """Compares the files with the index.
+def check_weights(folder: Path) -> None:
+    """Compares the files of a torch_dist folder with its index.
 
     Raises:
         CheckpointError: names the first that is wrong.

@@ -1,16 +1,16 @@
-"""NeMo's trainer, strategy, precision and loggers with a run's settings.
+"""NeMo's trainer, strategy and precision with a run's settings.
 
 Flows in: a ``TrainConfig``, and our model and data module. Flows out: a call of
-``nemo.collections.llm.api.train``.
+``nemo.collections.llm.api.train``, and weights that NeMo reads.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,10 +19,9 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
 
 from cosmos_posttrain import launch
-from cosmos_posttrain.distributed import groups
+from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.nemo.bases import Callback
-from cosmos_posttrain.nemo.checkpoints import CosmosCheckpoint
-from cosmos_posttrain.runlog import start_wandb
+from cosmos_posttrain.nemo.cluster import LaunchedProcesses
 from cosmos_posttrain.training.config import TrainConfig
 
 
@@ -38,7 +37,8 @@ def make_trainer(config: TrainConfig, dtype: torch.dtype, first: Callback) -> An
     from nemo.lightning.pytorch.callbacks import PreemptionCallback
 
     on_gpu = torch.cuda.is_available()
-    plugins = []
+    per_node = launch.local_world_size()
+    plugins: list[Any] = [LaunchedProcesses(per_node)]
     if dtype == torch.bfloat16:
         plugins.append(
             nl.MegatronMixedPrecision(
@@ -48,13 +48,12 @@ def make_trainer(config: TrainConfig, dtype: torch.dtype, first: Callback) -> An
                 grad_reduce_in_fp32=not config.optimizer.grad_reduce_in_bf16,
             )
         )
-    per_node = launch.local_world_size()
     trainer = nl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=per_node,
         num_nodes=launch.world_size() // per_node,
         strategy=_strategy(config, dtype, on_gpu),
-        plugins=plugins or None,
+        plugins=plugins,
         callbacks=[PreemptionCallback()],
         max_steps=config.max_steps,
         # Validation is an item of the run's list of callbacks, and so are the rows of numbers.
@@ -94,44 +93,58 @@ def _strategy(config: TrainConfig, dtype: torch.dtype, on_gpu: bool) -> Any:
     )
 
 
-def run(
-    config: TrainConfig,
-    folder: Path,
-    parts: dict[str, Any],
-    checkpoints: CosmosCheckpoint,
-    completed_steps: int,
-) -> None:
+def run(**parts: Any) -> None:
     """Calls ``llm.api.train``.
 
     Args:
-        config: the run's.
-        folder: ``LOG_DIR/default``.
-        parts: model, data, trainer and how it resumes, by their names there.
-        checkpoints: writes them.
-        completed_steps: of the run so far; later points of TensorBoard's curves are dropped.
+        **parts: model, data, trainer, log and how it resumes, by their names there.
+
+    Raises:
+        KeyboardInterrupt: at Ctrl-C, for which Lightning ends the process with 1.
     """
-    import nemo.lightning as nl
-    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
     from nemo.collections import llm
 
     _do_without_resiliency_ext()
-    # A folder with that is a run's, whatever NeMo writes into it before the run has begun.
-    groups.decide(lambda: (folder / "checkpoints").mkdir(parents=True, exist_ok=True))
-    board = TensorBoardLogger(str(folder), "tb_logs", version="", purge_step=completed_steps)
-    wandb = None
-    if launch.is_rank_zero():
-        found = start_wandb(config, folder)
-        wandb = None if found is None else WandbLogger(experiment=found)
-    log = nl.NeMoLogger(
-        name=folder.name,
-        log_dir=str(folder.parent),
-        use_datetime_version=False,
-        update_logger_directory=False,
-        ckpt=checkpoints,
-        tensorboard=board,
-        wandb=wandb,
-    )
-    llm.api.train(log=log, **parts)
+    try:
+        with _as_many_threads():
+            llm.api.train(**parts)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+
+
+@contextlib.contextmanager
+def _as_many_threads() -> Iterator[None]:
+    """Lightning leaves the number of threads alone only where this variable says one."""
+    name = "OMP_NUM_THREADS"
+    before = os.environ.get(name)
+    os.environ.setdefault(name, str(torch.get_num_threads()))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
+def restore(strategy: Any) -> None:
+    """NeMo reads the weights that ``AutoResume`` has named, at once; the optimizer follows later.
+
+    Args:
+        strategy: NeMo's, which has built and wrapped the model.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    path = strategy.restore_config.path
+    try:
+        strategy.selective_restore()
+    except Exception as error:  # what torch, Megatron or NeMo make of damaged files
+        said = (str(error).strip().splitlines() or [repr(error)])[0].rstrip(".")
+        raise CheckpointError(
+            f"{path} cannot be read by NeMo ({said}); restore the checkpoint."
+        ) from error
+    strategy.restore_config = None  # else it is read once more
 
 
 def _do_without_resiliency_ext() -> None:

@@ -10,19 +10,19 @@ each step the run's list of callbacks is walked as there.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cosmos_posttrain import launch
-from cosmos_posttrain.checkpoint import context, damage, guard
+from cosmos_posttrain.checkpoint import context, damage, nemo_context
+from cosmos_posttrain.checkpoint.formats.megatron import WEIGHTS
 from cosmos_posttrain.distributed.watch import RankWatch
-from cosmos_posttrain.errors import CheckpointError
 from cosmos_posttrain.models.gpt_model import CosmosGPTModel
 from cosmos_posttrain.nemo import lightning_parts
 from cosmos_posttrain.nemo.bases import Callback
+from cosmos_posttrain.nemo.boards import CosmosLogger, NemoLog
 from cosmos_posttrain.nemo.checkpoints import CosmosCheckpoint, NemoSaver
 from cosmos_posttrain.nemo.config import CosmosConfig
 from cosmos_posttrain.nemo.data import CosmosData
@@ -82,12 +82,16 @@ class NemoTrainer(Trainer):
             self._lightning = lightning_parts.make_trainer(config, self.dtype, _Hooks(self))
             checkpoints = CosmosCheckpoint(folder.checkpoints, config.save_every_n_steps)
             checkpoints.on_preemption = self._stop
+            self._nemo_logger = CosmosLogger(
+                explicit_log_dir=str(folder.log_dir),  # the only folder that is there by now
+                use_datetime_version=False,
+                update_logger_directory=False,
+                ckpt=checkpoints,
+            )
             parts = {"model": module, "data": data, "trainer": self._lightning}
-            parts["resume"] = self._auto_resume()
+            parts |= {"log": self._nemo_logger, "resume": self._auto_resume()}
             try:
-                last = self.resume_from
-                first = 0 if last is None else context.completed_steps(last)
-                lightning_parts.run(config, folder.run, parts, checkpoints, first)
+                lightning_parts.run(**parts)
             except SystemExit:  # how PreemptionCallback ends a run
                 if self.stop_reason is None:
                     raise
@@ -131,36 +135,42 @@ class NemoTrainer(Trainer):
         return NemoSaver(*parts, trainer=self._lightning)
 
     def _make_log(self) -> Log:
-        return Log(self.config, self.folder.run, self.completed_steps, has_boards=False)
+        self._nemo_logger.begin(self.folder.run)
+        return NemoLog(self.config, self.folder.run, self.completed_steps, self._lightning)
 
-    @property
     def _nemo_reads(self) -> bool:
-        """Whether NeMo reads the weights to start from: what its engine wrote, taken as it is.
+        """Whether NeMo reads the weights to start from: a checkpoint with a context of NeMo's.
 
-        It asks for the layers' extra states, which the direct engine does not write.
+        One that its engine wrote, or convert_checkpoint.py for NeMo, taken as it is. NeMo would
+        execute what a folder ``modelopt_state`` holds.
         """
         path = self.inputs.source.path
         if self.resume_from is not None or self.inputs.transfer is not None or path is None:
             return False
-        if not context.is_checkpoint(path) or context.read_model_config(path).lora is not None:
+        if not (context.is_checkpoint(path) and nemo_context.has_context(path)):
             return False
-        keys = guard.read_metadata(path / "weights").state_dict_metadata
-        return any("_extra_state" in key for key in keys)
+        has_more = (path / WEIGHTS / "modelopt_state").exists()
+        return context.read_model_config(path).lora is None and not has_more
 
     def _auto_resume(self) -> Any:
+        """How NeMo is to begin: with a checkpoint that it reads, or with what ``_load`` reads."""
         import nemo.lightning as nl
 
-        if not self._nemo_reads:
+        if not self._nemo_reads():
             return None
         path = self.inputs.source.path
         assert path is not None
-        if problem := damage.problem(path):
-            raise CheckpointError(problem)
+        damage.check_weights(path / WEIGHTS)
+        self.inputs.source.open_weights()  # names all that does not fit
         return nl.AutoResume(restore_config=nl.RestoreConfig(path=str(path), load_artifacts=False))
 
     def _load(self) -> dict[str, Any]:
         """As the direct engine's: Megatron's own way reads no state of torch's AdamW."""
-        return {} if self._nemo_reads else super()._load()
+        if self._lightning.strategy.restore_config is None:
+            return super()._load()
+        lightning_parts.restore(self._lightning.strategy)
+        self.optimizer.take_weights()
+        return {}
 
     def begin(self) -> None:
         """All is set up, and no step has begun."""
@@ -180,18 +190,10 @@ class NemoTrainer(Trainer):
         self.watch.at(f"in step {self.completed_steps}")
 
     def after_step(self) -> None:
-        """Walks the run's callbacks, and feeds the boards."""
-        step = self.row["step"]
+        """Walks the run's callbacks."""
         for callback in self.callbacks:
             self.tell(f"in {type(callback).__name__}")
             callback.after_step(self, self.row)
-        numbers = {
-            key: value
-            for key, value in self.row.items()
-            if key != "step" and isinstance(value, int | float) and math.isfinite(value)
-        }
-        for logger in self._lightning.loggers:
-            logger.log_metrics(numbers, step=step)
         if self.stop_reason is not None:
             self._lightning.should_stop = True
 

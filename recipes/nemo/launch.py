@@ -39,9 +39,17 @@ def main() -> int:
     recipe.nemo_run_module()
     model = importlib.import_module(name).MODEL
     shipped = model.config_file(where.nodes * where.gpus_per_node)
+    given = words[place + 1 :]
+    if any(word.partition("=")[0] == "--config" for word in given):
+        script = "train_video2world.py" if model.takes_text else "train_general.py"
+        raise ConfigError(
+            f"--config behind -- would replace what the recipe is made of ({shipped.name}); give "
+            f"single flags or key=value, or start {script} --engine nemo with that file "
+            "(docs/launching.md)."
+        )
     # NeMo's loop waits for its checkpoints and for the updated weights.
     switches = ["--no-async_save", "--no-overlap_param_gather"]
-    arguments = ["--config", str(shipped), *switches, *words[place + 1 :]]
+    arguments = ["--config", str(shipped), *switches, *given]
     config = cli.parse(training.TrainConfig, training.FLAGS, arguments, "... --", "")
     training.validate(config, where.nodes * where.gpus_per_node)
     partial = recipe.make_recipe(config, model.takes_text, where.nodes, where.gpus_per_node)

@@ -14,7 +14,7 @@ SRUN = """
 import os, signal, subprocess, sys, time
 
 words, output, folder, at_once, patience = sys.argv[1:], None, None, False, None
-count = int(os.environ["SLURM_NTASKS"])
+count, per_node = (int(os.environ[f"SLURM_{name}"]) for name in ("NTASKS", "NTASKS_PER_NODE"))
 while words[0].startswith("-"):
     word = words.pop(0)
     name, _, value = word.partition("=")
@@ -30,7 +30,12 @@ stream = open(output, "ab") if output else None
 tasks = [
     subprocess.Popen(
         words, cwd=folder, stdout=stream, stderr=stream,
-        env={**os.environ, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n), "SLURM_NODEID": "0"},
+        env={
+            **os.environ,
+            "SLURM_PROCID": str(n),
+            "SLURM_LOCALID": str(n % per_node),
+            "SLURM_NODEID": str(n // per_node),
+        },
     )
     for n in range(count)
 ]
@@ -64,12 +69,20 @@ class FakeSlurm:
 
     Args:
         folder: to write them to.
-        num_tasks: of the job, on one node.
+        num_tasks: of the job.
+        num_nodes: that they are on; here they are all this machine.
     """
 
-    def __init__(self, folder: Path, num_tasks: int) -> None:
+    def __init__(self, folder: Path, num_tasks: int, num_nodes: int = 1) -> None:
         self._bin, self._log = folder / "bin", folder / "scontrol.txt"
-        self._num_tasks = num_tasks
+        self._job = {
+            "JOB_ID": "4711",
+            "JOB_NAME": "cosmos-train",
+            "JOB_NODELIST": "node",
+            "NNODES": str(num_nodes),
+            "NTASKS": str(num_tasks),
+            "NTASKS_PER_NODE": str(num_tasks // num_nodes),
+        }
         self._bin.mkdir(parents=True)
         for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
             path = self._bin / name
@@ -83,11 +96,10 @@ class FakeSlurm:
 
     def environment(self) -> dict[str, str]:
         """Of the batch script, as sbatch would set it."""
-        job = {"JOB_ID": "4711", "JOB_NODELIST": "node", "NTASKS": str(self._num_tasks)}
         path = f"{self._bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         return {
             **os.environ,
-            **{f"SLURM_{name}": value for name, value in job.items()},
+            **{f"SLURM_{name}": value for name, value in self._job.items()},
             "PATH": path,
             "PYTHON": sys.executable,
             "FAKE_SLURM_LOG": str(self._log),

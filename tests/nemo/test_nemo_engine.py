@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers.distributed_run import run_script
 from helpers.launched_run import LaunchedRun
-from helpers.prepared import make_videos, prepare_small
-from helpers.prompts import prepare_prompts, write_lines
+from helpers.nemo_case import CLOSE, MAX_STEPS, NEEDS_NEMO, Train, crashed, finish, words_of
 from helpers.run_case import losses
 from helpers.wandb_file import read_launches
 
@@ -23,65 +18,9 @@ from cosmos_posttrain.checkpoint.context import list_checkpoints
 from cosmos_posttrain.checkpoint.load import load_model
 from cosmos_posttrain.checkpoint.source import open_source
 from cosmos_posttrain.distributed.cpu_device import cpu_device
-from cosmos_posttrain.nemo.extra import is_installed
 from cosmos_posttrain.runlog import read_rows
 
-# NeMo's import takes half a minute, and warns in many places: processes of their own.
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not is_installed(), reason="NeMo is missing; see make nemo-env"),
-]
-MAX_STEPS = 20
-# The gradient is divided by the number of tokens before its sum there, and after it here.
-CLOSE = 1e-4
-SCRIPTS = {"base": "train_general.py", "text": "train_video2world.py"}
-MODELS = {"base": "random:tiny", "text": "random:tiny-video2world"}
-
-Train = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("data")
-    for name in ("videos", "texts"):
-        (folder / name).mkdir()
-    prepare_small(make_videos(folder / "videos"), folder / "base")
-    prepare_prompts(write_lines(folder / "texts"), folder / "text")
-    return {name: folder / name for name in SCRIPTS}
-
-
-def words_of(data: dict[str, Path], kind: str, log_dir: Path, engine: str, size: int) -> list[Any]:
-    words: list[Any] = [SCRIPTS[kind], "--data_path", data[kind], "--model_path", MODELS[kind]]
-    words += ["--split_string", "3,1,1", "--global_batch_size", 4, "--lr", 1e-3, "--num_threads", 1]
-    words += ["--max_steps", MAX_STEPS, "--save_every_n_steps", 10, "--log_dir", log_dir]
-    return [*words, "--tensor_model_parallel_size", size, "--engine", engine]
-
-
-@pytest.fixture(scope="module")
-def train(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Gives the run folder of an engine; runs it where it has not been run yet."""
-    folder = tmp_path_factory.mktemp("runs")
-
-    def run(engine: str, size: int, kind: str = "base") -> Path:
-        log_dir = folder / f"{engine}-{size}-{kind}"
-        if not log_dir.exists():
-            finish(words_of(data, kind, log_dir, engine, size), size)
-        return log_dir
-
-    return run
-
-
-def finish(words: list[Any], size: int) -> str:
-    done = run_script(words, size, env={"WANDB_MODE": "offline"}, timeout_seconds=600)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def crashed(run: Path, log_dir: Path) -> Path:
-    """A copy of a run that was killed after its first checkpoint."""
-    shutil.copytree(run, log_dir)
-    shutil.rmtree(list_checkpoints(log_dir)[-1])
-    return log_dir
+pytestmark = NEEDS_NEMO
 
 
 @pytest.mark.parametrize(

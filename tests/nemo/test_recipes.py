@@ -144,11 +144,14 @@ def test_a_train_job_is_rendered(tmp_path: Path) -> None:
         ("cosmos_12b --gpus_per_node 6", "--data_path /d --log_dir /r", "needs a multiple of"),
         ("cosmos_4b", "--log_dir /r", "--data_path is missing"),
         ("cosmos_4b", "--data_path /d --log_dir /r --lora_rank 8", "--lora_rank 8 does not work"),
+        ("cosmos_4b", "--config configs/train_12b.yaml", "made of (train_4b.yaml); give single"),
+        ("cosmos_4b", "--config=mine.yaml", "--config behind -- would replace what the recipe"),
     ],
 )
 def test_one_sentence(
     flags: str, training: str, words: str, recipes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    recipes("cosmos_4b")  # NeMo-Run, with which the program comes
     monkeypatch.setattr("sys.argv", ["launch.py", *flags.split(), "--", *training.split()])
     with pytest.raises(ConfigError, match=re.escape(words)):
         recipes("launch").main()

@@ -87,6 +87,26 @@ def test_a_failing_run_is_not_queued_again(tmp_path: Path) -> None:
     assert slurm.asked == []
 
 
+SAYING = """
+import os, sys
+from pathlib import Path
+
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+said = " ".join(os.environ[name] for name in names)
+(Path(sys.argv[1]) / os.environ["RANK"]).write_text(said)
+"""
+
+
+def test_what_the_processes_are_told(tmp_path: Path) -> None:
+    slurm, script = FakeSlurm(tmp_path / "slurm", 4, num_nodes=2), tmp_path / "saying.py"
+    script.write_text(SAYING)
+    subprocess.run(
+        ["bash", str(RECIPE), str(script), str(tmp_path)], env=slurm.environment(), check=True
+    )
+    told = [(tmp_path / str(rank)).read_text() for rank in range(4)]
+    assert told == [f"{rank} {rank % 2} 4 2 127.0.0.1" for rank in range(4)]
+
+
 # Saves when it is asked, ends with 1 as a stopped run does; rank 0 ends later than the others.
 STOPPING = """
 import os, signal, sys, time
