@@ -25,7 +25,6 @@ from cosmos_posttrain.training.watching_config import (
     profile_problems,
     retention_problems,
     samples_problems,
-    validation_problems,
 )
 from cosmos_posttrain.transfer.config import COOCCURRENCE_INITS
 
@@ -287,9 +286,6 @@ def validate(config: TrainConfig, world_size: int) -> None:
     else:
         problems += _path_problems(config.data)
     problems += optimizer_problems(config.optimizer, config.max_steps, config.model.dtype)
-    problems += validation_problems(
-        config.data.split_string, config.limit_val_batches, config.val_check_interval
-    )
     problems += retention_problems(
         config.save_top_k,
         config.keep_last_n,

@@ -118,12 +118,7 @@ def optimizer_problems(optimizer: OptimizerConfig, max_steps: int, dtype: str | 
 
 def _schedule_problems(optimizer: OptimizerConfig, max_steps: int) -> list[str]:
     problems, style = [], optimizer.lr_decay_style
-    if optimizer.min_lr is not None and style == "constant":
-        problems.append(
-            f"--min_lr {optimizer.min_lr} has no effect with --lr_decay_style constant: leave it "
-            "out (optimizer.min_lr=null where a YAML file has it)"
-        )
-    elif optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
+    if optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
         problems.append(f"--min_lr {optimizer.min_lr} must be at most --lr {optimizer.lr}")
     warmup = optimizer.warmup_steps(max_steps)
     if optimizer.lr_warmup_steps is not None and warmup >= max_steps:

@@ -312,11 +312,15 @@ def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     if config.parallel.overlap_param_gather and ranks == 1:
         say("note: --overlap_param_gather changes nothing with one data-parallel process.")
+    if config.optimizer.min_lr is not None and config.optimizer.lr_decay_style == "constant":
+        say("note: --min_lr changes nothing with --lr_decay_style constant.")
     if config.val_check_interval is not None and inputs.val_data is None:
         say(
             f"note: --val_check_interval {config.val_check_interval} changes nothing: no clip "
             "falls in the validation split."
         )
+    elif config.val_check_interval is not None and config.limit_val_batches == 0:
+        say("note: --val_check_interval changes nothing with --limit_val_batches 0.")
     heads.announce(config, inputs.source, inputs.transfer is not None)
     contract = inputs.folder.data.contract
     tokenizer = None if contract is None else contract.tokenizer

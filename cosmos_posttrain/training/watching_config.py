@@ -1,4 +1,4 @@
-"""What of a run is looked at: validations, sample clips and profiled steps. No torch.
+"""What of a run is looked at besides its numbers: sample clips and profiled steps. No torch.
 
 Flows in: a run's settings. Flows out: what is wrong with them, in words.
 """
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from cosmos_posttrain.cli import Flag
 from cosmos_posttrain.config import setting
-from cosmos_posttrain.errors import ConfigError
 
 # A trace of a step of a large model is tens of MB.
 MAX_PROFILED_STEPS = 50
@@ -70,25 +69,6 @@ def samples_problems(
         "cannot: leave samples out, and run evaluate.py generate on the checkpoints"
         for flag, size in sizes.items()
         if size > 1
-    ]
-
-
-def validation_problems(
-    split_string: str, limit_val_batches: int, val_check_interval: int | None
-) -> list[str]:
-    """What keeps a run from validating when it is asked to."""
-    from cosmos_posttrain.data.splits import parse_split_string  # which needs NumPy
-
-    try:
-        has_split = parse_split_string(split_string)[1] > 0
-    except ConfigError as error:
-        return [str(error).rstrip(".")]
-    if val_check_interval is None or (has_split and limit_val_batches != 0):
-        return []
-    why = f"--split_string {split_string}" if not has_split else "--limit_val_batches 0"
-    return [
-        f"--val_check_interval {val_check_interval} has no effect with {why}: leave it out "
-        "(val_check_interval=null where a YAML file has it)"
     ]
 
 

@@ -32,14 +32,17 @@ def checkpoints(log_dir: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_learning_rate_of_the_command_counts_on_resume(tokens: Path, tmp_path: Path) -> None:
+def test_the_learning_rate_of_the_command_counts_on_resume(
+    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = {"optimizer__lr_decay_style": "constant", "optimizer__lr_warmup_steps": 0}
     run(make_config(tokens, tmp_path, max_steps=2, **settings))
-    changes = settings | {"optimizer__lr": 1e-5}
+    changes = settings | {"optimizer__lr": 1e-5, "optimizer__min_lr": 1e-6}
     run(make_config(tokens, tmp_path, max_steps=4, **changes))
+    assert "note: --min_lr changes nothing" in capsys.readouterr().out
     assert [row["lr"] for row in rows(tmp_path)] == [1e-3, 1e-3, 1e-5, 1e-5]
     # The end of a decay, too.
-    changes |= {"optimizer__lr_decay_style": "linear", "optimizer__min_lr": 1e-6}
+    changes |= {"optimizer__lr_decay_style": "linear"}
     run(make_config(tokens, tmp_path, max_steps=200, save_every_n_steps=5, **changes))
     assert rows(tmp_path)[-1]["lr"] < 1.1e-6
 

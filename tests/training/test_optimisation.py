@@ -103,10 +103,6 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
             "--lr_wsd_decay_steps 10 and --lr_warmup_steps 95 together must be at most",
         ),
         ({"lr_wsd_decay_style": "linear"}, "--lr_wsd_decay_style linear has no effect with"),
-        (
-            {"lr_decay_style": "constant", "min_lr": 1e-6},
-            "--min_lr 1e-06 has no effect with --lr_decay_style constant",
-        ),
         ({"embedding_lr": 0.0}, "--embedding_lr 0.0 must be above 0"),
         ({"ema_decay": 1.0}, "--ema_decay 1.0"),
     ):

@@ -64,15 +64,8 @@ def test_a_wrong_number_of_processes_is_refused_before_anything_is_opened(tmp_pa
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"val_check_interval": 5, "limit_val_batches": 0}, "with --limit_val_batches 0: leave"),
-        ({"val_check_interval": 5, "data.split_string": "4,0,1"}, "with --split_string 4,0,1: l"),
-        ({"data.split_string": "some"}, "split_string 'some' is not three shares"),
         ({"samples.num_clips": 3}, "--num_sample_clips has no effect without --sample_every"),
         ({"optimizer.lr_wsd_decay_style": "cosine"}, "--lr_wsd_decay_style cosine has no effect"),
-        (
-            {"optimizer.min_lr": 1e-6, "optimizer.lr_decay_style": "constant"},
-            r"--min_lr 1e-06 has no effect .* \(optimizer.min_lr=null where",
-        ),
         ({"model.medusa_freeze_backbone": False}, "has no effect without --medusa_num_heads"),
         (
             {"model.num_medusa_heads": 2, "optimizer.freeze_body_steps": 5},
