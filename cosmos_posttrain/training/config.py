@@ -13,6 +13,7 @@ from cosmos_posttrain.cli import Flag, flag_names
 from cosmos_posttrain.config import check, setting
 from cosmos_posttrain.data.paths import DataPaths, parse_data_path
 from cosmos_posttrain.errors import ConfigError
+from cosmos_posttrain.hub import looks_like_hub_id
 from cosmos_posttrain.models.config import LAYER_SPECS, ROPE_SCALINGS
 from cosmos_posttrain.training.optimizer_config import (
     OPTIMIZER_FLAGS,
@@ -396,13 +397,15 @@ def _medusa_problems(
 def _batch_problems(config: TrainConfig, world_size: int) -> list[str]:
     parallel = config.parallel
     size = max(math.prod(parallel.sizes), 1)
-    if misfit := parallel.misfit(world_size):
+    misfit = parallel.misfit(world_size)
+    # Said before the model is downloaded; of one that is there, its own sizes are named later.
+    if misfit and looks_like_hub_id(config.model.path):
         there = "is 1" if world_size == 1 else f"are {world_size}"
         return [
             f"{misfit}, but there {there}; start with torchrun --nproc-per-node={size}, or choose "
             "smaller sizes"
         ]
-    data_parallel = world_size // size
+    data_parallel = max(world_size // size, 1)
     per_step = config.micro_batch_size * data_parallel
     if per_step < 1:
         return []
