@@ -200,7 +200,11 @@ def bad_usage(tokens: Path, tmp_path: Path) -> list[str]:
     ("arguments", "sentence"),
     [
         (["--data_path", "/no/such/folder"], "/no/such/folder"),
-        (["--tensor_model_parallel_size", "3"], "use one of 1, 2"),
+        (["--tensor_model_parallel_size", "3"], "needs a multiple of 3 processes, but there is 1"),
+        (
+            ["--tensor_model_parallel_size", "3", "--dry_run", "--num_gpus", "3"],
+            "use one of 1, 2",
+        ),
         (["--lr", "-1"], "--lr -1.0 must be above 0"),
         (["--model_path", "/no/such/model"], "/no/such/model does not exist"),
         (["--no_such_flag", "1"], "--no_such_flag"),
