@@ -200,7 +200,7 @@ def bad_usage(tokens: Path, tmp_path: Path) -> list[str]:
     ("arguments", "sentence"),
     [
         (["--data_path", "/no/such/folder"], "/no/such/folder"),
-        (["--tensor_model_parallel_size", "3"], "needs a multiple of 3 processes, but there is 1"),
+        (["--tensor_model_parallel_size", "3"], "use one of 1, 2"),
         (
             ["--tensor_model_parallel_size", "3", "--dry_run", "--num_gpus", "3"],
             "use one of 1, 2",
