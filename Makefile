@@ -16,8 +16,8 @@ QUICKSTART_ARGS ?=
 # The environment of make nemo-env: NeMo wants older packages than the rest.
 NEMO_VENV ?= $(CURDIR)/.venv-nemo
 NEMO_STAMP := $(NEMO_VENV)/.cosmos_posttrain_nemo
-# Processes that run tests at the same time; one more than two cores, since tests wait for others, too.
-TEST_WORKERS ?= 3
+# Processes that run tests at the same time: two a core of two, since tests wait for others, too.
+TEST_WORKERS ?= 4
 
 # An active virtual environment is used as it is; otherwise one is made here.
 VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),$(CURDIR)/.venv)
@@ -43,15 +43,16 @@ $(STAMP): pyproject.toml constraints.txt
 	rm -f "$(STAMPS)"-*
 	touch "$@"
 
-nemo-env: $(NEMO_STAMP)  ## NeMo 2.7.3 for the CPU in an environment of its own, .venv-nemo (Python 3.11), once
+nemo-env: $(NEMO_STAMP)  ## NeMo 2.7.3 for the CPU in an environment of its own, .venv-nemo (Python 3.11 or 3.12), once
 
 # NeMo and modelopt come without what they ask for, which is CUDA packages and much that is not imported.
 $(NEMO_STAMP): pyproject.toml constraints-nemo.txt
-	@if [ ! -x "$(NEMO_VENV)/bin/python" ]; then $(PYTHON) -m venv "$(NEMO_VENV)"; fi
+	@$(PYTHON) scripts/install_plan.py check-nemo "$(NEMO_VENV)"
+	if [ ! -x "$(NEMO_VENV)/bin/python" ]; then $(PYTHON) -m venv "$(NEMO_VENV)"; fi
 	if [ -n "$(TORCH_INDEX_URL)" ]; then
 	    "$(NEMO_VENV)/bin/python" -m pip install --index-url "$(TORCH_INDEX_URL)" --constraint constraints-nemo.txt torch
 	fi
-	"$(NEMO_VENV)/bin/python" -m pip install --constraint constraints-nemo.txt --editable '.[nemo-imports]' pytest
+	"$(NEMO_VENV)/bin/python" -m pip install --constraint constraints-nemo.txt --editable '.[nemo]' pytest
 	"$(NEMO_VENV)/bin/python" -m pip install --constraint constraints-nemo.txt --no-deps nemo_toolkit nvidia-modelopt
 	"$(NEMO_VENV)/bin/python" -W ignore -c 'from nemo import lightning; from nemo.collections import llm; llm.api.train'
 	touch "$@"
@@ -72,8 +73,9 @@ test-all: setup  ## Also the slow ones, and those for a GPU and the network wher
 	python -m pytest -m gpu
 
 # This checkout's package, whichever one is installed there.
-test-nemo: nemo-env  ## The tests of NeMo's engine, connector and recipes, in that environment
-	@PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 "$(NEMO_VENV)/bin/python" -m pytest -m "not gpu" tests/nemo
+test-nemo: nemo-env  ## The tests of NeMo's engine, connector, recipes and NeMo-Run's executors, in that environment
+	@export PATH="$(NEMO_VENV)/bin:$$PATH" PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1
+	python -m pytest -m "not gpu" tests/nemo tests/submit
 
 # PAIRS="3.11/0.15.3 3.12/0.19.2" names some of them.
 test-matrix: setup  ## Other versions of Python and megatron-core: what they might break (docs/versions.md)

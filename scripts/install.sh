@@ -5,7 +5,7 @@
 # numpy and megatron-core included: megatron-core (where it is missing) and this package go in without
 # their dependencies, the others are resolved against the installed versions, and the script fails if
 # one of the protected packages changed after all. Where torch is not there, everything comes from
-# constraints.txt. PyAV may fail to install where torchcodec is there: it then reads videos.
+# constraints.txt. PyAV may fail to install where a torchcodec is there that can read videos in its place.
 #
 #   PYTHON           interpreter to install for (default: python3)
 #   EXTRAS           extras of pyproject.toml, comma separated (default: none)
@@ -32,6 +32,16 @@ resolve() {
     echo "install: the pins of constraints.txt do not fit what is here; once more without them" >&2
     "$python" -m pip install --constraint "$work/before.txt" "$@"
 }
+
+load_torchcodec='
+import sys
+from cosmos_posttrain.errors import UserError
+from cosmos_posttrain.video import choice
+try:
+    print(choice.loaded("torchcodec").label())
+except UserError as error:
+    sys.exit(str(error))
+'
 
 plan check-python
 plan protected > "$work/before.txt"
@@ -60,12 +70,13 @@ plan requirements > "$work/requirements.txt"
 resolve --requirement "$work/requirements.txt"
 plan requirements av > "$work/video.txt"
 if ! resolve --only-binary av --requirement "$work/video.txt"; then
-    if ! "$python" -c 'import torchcodec' 2> "$work/errors.txt"; then
-        tail -n 1 "$work/errors.txt" >&2
-        echo "install: PyAV could not be installed, and no torchcodec can be loaded to read videos" >&2
+    # The package's own test of it: an old one, or one without FFmpeg's libraries, reads nothing.
+    if ! codec=$(PYTHONPATH="$root" "$python" -c "$load_torchcodec" 2> "$work/errors.txt"); then
+        echo "install: PyAV could not be installed, so torchcodec is to read videos, but:" \
+            "$(tail -n 1 "$work/errors.txt")" >&2
         exit 1
     fi
-    echo "install: PyAV could not be installed; torchcodec, which is here, reads videos"
+    echo "install: PyAV could not be installed; $codec, which is here, reads videos"
 fi
 "$python" -m pip install --no-deps --editable .
 

@@ -5,10 +5,13 @@ Flows in: pyproject.toml, constraints.txt, the packages of this interpreter. Flo
     protected              ``name==version`` of each installed package of the GPU stack
     constraints            the pins of constraints.txt for packages that are not installed yet, and
                            the installed versions of the protected ones
-    requirements           the dependencies (and those of EXTRAS) but torch, megatron-core and PyAV
+    requirements           the dependencies (and those of EXTRAS, with the extras that these name)
+                           but torch, megatron-core and PyAV
     requirements NAME ...  the dependencies with these names alone
     has NAME               exit code 0 if that package is installed
     check-python           exit code 2, with a sentence, if this Python is too old
+    check-nemo ENVIRONMENT  exit code 2, with a sentence, if NeMo fits neither the environment in
+                           that folder nor, where there is none, this Python
 
 Standard library only: it runs before anything else is there.
 """
@@ -34,6 +37,8 @@ PROTECTED = re.compile(
 # is there of these stays, however new.
 BOUNDED_FOR_NUMPY = ("contourpy", "scipy", "tifffile")
 INSTALLED_ALONE = ("torch", "megatron-core", "av")
+# constraints-nemo.txt has numpy 1.26, which has no files for newer ones.
+NEMO_PYTHONS = ((3, 11), (3, 12))
 
 
 def canonical(name: str) -> str:
@@ -74,19 +79,33 @@ def constraints() -> list[str]:
     return missing + protected()
 
 
+def split_names(text: str) -> list[str]:
+    """``serve, wandb`` -> two names."""
+    return [name for name in re.split(r"[,\s]+", text) if name]
+
+
 def requirements(names: list[str]) -> list[str]:
     """Dependencies of the package and of EXTRAS: called ``names``, or all that go together."""
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines: list[str] = list(project["dependencies"])
-    for extra in filter(None, re.split(r"[,\s]+", os.environ.get("EXTRAS", ""))):
+    waiting, done = split_names(os.environ.get("EXTRAS", "")), set()
+    while waiting:
+        extra = waiting.pop(0)
+        if extra in done:
+            continue
+        done.add(extra)
         if extra not in project["optional-dependencies"]:
             sys.exit(
                 f"install: no extra {extra!r} in pyproject.toml; EXTRAS may name "
                 f"{', '.join(sorted(project['optional-dependencies']))}."
             )
-        lines += project["optional-dependencies"][extra]
+        for line in project["optional-dependencies"][extra]:
+            if name_of(line) == canonical(project["name"]):  # no index may be asked for us
+                waiting += split_names(line.partition("[")[2].partition("]")[0])
+            else:
+                lines.append(line)
     if names:
         return [line for line in lines if name_of(line) in names]
     left_out = {*INSTALLED_ALONE, *(name for name in BOUNDED_FOR_NUMPY if name in installed())}
@@ -106,11 +125,32 @@ def check_python() -> int:
     return 2
 
 
+def check_nemo(environment: Path, this_python: tuple[int, ...] = sys.version_info[:2]) -> int:
+    """Exit code 2, with a sentence, if NeMo cannot go into the environment of that folder."""
+    fitting = " or ".join(f"{major}.{minor}" for major, minor in NEMO_PYTHONS)
+    settings = environment / "pyvenv.cfg"
+    text = settings.read_text() if settings.is_file() else ""
+    found = re.search(r"^version(?:_info)?\s*=\s*(\d+)\.(\d+)", text, re.M)
+    version = (int(found[1]), int(found[2])) if found else this_python
+    if version in NEMO_PYTHONS:
+        return 0
+    name = environment if found else sys.executable
+    fix = f"remove it (rm -r '{environment}') and " if found else ""
+    print(
+        f"error: {name} is Python {version[0]}.{version[1]}, but NeMo's packages need {fitting}; "
+        f"{fix}set PYTHON to such an interpreter: make nemo-env PYTHON=python3.11.",
+        file=sys.stderr,
+    )
+    return 2
+
+
 def main(arguments: list[str]) -> int:
     """Runs one of the commands in the module's docstring."""
     command, names = arguments[0], arguments[1:]
     if command == "check-python":
         return check_python()
+    if command == "check-nemo":
+        return check_nemo(Path(names[0]))
     if command == "has":
         return 0 if all(canonical(name) in installed() for name in names) else 1
     lists = {

@@ -205,11 +205,16 @@ class Counts:
     seconds: float = 0.0
 
     def add(self, report: Path, seconds: float) -> None:
-        """Counts what pytest's JUnit file says; a missing one is a failure."""
+        """Counts what pytest's JUnit file says; a missing one, or one of no test, is a failure."""
         self.seconds += seconds
-        if not report.is_file():
+        before = self.passed + self.failed
+        if report.is_file():
+            self._add_suites(report)
+        if self.passed + self.failed == before:
+            print("error: not one of these tests ran; see above.", flush=True)
             self.failed += 1
-            return
+
+    def _add_suites(self, report: Path) -> None:
         for suite in ElementTree.parse(report).getroot().iter("testsuite"):
             found = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors")}
             skipped, failed = int(suite.get("skipped", 0)), found["failures"] + found["errors"]

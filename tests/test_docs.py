@@ -32,7 +32,7 @@ OTHERS = {
     *"--run --input_dir --split --world --choose --picture --base --rows".split(),
     *"--shape --peers --batch --clock --windows --modules --clips --heads".split(),
     *"--logdir --samples_per_plugin --timed_clips --given_latents --size --steps".split(),
-    *"--warmup --work_dir --compile --preset --trace".split(),
+    *"--warmup --work_dir --compile --prompts --preset --trace".split(),
 }
 # Not the arrows of drawings (a --room--> b), and not `--offload_*`.
 FLAG = r"(?<![\w-])--[a-z]\w*(?:-\w+)*(?![\w*-])"

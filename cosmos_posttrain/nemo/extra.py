@@ -14,15 +14,24 @@ _FIX = (
     "run make nemo-env and use its environment's Python, or NVIDIA's NeMo container up to 26.02 "
     "(docs/nemo.md); --engine direct needs no NeMo"
 )
+# Not nemo alone: any folder of that name beside a program would be it. nemo_toolkit by itself
+# brings neither of the other two, without which nemo.lightning cannot be imported.
+_NEEDED = ("nemo.lightning", "lightning", "fiddle")
 
 
 def is_installed() -> bool:
-    """Whether NeMo's Lightning part can be found; imports next to nothing.
+    """Whether NeMo's Lightning part and what that needs can be found; imports little."""
+    return not _missing()
 
-    Not ``nemo`` alone: any folder of that name beside a program would be it.
-    """
+
+def _missing() -> list[str]:
+    """What cannot be found of all that is needed before anything else."""
+    return [name for name in _NEEDED if not _is_found(name)]
+
+
+def _is_found(name: str) -> bool:
     try:
-        return find_spec("nemo.lightning") is not None
+        return find_spec(name) is not None
     except (ModuleNotFoundError, ValueError):
         return False
 
@@ -33,8 +42,14 @@ def check() -> None:
     Raises:
         ConfigError: NeMo is missing, or lacks something that it does not say.
     """
-    if not is_installed():
+    missing = _missing()
+    if _NEEDED[0] in missing:
         raise ConfigError(f"--engine nemo needs NeMo 2, which is not installed here: {_FIX}.")
+    if missing:
+        names = " and ".join(missing)
+        raise ConfigError(
+            f"--engine nemo cannot use the NeMo that is here without {names}: {_FIX}."
+        )
     try:
         found = hasattr(import_module("nemo.collections.llm"), "train")
         reason = "nemo.collections.llm has no train, as without nvidia-modelopt"

@@ -127,6 +127,11 @@ class Preparation:
         if self._encoders.has_text:
             sources, prompts = number_prompts(sources)
             self._prompts = in_shards(prompts)
+        elif num_prompts := sum(source.prompt is not None for source in sources):
+            launch.say(
+                f"note: {num_prompts} of {len(sources)} videos have a prompt, which is not "
+                "encoded: these are data for a base model. One with text needs --text_encoder_path."
+            )
         step = config.videos_per_shard
         shards = [sources[i : i + step] for i in range(0, len(sources), step)]
         contract, plan = self._job_of(sources)

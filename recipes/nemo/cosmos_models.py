@@ -16,6 +16,8 @@ from cosmos_posttrain.config import merge
 from cosmos_posttrain.nemo.recipe import finetune, make_recipe
 from cosmos_posttrain.training.config import TrainConfig
 
+# NeMo's loop waits for its checkpoints and for the updated weights.
+NOT_BY_NEMO = (("async_save", False), ("parallel.overlap_param_gather", False))
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -65,7 +67,7 @@ class Model:
             config = merge(
                 TrainConfig,
                 self.config_file(num_nodes * num_gpus_per_node),
-                [("data.path", data_path), ("log_dir", log_dir), ("async_save", False)],
+                [("data.path", data_path), ("log_dir", log_dir), *NOT_BY_NEMO],
             )
             return make_recipe(config, self.takes_text, num_nodes, num_gpus_per_node)
 

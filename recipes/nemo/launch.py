@@ -39,8 +39,9 @@ def main() -> int:
     recipe.nemo_run_module()
     model = importlib.import_module(name).MODEL
     shipped = model.config_file(where.nodes * where.gpus_per_node)
-    # NeMo's loop waits for its checkpoints.
-    arguments = ["--config", str(shipped), "--no-async_save", *words[place + 1 :]]
+    # NeMo's loop waits for its checkpoints and for the updated weights.
+    switches = ["--no-async_save", "--no-overlap_param_gather"]
+    arguments = ["--config", str(shipped), *switches, *words[place + 1 :]]
     config = cli.parse(training.TrainConfig, training.FLAGS, arguments, "... --", "")
     training.validate(config, where.nodes * where.gpus_per_node)
     partial = recipe.make_recipe(config, model.takes_text, where.nodes, where.gpus_per_node)

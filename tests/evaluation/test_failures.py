@@ -77,7 +77,7 @@ def test_no_frame_is_generated_without_one() -> None:
 @pytest.mark.slow
 def test_of_200_failures_most_are_found_and_of_200_fine_clips_few_flagged() -> None:
     if not real_shots():
-        pytest.skip("no real clips: pip install 'cosmos_posttrain[samples]'")
+        pytest.skip("no real clips: pip install '.[samples]'")
     fine, broken = fine_clips(200, seed=0), failing_clips(200, seed=10)
     flagged = [n for n, clip in enumerate(fine) if find_defects(clip, GIVEN[n % 3])]
     assert len(flagged) <= 4, flagged

@@ -67,7 +67,11 @@ def test_diameters_need_not_be_known(tmp_path: Path) -> None:
 # the bounds leave room for the few clips of a test. DV8x16x16 has a token for 8x16x16 pixels.
 @pytest.mark.parametrize(
     ("name", "least_found", "median"),
-    [("tiny-dv4x8x8", 0.99, 1.0), ("tiny-dv8x8x8", 0.99, 1.0), ("tiny-dv8x16x16", 0.99, 1.0)],
+    [
+        pytest.param("tiny-dv4x8x8", 0.99, 1.0, marks=pytest.mark.slow),
+        pytest.param("tiny-dv8x8x8", 0.99, 1.0, marks=pytest.mark.slow),
+        ("tiny-dv8x16x16", 0.99, 1.0),  # the coarsest
+    ],
 )
 def test_tokenizers_keep_objects_and_their_places(
     name: str, least_found: float, median: float, tmp_path: Path

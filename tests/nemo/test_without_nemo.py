@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,24 @@ def test_a_missing_nemo_is_one_sentence(script: str, tmp_path: Path) -> None:
     assert line.startswith("error: --engine nemo needs NeMo 2, which is not installed here")
     assert "make nemo-env" in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(find_spec("lightning") is not None, reason="Lightning is here")
+def test_nemo_toolkit_alone_is_not_enough(tmp_path: Path) -> None:
+    """As pip installs it: without Lightning and Fiddle."""
+    (tmp_path / "nemo" / "lightning").mkdir(parents=True)
+    for folder in ("nemo", "nemo/lightning"):
+        (tmp_path / folder / "__init__.py").touch()
+    program = """
+from cosmos_posttrain.nemo import bases, extra
+print(bases.ModelCheckpoint.__module__, extra.is_installed())
+extra.check()
+"""
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    finished = run_script(["-c", program], cwd=tmp_path, env={"PYTHONPATH": paths})
+    assert finished.stdout == "cosmos_posttrain.nemo.bases False\n", finished.stderr
+    said = "--engine nemo cannot use the NeMo that is here without lightning and fiddle: run make"
+    assert said in finished.stderr.splitlines()[-1]
 
 
 def test_an_engine_that_does_not_exist() -> None:

@@ -109,7 +109,8 @@ def test_what_changes_memory_and_time(
 def test_the_other_engine_is_missed_here(
     clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture, much_room: None
 ) -> None:
-    text = look(capsys, [*twelve_b(clips, tmp_path / "run"), "--engine", "nemo", "--no-async_save"])
+    switches = ["--no-async_save", "--no-overlap_param_gather"]
+    text = look(capsys, [*twelve_b(clips, tmp_path / "run"), "--engine", "nemo", *switches])
     assert "note: NeMo 2 is not installed here" in text
 
 

@@ -179,6 +179,14 @@ def test_a_config_fits_as_its_comment_says(name: str) -> None:
         assert f"{node:.0f} GB of host memory a node" in text
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_updated_weights_travel_behind_a_pass_wherever_they_travel(name: str) -> None:
+    """Between the ranks that hold the same weights: data and context parallel ones."""
+    config = read(name, "DATA", "LOG_DIR")
+    layout = layout_of(config, CASES[name].num_gpus)
+    assert config.parallel.overlap_param_gather == (layout.data * layout.context > 1)
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.num_gpus > 1])
 def test_a_config_names_its_command(name: str) -> None:
     case, text = CASES[name], (CONFIGS_DIR / f"{name}.yaml").read_text()

@@ -296,7 +296,7 @@ def test_nothing_readable_is_a_failure_whatever_is_allowed(tmp_path):
         TokenDataset(tmp_path / "out")
 
 
-def test_jsonl_input_keeps_prompts_and_relative_paths(tmp_path):
+def test_jsonl_input_keeps_prompts_and_relative_paths(tmp_path, capsys):
     videos = make_videos(tmp_path / "videos", 2)
     lines = [
         {"visual_input": "videos/1.mp4", "prompt": "grün wird grau"},
@@ -308,6 +308,7 @@ def test_jsonl_input_keeps_prompts_and_relative_paths(tmp_path):
     changes = {"input_videos_dir": None, "input_jsonl": str(path), "max_failures": 1}
     manifest = prepare_small(videos, tmp_path / "out", clips_per_video="1", **changes)
     assert manifest.failures[0].source == "videos/missing.mp4"
+    assert "note: 1 of 3 videos have a prompt, which is not encoded" in capsys.readouterr().out
     data = TokenDataset(tmp_path / "out", split="all")
     assert [data.row(i).prompt for i in range(2)] == ["grün wird grau", None]
     for bad in ("[]", '{"visual_input": 3}', "{", '{"visual_input": "a", "prompt": 1}'):

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 from helpers import guardrail_case, infer_case
-from helpers.distributed_run import REPOSITORY_DIR, kill_tree, run_script
+from helpers.distributed_run import REPOSITORY_DIR, kill_tree
 from helpers.service import Client, running, small_config
 from PIL import Image
 
@@ -185,10 +185,15 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
             server.bind("127.0.0.1", port)
 
 
-def test_bad_usage_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
-    finished = run_script(["-m", "cosmos_posttrain.serve", "--guardrail_dir", tmp_path])
-    assert finished.returncode == 2
-    assert "has no blocklist/custom" in finished.stderr and finished.stderr.count("\n") == 1
+def test_bad_usage_is_one_sentence_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["serve", "--guardrail_dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_:
+        launch.run_cli(__main__.main)
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert "has no blocklist/custom" in said and said.count("\n") == 1
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,7 @@ def test_a_container(tmp_path: Path) -> None:
     assert words[-4:] == ["train", "train_general.py", "--log_dir", "/r/x y"]
 
 
+@pytest.mark.slow
 def test_a_failing_run_is_not_queued_again(tmp_path: Path) -> None:
     """Bad input: the run's own sentence and exit code, once."""
     slurm = FakeSlurm(tmp_path, 2)

@@ -69,8 +69,8 @@ def run_alone(code: str, *arguments: object, cwd: Path) -> list[str]:
 @pytest.mark.parametrize(
     "name",
     [
-        # The same layers as of the tiny ones, and ten seconds each; one of them stays.
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("full-dv8x8x8", "full-dv4x8x8")))
+        # The same layers as of the tiny ones, and ten seconds each.
+        pytest.param(name, marks=[pytest.mark.slow] * name.startswith("full-"))
         for name in GOLDEN
     ],
 )

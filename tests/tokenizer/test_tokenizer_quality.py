@@ -49,7 +49,13 @@ def measure(coder: Any, clips: torch.Tensor) -> tuple[float, int]:
 
 
 @needs_samples
-@pytest.mark.parametrize("name", SHIPPED.values())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name != "tiny-dv4x8x8"))
+        for name in SHIPPED.values()
+    ],
+)
 def test_shipped_tokenizer_beats_the_palette_of_its_rate_and_vocabulary(
     name: str, training_clips: torch.Tensor, sample_clips: torch.Tensor
 ) -> None:

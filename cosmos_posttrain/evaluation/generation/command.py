@@ -129,9 +129,7 @@ def _announce(config: GenerateEvalConfig, inputs: GenerateInputs, num_done: int)
             "own losses are not counted now"
         )
     if not guesses.has_opencv():
-        notes.append(
-            "the floor of constant motion needs OpenCV: pip install 'cosmos_posttrain[evaluation]'"
-        )
+        notes.append("the floor of constant motion needs OpenCV: pip install '.[evaluation]'")
     elif inputs.num_given < 2:
         notes.append("the floor of constant motion needs two given frames")
     if config.lpips_weights is None:
