@@ -292,7 +292,8 @@ def start_wandb(config: object | None, folder: Path) -> Any:
         folder: the run's.
 
     Returns:
-        A ``wandb`` run, or None where the environment asks for none.
+        A ``wandb`` run, offline where W&B cannot be reached or refuses the key; None where the
+        environment asks for none.
 
     Raises:
         ConfigError: see ``wants_wandb``.
@@ -305,14 +306,25 @@ def start_wandb(config: object | None, folder: Path) -> Any:
     id_file = folder / "wandb_id.txt"
     if not id_file.is_file():
         files.write_text(id_file, secrets.token_hex(4))
-    return wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "cosmos_posttrain"),
-        name=os.environ.get("WANDB_NAME", _run_name(folder)),
-        id=id_file.read_text(encoding="utf-8").strip(),
-        resume="allow",
-        dir=str(folder),
-        config=None if config is None else to_dict(config),
-    )
+    settings: dict[str, Any] = {
+        "project": os.environ.get("WANDB_PROJECT", "cosmos_posttrain"),
+        "name": os.environ.get("WANDB_NAME", _run_name(folder)),
+        "id": id_file.read_text(encoding="utf-8").strip(),
+        "resume": "allow",
+        "dir": str(folder),
+        "config": None if config is None else to_dict(config),
+    }
+    try:
+        return wandb.init(**settings)
+    except wandb.errors.Error as error:
+        said = " ".join(str(error).split()).rstrip(".")
+        launch.say(
+            f"warning: W&B did not take the run ({said}); it is recorded in "
+            f"{folder / 'wandb'} instead: wandb sync sends it.",
+            error=True,
+        )
+        wandb.teardown()  # which still holds the run's id
+        return wandb.init(**settings, mode="offline")
 
 
 def _run_name(folder: Path) -> str:

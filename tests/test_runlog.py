@@ -19,6 +19,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, TextIO
 
 import pytest
+from helpers.distributed_run import free_port, run_script
 
 from cosmos_posttrain import launch, runlog
 from cosmos_posttrain.errors import ConfigError, SaveError
@@ -216,6 +217,40 @@ def test_a_run_is_named_after_its_folder_and_keeps_its_curves(
     ids = [values["id"] for values in started]
     assert ids[1] == ids[2] != ids[0] == ids[3]
     assert started[0]["config"] == {"lr": 0.1}
+
+
+# Goes on from a run that W&B knows, as far as its folder says.
+WITHOUT_NETWORK = """
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from cosmos_posttrain.runlog import RunLog
+
+@dataclass
+class Settings:
+    lr: float = 0.1
+
+log = RunLog(Path(sys.argv[1]), Settings(), 0)
+log.write({"step": 0, "loss": 1.0})
+log.close()
+"""
+
+
+def test_where_wandb_cannot_be_reached_the_run_is_recorded_offline(tmp_path: Path) -> None:
+    environment = {
+        "WANDB_API_KEY": "a" * 40,
+        "WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}",
+        "WANDB_INIT_TIMEOUT": "2",
+        "WANDB_SILENT": "true",
+        "WANDB_MODE": "",
+    }
+    finished = run_script(["-c", WITHOUT_NETWORK, tmp_path], env=environment)
+    assert finished.returncode == 0, finished.stderr
+    (warning,) = [line for line in finished.stderr.splitlines() if "W&B" in line]
+    assert warning.startswith("warning: W&B did not take the run")
+    assert "wandb sync sends it" in warning and "Traceback" not in finished.stderr
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert [row["loss"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1.0]
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
