@@ -40,7 +40,7 @@ def test_nemo_reads_what_its_engine_or_a_conversion_wrote(
 ) -> None:
     """In bfloat16, where the optimizer's own copies of the weights must follow them."""
     own = list_checkpoints(train("nemo", 2))[0]
-    converted = tmp_path / "converted"
+    converted = tmp_path / "start"
     words = ["convert_checkpoint.py", "--source", own, "--target", converted]
     finish([*words, "--target_format", "nemo"])
     for engine, start in (("direct", own), ("nemo", own), ("converted", converted)):
