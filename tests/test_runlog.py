@@ -242,7 +242,7 @@ def test_where_wandb_cannot_be_reached_the_run_is_recorded_offline(tmp_path: Pat
         "WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}",
         "WANDB_INIT_TIMEOUT": "2",
         "WANDB_SILENT": "true",
-        "WANDB_MODE": "",
+        "WANDB_MODE": "online",
     }
     finished = run_script(["-c", WITHOUT_NETWORK, tmp_path], env=environment)
     assert finished.returncode == 0, finished.stderr
