@@ -41,7 +41,7 @@ from cosmos_posttrain.models.presets import PRESETS
 from cosmos_posttrain.plan.memory import Layout, Workload, memory
 from cosmos_posttrain.training.config import TrainConfig
 from cosmos_posttrain.training.flops import flops_per_token
-from cosmos_posttrain.training.metrics import jitter, peak_flops
+from cosmos_posttrain.training.metrics import jitter, peak_flops_here
 from cosmos_posttrain.training.trainer import Trainer
 
 SIZES = [name for name, model in PRESETS.items() if not model.is_video2world]
@@ -191,7 +191,7 @@ def measure(args: argparse.Namespace, recompute: str, matmul: float | None) -> d
         return row
     seconds, peak, reserved = found["seconds"], found["peak"], found["reserved"]
     rate = args.global_batch_size * model.seq_length * len(seconds) / sum(seconds)
-    flops, sheet = rate * flops_per_token(model), peak_flops()
+    flops, sheet = rate * flops_per_token(model), peak_flops_here()
     return row | {
         "tokens_per_second": rate,
         "median_step_seconds": statistics.median(seconds),
@@ -279,7 +279,7 @@ def main() -> None:
         f"tokens a clip, {args.global_batch_size} clips a step in forward passes of "
         f"{args.micro_batch_size}, {args.steps} steps after {args.warmup}, {gpu or 'CPU'}"
     )
-    matmul, sheet = matmul_rate(), peak_flops()
+    matmul, sheet = matmul_rate(), peak_flops_here()
     if gpu is None:
         print("no GPU: no MFU, no rate of matrix products, no peak of memory (null in the output)")
     else:

@@ -18,7 +18,7 @@ from cosmos_posttrain import launch
 
 
 def _run_kernel() -> None:
-    torch.ones(1, device="cuda").add_(1)
+    torch.ones(1, device=launch.device()).add_(1)
 
 
 class PageLock:

@@ -49,10 +49,7 @@ class StepMeter:
         self._optimizer = optimizer
         self._num_clips, self._num_tokens = num_clips, num_tokens
         self._flops_per_clip = flops_per_token(model, heads_alone) * num_tokens
-        # None on the CPU, and where it is not known.
-        self._peak_flops = (
-            peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-        )
+        self._peak_flops = peak_flops_here()
         self._seconds: deque[float] = deque(maxlen=_WINDOW)
         self._num_steps = 0
 
@@ -101,6 +98,11 @@ class StepMeter:
             self._seconds.append(seconds)
             row["step_time_jitter"] = jitter(self._seconds)
         return row
+
+
+def peak_flops_here() -> float | None:
+    """FLOP/s of this process's GPU by its data sheet; None on the CPU, and where it is unknown."""
+    return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def jitter(seconds: deque[float]) -> float:

@@ -55,6 +55,7 @@ def tensor_storages() -> dict[int, int]:
     """Bytes of all storages that tensors in this process hold, by address."""
     gc.collect()
     tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    tensors = [tensor for tensor in tensors if tensor.layout == torch.strided]
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
