@@ -151,6 +151,7 @@ def test_what_cannot_be_had(
     assert sentence in finished.stderr and finished.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_ids_in_the_scripts(hub: hub_server.Hub, tmp_path: Path) -> None:
     """convert_checkpoint.py on an id: at a revision, gated, from the cache, offline."""
 

@@ -196,6 +196,7 @@ run_cli(lambda: prepare(PrepareConfig(input_tokens_dir=sys.argv[1], output_prefi
 """
 
 
+@pytest.mark.slow
 def test_a_killed_import_goes_on(tmp_path, monkeypatch, capsys):
     source, output = write_v2(tmp_path / "in"), tmp_path / "out"
     script = tmp_path / "script.py"

@@ -87,6 +87,7 @@ def started(folder: Path, videos: Path, nproc: int = 1) -> Iterator[subprocess.P
             kill_tree(process.pid)
 
 
+@pytest.mark.slow
 def test_a_second_preparation_of_the_folder_is_refused(videos, whole, tmp_path):
     output = tmp_path / "out"
     with started(tmp_path, videos) as first:

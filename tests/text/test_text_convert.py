@@ -76,6 +76,7 @@ def test_targets(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_the_next_run_starts_again(tmp_path: Path) -> None:
     program = (
         "import resource, sys, runpy\n"

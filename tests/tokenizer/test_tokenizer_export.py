@@ -209,6 +209,7 @@ def test_half_precision_file_keeps_its_dtype_through_conversion(tmp_path: Path) 
     assert tokenizer.is_native and tokenizer.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_conversion_command_both_ways(tmp_path: Path) -> None:
     native, script, again = (tmp_path / name for name in ("native", "script", "again"))
     write_native(native, small_network())

@@ -207,6 +207,7 @@ def test_a_signal_saves_and_ends_the_run(
         assert abs(ours - theirs) <= 1e-6 * theirs
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(tokens: Path, tmp_path: Path) -> None:
     from cosmos_posttrain.training.trainer import Trainer
 

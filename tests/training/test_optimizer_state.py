@@ -83,6 +83,7 @@ def megatron_and_we(tmp_path: Path) -> None:
         _assert_equal(*(dict(model.named_parameters()) for model in models))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_megatron_and_we_write_the_same_and_read_each_other(tmp_path: Path) -> None:
     run_distributed(megatron_and_we, 2, tmp_path, timeout_seconds=300)
