@@ -315,12 +315,9 @@ def announce(config: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> None:
     if config.optimizer.min_lr is not None and config.optimizer.lr_decay_style == "constant":
         say("note: --min_lr changes nothing with --lr_decay_style constant.")
     if config.val_check_interval is not None and inputs.val_data is None:
-        say(
-            f"note: --val_check_interval {config.val_check_interval} changes nothing: no clip "
-            "falls in the validation split."
-        )
-    elif config.val_check_interval is not None and config.limit_val_batches == 0:
-        say("note: --val_check_interval changes nothing with --limit_val_batches 0.")
+        is_off = config.limit_val_batches == 0
+        why = "--limit_val_batches is 0" if is_off else "no clip falls in the validation split"
+        say(f"note: --val_check_interval {config.val_check_interval} changes nothing: {why}.")
     heads.announce(config, inputs.source, inputs.transfer is not None)
     contract = inputs.folder.data.contract
     tokenizer = None if contract is None else contract.tokenizer

@@ -21,7 +21,14 @@ from cosmos_posttrain.evaluation import tokenizer as evaluation
 from cosmos_posttrain.evaluation.config.tokenizer import TokenizerEvalConfig
 from cosmos_posttrain.geometry import Compression
 from cosmos_posttrain.tokenizer import load_tokenizer
-from cosmos_posttrain.video import read_clips, to_float, to_uint8, write_mp4
+from cosmos_posttrain.video import (
+    decoder_label,
+    decoder_name,
+    read_clips,
+    to_float,
+    to_uint8,
+    write_mp4,
+)
 
 REPOSITORY_DIR = Path(__file__).resolve().parents[2]
 TOKENIZER = "tiny-dv4x8x8"
@@ -67,6 +74,8 @@ def test_the_figures_are_those_of_the_clips(videos: Path, tmp_path: Path) -> Non
     metrics = evaluation.run(config_of(videos, output))
     assert json.loads((output / "metrics.json").read_text()) == metrics
     assert sorted(path.name for path in output.iterdir()) == ["contact_sheet.png", "metrics.json"]
+    assert metrics["settings"]["videos_read_by"] == decoder_name()
+    assert metrics["environment"]["videos_read_by"] == decoder_label()
     rows = metrics["videos"]
     assert [row["video"] for row in rows] == ["a.mp4", "b.mp4", "stills/c.PNG"]
     sizes = [(row["num_frames"], row["height"], row["width"]) for row in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.run_case import make_config, run
@@ -67,3 +68,18 @@ def test_every_checkpoint_that_may_be_the_best_is_validated(tokens: Path, tmp_pa
     config = make_config(tokens, tmp_path / "run", save_top_k=-1, keep_last_n=2)
     with pytest.raises(ConfigError, match="--keep_last_n 2 has no effect with --save_top_k -1"):
         validate(config, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"limit_val_batches": 0}, "--limit_val_batches is 0"),
+        ({"data__split_string": "4,0,1"}, "no clip falls in the validation split"),
+    ],
+)
+def test_an_interval_without_validations_is_a_note(
+    settings: dict[str, Any], why: str, tokens: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run(make_config(tokens, tmp_path / "run", max_steps=1, val_check_interval=5, **settings))
+    said = capsys.readouterr().out
+    assert f"note: --val_check_interval 5 changes nothing: {why}." in said
